@@ -1,0 +1,48 @@
+"""The hidden states between two decoder layers, at rest in host memory, on the device, or in a mapped file.
+
+Letters: N samples, B batch, T tokens, D hidden.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class Activations:
+    """One buffer (N, T, D), read and overwritten a batch of rows at a time.
+
+    Args:
+        shape: (N, T, D).
+        dtype: the model's.
+        device: where a batch computes.
+        rest: host, device or disk.
+        path: the mapped file of rest "disk"; removed by `close`.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, rest: str, path: Path) -> None:
+        self.device = device
+        self.path = path if rest == "disk" else None
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            flat = torch.from_file(str(path), shared=True, size=shape[0] * shape[1] * shape[2], dtype=dtype)
+            self.tensor = flat.view(shape)
+        else:
+            self.tensor = torch.empty(shape, dtype=dtype, device=device if rest == "device" else "cpu")
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def get(self, rows: slice) -> Tensor:
+        """The hidden states (B, T, D) of `rows`, on the device."""
+        return self.tensor[rows].to(self.device)
+
+    def put(self, rows: slice, hidden: Tensor) -> None:
+        """Overwrite `rows`."""
+        self.tensor[rows].copy_(hidden)
+
+    def close(self) -> None:
+        """Give the memory back, and remove the mapped file."""
+        del self.tensor
+        if self.path:
+            self.path.unlink(missing_ok=True)

@@ -1,0 +1,200 @@
+"""The one file that knows how a Hugging Face decoder-only model is built.
+
+There is no list of architectures. The decoder layers are the one `nn.ModuleList` with `num_hidden_layers` entries. What
+each layer is called with is recorded from the model's own forward, and logits come from that forward with the layers
+bypassed, so that masks, rotary embeddings, final norm, `project_out` and soft-capping need no code here.
+
+Letters: B batch, T tokens, D hidden, O output features, I input features, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+class StopForward(Exception):
+    """Ends a forward whose remaining layers are of no interest."""
+
+
+@dataclass
+class LayerCall:
+    """What the model gives a decoder layer beside the hidden states, for one shape of batch."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+AroundLayer = Callable[[int, Callable[..., Any], Tensor, LayerCall], Tensor]
+
+
+class Decoder:
+    """A causal language model seen as shell + decoder layers + linears.
+
+    Raises:
+        ValueError: no unambiguous list of decoder layers, or a mixture of experts.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers_path: str | None = None) -> None:
+        self.model = model.eval()
+        self.path, self.layers = _find_layers(model, layers_path)
+        self._tuple_classes: dict[type[nn.Module], bool] = {}
+        self._refuse_experts()
+        self._linears = [
+            {
+                name: module
+                for name, module in layer.named_modules(prefix=f"{self.path}.{index}")
+                if isinstance(module, nn.Linear | Conv1D)
+            }
+            for index, layer in enumerate(self.layers)
+        ]
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the text model."""
+        return self.model.config.get_text_config()
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.text_config.vocab_size
+
+    def linears(self, index: int) -> dict[str, nn.Module]:
+        """Full name -> linear, for decoder layer `index`, in the order of the model's definition."""
+        return self._linears[index]
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Name -> (O, I) of every linear of every decoder layer."""
+        return {name: tuple(weight_OI(linear).shape) for group in self._linears for name, linear in group.items()}
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """The hidden states (B, T, D) that enter the first decoder layer, for ids (B, T)."""
+        captured = []
+
+        def stop(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
+            captured.append(hidden)
+            raise StopForward
+
+        self._forward(ids, stop)
+        return captured[0]
+
+    def record_calls(self, ids: Tensor) -> list[LayerCall]:
+        """What every decoder layer is called with when the model sees ids (B, T). Layers differ in Gemma and others."""
+        calls: list[LayerCall] = []
+
+        def record(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
+            calls.append(call)
+            if len(calls) == len(self.layers):
+                raise StopForward
+            return hidden
+
+        self._forward(ids, record)
+        if len(calls) != len(self.layers):
+            raise ValueError(f"{self.path}: the model calls {len(calls)} of its {len(self.layers)} layers; set model.layers_path")
+        return calls
+
+    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """The logits (B, T, V) of the hidden states (B, T, D) that leave the last decoder layer."""
+        return self._forward(ids, lambda layer, own, call: hidden)
+
+    def forward(self, ids: Tensor, around_layer: AroundLayer) -> Tensor:
+        """The model's own logits (B, T, V), with `around_layer(index, layer_forward, hidden, call)` in place of each layer."""
+        index = {layer: i for i, layer in enumerate(self.layers)}
+        own_forward = {layer: layer.forward for layer in self.layers}
+        return self._forward(ids, lambda layer, hidden, call: around_layer(index[layer], own_forward[layer], hidden, call))
+
+    def _forward(self, ids: Tensor, replacement: Callable[[nn.Module, Tensor, LayerCall], Tensor]) -> Tensor | None:
+        """The model's forward over ids with each layer's forward replaced; None when it was stopped."""
+        with self._replaced(replacement):
+            try:
+                return self.model(input_ids=ids, use_cache=False).logits
+            except StopForward:
+                return None
+
+    @contextmanager
+    def _replaced(self, replacement: Callable[[nn.Module, Tensor, LayerCall], Tensor]) -> Iterator[None]:
+        def bind(layer: nn.Module) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if args:
+                    hidden, args = args[0], args[1:]
+                else:
+                    hidden = kwargs.pop("hidden_states")
+                as_tuple = self._returns_tuple(layer, hidden, args, kwargs)
+                output = replacement(layer, hidden, LayerCall(args, kwargs))
+                return (output, None) if as_tuple else output
+
+            return forward
+
+        for layer in self.layers:
+            layer.forward = bind(layer)  # on the instance: attributes that the model reads from a layer stay there
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+    def _returns_tuple(self, layer: nn.Module, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether the model expects a tuple from layers of this class: found out by a forward without data or weights."""
+        kind = type(layer)
+        if kind not in self._tuple_classes:
+            replaced = layer.__dict__.pop("forward")
+            state = dict(layer.named_parameters()) | dict(layer.named_buffers())
+            state, hidden, args, kwargs = tree_map_only(Tensor, lambda x: x.to("meta"), (state, hidden, args, kwargs))
+            output = torch.func.functional_call(layer, state, (hidden, *args), kwargs)
+            layer.forward = replaced
+            self._tuple_classes[kind] = isinstance(output, tuple)
+        return self._tuple_classes[kind]
+
+    def _refuse_experts(self) -> None:
+        for name, parameter in self.layers.named_parameters():
+            if parameter.ndim > 2 or "expert" in name:
+                raise ValueError(
+                    f"{type(self.model).__name__} holds {self.path}.{name}, which is no weight of a linear: mixture-of-experts "
+                    "and convolutional layers are not supported yet; choose a dense decoder-only model"
+                )
+
+
+def run_layer(layer: Callable[..., Any], hidden: Tensor, call: LayerCall) -> Tensor:
+    """The hidden states (B, T, D) that leave a decoder layer, or its forward, for those that enter it.
+
+    The only place that knows what a layer returns: a tensor, or a tuple that starts with one. Raises ValueError when
+    that does not have the shape of the layer's input.
+    """
+    output = layer(hidden, *call.args, **call.kwargs)
+    if isinstance(output, tuple):
+        output = output[0]
+    if not isinstance(output, Tensor) or output.shape != hidden.shape:
+        raise ValueError(f"a decoder layer returned {type(output).__name__} instead of hidden states {tuple(hidden.shape)}")
+    return output
+
+
+def weight_OI(linear: nn.Module) -> Tensor:
+    """The weight (O, I) of a linear, as a view; GPT-2's Conv1D keeps it transposed."""
+    return linear.weight.detach().t() if isinstance(linear, Conv1D) else linear.weight.detach()
+
+
+def _find_layers(model: PreTrainedModel, layers_path: str | None) -> tuple[str, nn.ModuleList]:
+    if layers_path is not None:
+        try:
+            layers = model.get_submodule(layers_path)
+        except AttributeError:
+            layers = None
+        if not isinstance(layers, nn.ModuleList):
+            raise ValueError(f"model.layers_path={layers_path}: {type(model).__name__} has no list of layers of that name")
+        return layers_path, layers
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    found = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth
+    }
+    if len(found) != 1:
+        names = ", ".join(found) or "none"
+        raise ValueError(
+            f"{type(model).__name__}: expected one list of {depth} decoder layers, found {names}; set model.layers_path"
+        )
+    return next(iter(found.items()))

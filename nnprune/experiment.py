@@ -1,0 +1,157 @@
+"""A resolved config turned into objects, checked, and given its identity.
+
+Identity is science: the fingerprint is a hash of the config without `hydra`, `runtime`, names and output paths. A local
+text or model counts by its content, not by where it lies, and the code of a pruner from outside this package counts too.
+"""
+
+import hashlib
+import inspect
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from nnprune.allocation import Uniform
+from nnprune.calibration import Calibration
+from nnprune.evaluation import Evaluation
+from nnprune.loading import ModelSource
+from nnprune.patterns import SparsityPattern, Unstructured, parse_pattern
+from nnprune.pruners.base import Pruner
+from nnprune.pruning import PROPAGATE
+from nnprune.records import fingerprint
+from nnprune.runtime import Runtime
+
+NOT_SCIENCE = ("runtime", "label", "outputs", "overwrite", "save")
+
+
+@dataclass
+class Experiment:
+    """Everything one run needs, built and validated but without any weights."""
+
+    config: dict[str, Any]
+    pattern: SparsityPattern
+    pruner: Pruner
+    allocation: Uniform
+    calibration: Calibration
+    evaluation: Evaluation
+    source: ModelSource
+    runtime: Runtime
+    label: str
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is to be pruned, so that only model and evaluation matter."""
+        return self.pattern == Unstructured(0.0)
+
+    @property
+    def science(self) -> dict[str, Any]:
+        """What the fingerprint is a hash of."""
+        model = {**self.config["model"], "path": self.source.digest() or self.source.path, "name": None}
+        evaluation = {**self.config["evaluation"], "path": None}
+        evaluation["datasets"] = {
+            name: {"source": _science_of(source), "max_windows": self.evaluation.max_windows[name]}
+            for name, source in self.evaluation.sources.items()
+        }
+        if self.is_dense:
+            return {"model": model, "evaluation": evaluation}
+        calibration = dict(self.config["calibration"])
+        if self.calibration.source:
+            calibration["path"] = _science_of(self.calibration.source)
+        rest = {key: value for key, value in self.config.items() if key not in NOT_SCIENCE}
+        return rest | {
+            "model": model,
+            "evaluation": evaluation,
+            "calibration": calibration,
+            "sparsity": str(self.pattern),
+            "pruner_code": _code_of(type(self.pruner)),
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash that names this experiment."""
+        return fingerprint(self.science)
+
+    @property
+    def folder(self) -> Path:
+        """outputs/<model>/<pattern>/<pruner>-<fingerprint>."""
+        return run_folder(self.config["outputs"], self.source.name, str(self.pattern), self.label, self.fingerprint)
+
+    def dense(self) -> "Experiment":
+        """The same model and evaluation with nothing pruned."""
+        config = {**self.config, "save": False, "overwrite": False}
+        values = {**self.__dict__, "config": config, "pattern": Unstructured(0.0), "label": "dense"}
+        return Experiment(**values)
+
+
+def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
+    """The experiment of a config, with `pruner` in place of the config's if given.
+
+    Raises ValueError naming the key, the value and the remedy for anything that can be known to be wrong by now.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ValueError(f"{missing[0]}=???: has no value; add {missing[0]}=... to the command line")
+    config = OmegaConf.to_container(cfg, resolve=True)
+    if config["propagate"] not in PROPAGATE:
+        raise ValueError(f"propagate={config['propagate']}: must be {', '.join(PROPAGATE)}")
+    pattern = parse_pattern(config["sparsity"]["pattern"])
+    is_dense = pattern == Unstructured(0.0)
+    runtime = Runtime(**config["runtime"])
+    pruner = pruner or _instantiate("pruner", config, Pruner)
+    pruner.validate(pattern)
+    experiment = Experiment(
+        config=config,
+        pattern=pattern,
+        pruner=pruner,
+        allocation=_instantiate("allocation", config, Uniform),
+        calibration=_instantiate("calibration", config, Calibration),
+        evaluation=_instantiate("evaluation", config, Evaluation),
+        source=ModelSource(**config["model"]),
+        runtime=runtime,
+        label="dense" if is_dense else config["label"] or type(pruner).__name__,
+    )
+    sources = [*experiment.evaluation.sources.values(), experiment.calibration.source]
+    for source in sources:
+        if source:
+            source.check()
+    return experiment
+
+
+def run_folder(outputs: str, model: str, pattern: str, label: str, name: str) -> Path:
+    """outputs/<model>/<pattern>/<label>-<name>, with characters that no file system minds."""
+    parts = [re.sub(r"[^\w.+-]", "_", part) for part in (model, pattern.replace(":", "of"), f"{label}-{name}")]
+    return Path(outputs).joinpath(*parts)
+
+
+def _instantiate(key: str, config: dict[str, Any], expected: type) -> Any:
+    target = config[key].get("_target_")
+    try:
+        built = instantiate(config[key], _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, ValueError):
+            raise cause from None
+        reason = str(cause or error).splitlines()[0]
+        raise ValueError(f"{key}._target_={target}: cannot be made ({reason}); check its spelling, its folder and its options") from error
+    if not isinstance(built, expected):
+        raise ValueError(f"{key}._target_={target}: is no {expected.__name__}; derive it from nnprune's {expected.__name__}")
+    return built
+
+
+def _science_of(source: Any) -> dict[str, Any]:
+    digest = source.digest()
+    return {**source.__dict__, "path": digest, "key": None} if digest else source.__dict__
+
+
+def _code_of(pruner: type) -> str | None:
+    """A hash of the source file of a pruner that is not ours: an edited method is another method."""
+    if pruner.__module__.startswith("nnprune."):
+        return None
+    try:
+        return hashlib.sha256(Path(inspect.getfile(pruner)).read_bytes()).hexdigest()[:16]
+    except (OSError, TypeError):
+        return None

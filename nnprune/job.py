@@ -1,0 +1,208 @@
+"""The steps of one run behind its checks: ids, model, dense perplexity, pruning, perplexity, record."""
+
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from nnprune.calibration import token_hash
+from nnprune.decoder import Decoder
+from nnprune.evaluation import perplexity
+from nnprune.experiment import Experiment
+from nnprune.layerstore import LayerStore
+from nnprune.layerwise import LayerwiseEngine
+from nnprune.patterns import SparsityPattern
+from nnprune.provenance import commit, versions
+from nnprune.pruning import LayerwisePruning, count_zeros
+from nnprune.records import RunRecord, read
+from nnprune.runtime import peak_device_bytes, peak_host_bytes
+from nnprune.saving import save_model
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def prepare_folder(folder: Path) -> Iterator[None]:
+    """Make the run's folder, keep other processes out of it meanwhile, and log into it.
+
+    Raises OSError naming the folder when it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire()
+        handler = logging.FileHandler(folder / "run.log")
+    except OSError as error:
+        raise OSError(error.errno, f"outputs={folder}: cannot be written ({error.strerror}); set outputs=DIR to a writable folder") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("nnprune")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+        lock.release()
+
+
+class Stopwatch:
+    """Seconds by stage, added up over repeated visits."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what happens within."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0) + time.perf_counter() - start
+
+    def total(self) -> dict[str, float]:
+        """All stages, and the time since this object was made."""
+        return {**self.seconds, "total": time.perf_counter() - self._start}
+
+
+def execute(experiment: Experiment) -> RunRecord:
+    """Do the work of an experiment in its folder, from the last finished layer on, and write its record."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    watch = Stopwatch()
+    experiment.runtime.start(experiment.config["seed"])
+    with watch.stage("data"):
+        config, tokenizer = experiment.source.config(), experiment.source.tokenizer()
+        plan = _plan(experiment, config)
+        calibration_ids, evaluation_ids = _token_ids(experiment, config, tokenizer)
+    with watch.stage("load"):
+        engine = _engine(experiment, config)
+        engine.check_model()
+    record = _new_record(experiment)
+    record.evaluation_hashes = {name: token_hash(ids) for name, ids in evaluation_ids.items()}
+    with watch.stage("dense_evaluation"):
+        record.dense_metrics = dense_metrics(experiment, engine, record.evaluation_hashes, evaluation_ids)
+    if experiment.is_dense:
+        record.metrics = record.dense_metrics
+    else:
+        record.calibration_hash = token_hash(calibration_ids)
+        with watch.stage("prune"):
+            pruning = LayerwisePruning(engine, experiment.pruner, plan, experiment.config["propagate"])
+            reports = pruning.run(calibration_ids)
+            record.per_linear = [linear for report in reports for linear in report["linears"]]
+        with watch.stage("evaluation"):
+            record.metrics = _metrics(engine, evaluation_ids, pruned=True)
+    record.linear_sparsity, record.model_sparsity = _sparsities(engine)
+    if experiment.config["save"]:
+        with watch.stage("save"):
+            summary = {key: getattr(record, key) for key in ("model", "pruner", "sparsity", "fingerprint", "metrics", "dense_metrics")}
+            save_model(engine.store, tokenizer, summary, experiment.folder / "model")
+            log.info("model: %s", experiment.folder / "model")
+    _finish(record, watch)
+    record.write(experiment.folder)
+    shutil.rmtree(engine.store.folder, ignore_errors=True)
+    return record
+
+
+def dense_metrics(
+    experiment: Experiment, engine: LayerwiseEngine, hashes: dict[str, str], ids: dict[str, Tensor]
+) -> dict[str, float]:
+    """Perplexities of the dense model: from their record if there is one, else measured and recorded."""
+    dense = experiment.dense()
+    if experiment.is_dense:
+        return _metrics(engine, ids, pruned=False)
+    with prepare_folder(dense.folder):
+        record = read(dense.folder)
+        if record is None or record.status != "completed":
+            watch = Stopwatch()
+            record = _new_record(dense)
+            record.evaluation_hashes = hashes
+            with watch.stage("evaluation"):
+                record.metrics = record.dense_metrics = _metrics(engine, ids, pruned=False)
+            record.linear_sparsity, record.model_sparsity = _sparsities(engine)
+            _finish(record, watch)
+            record.write(dense.folder)
+    return record.metrics
+
+
+def _plan(experiment: Experiment, config: Any) -> dict[str, SparsityPattern]:
+    """Pattern by linear, from shapes alone. Raises ValueError for sequences or groups that the model can't have."""
+    decoder = Decoder(experiment.source.skeleton(config), experiment.source.layers_path)
+    positions = getattr(decoder.text_config, "max_position_embeddings", None)
+    for key in ("calibration", "evaluation"):
+        seq_len = getattr(experiment, key).seq_len
+        if positions and seq_len > positions:
+            raise ValueError(f"{key}.seq_len={seq_len}: {experiment.source.name} has {positions} positions; lower {key}.seq_len")
+    return experiment.allocation.plan(experiment.pattern, decoder.shapes())
+
+
+def _token_ids(experiment: Experiment, config: Any, tokenizer: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    vocab_size = config.get_text_config().vocab_size
+    evaluation = experiment.evaluation.token_ids(tokenizer)
+    if experiment.is_dense:
+        return torch.empty(0, experiment.calibration.seq_len, dtype=torch.int64), evaluation
+    return experiment.calibration.token_ids(tokenizer, vocab_size), evaluation
+
+
+def _engine(experiment: Experiment, config: Any) -> LayerwiseEngine:
+    """The model, its layers where the runtime wants them, and the loop over them."""
+    source, runtime = experiment.source, experiment.runtime
+    lazy = runtime.layers == "disk"
+    decoder = Decoder(source.skeleton(config) if lazy else source.load(config), source.layers_path)
+    checkpoint = source.checkpoint() if lazy else None
+    store = LayerStore(decoder, runtime.torch_device, runtime.layers, experiment.folder / "layers", checkpoint)
+    return LayerwiseEngine(decoder, store, runtime, experiment.folder)
+
+
+def _metrics(engine: LayerwiseEngine, ids: dict[str, Tensor], pruned: bool) -> dict[str, float]:
+    title = "pruned" if pruned else "dense"
+    return {f"{name}_perplexity": perplexity(engine, rows, pruned, f"{title} {name} perplexity") for name, rows in ids.items()}
+
+
+def _sparsities(engine: LayerwiseEngine) -> tuple[float, float]:
+    """Fraction of zeros among the weights of linears, and among all parameters, tied ones counted once."""
+    store, decoder = engine.store, engine.decoder
+    totals = dict.fromkeys(("zeros", "size", "linear_zeros", "linear_size"), 0)
+    inside = set(decoder.layers.parameters())
+    shell = [parameter for parameter in decoder.model.parameters() if parameter not in inside]
+    for index in range(len(decoder.layers)):
+        counts = store.reports.get(index)
+        if counts is None:
+            counts = count_zeros(store.fetch(index), decoder.linears(index))
+            store.release(index)
+        totals = {key: total + counts[key] for key, total in totals.items()}
+    zeros = totals["zeros"] + sum(parameter.numel() - int(parameter.count_nonzero()) for parameter in shell)
+    size = totals["size"] + sum(parameter.numel() for parameter in shell)
+    return totals["linear_zeros"] / totals["linear_size"], zeros / size
+
+
+def _new_record(experiment: Experiment) -> RunRecord:
+    head, dirty = commit()
+    return RunRecord(
+        status="completed",
+        fingerprint=experiment.fingerprint,
+        model=experiment.source.name,
+        pruner=experiment.label,
+        sparsity=str(experiment.pattern),
+        config=experiment.config,
+        versions=versions(),
+        commit=head,
+        dirty=dirty,
+    )
+
+
+def _finish(record: RunRecord, watch: Stopwatch) -> None:
+    record.seconds = watch.total()
+    record.peak_host_bytes = peak_host_bytes()
+    record.peak_device_bytes = peak_device_bytes()
+    record.finished = datetime.now(UTC).isoformat(timespec="seconds")

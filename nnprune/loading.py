@@ -1,0 +1,183 @@
+"""Model and tokenizer from a hub id, a local directory or the embedded demo.
+
+Everything that can be known without weights (configuration, tokenizer, shapes of linears) is checked before they are read.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from nnprune.texts import DEMO_FOLDER
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+CHECKPOINT_FILES = ["*.safetensors", "*.safetensors.index.json"]
+
+
+@dataclass
+class ModelSource:
+    """Where a model comes from.
+
+    Args:
+        path: a hub id, a local directory, or "demo".
+        name: what the model is called in folders and tables; None: the last part of `path`.
+        dtype: auto (the checkpoint's), bfloat16, float16 or float32.
+        revision: branch, tag or commit on the hub.
+        layers_path: the module that lists the decoder layers, where it cannot be found without help.
+
+    Raises:
+        ValueError: an unknown dtype, or a local path that is no directory.
+    """
+
+    path: str
+    name: str | None = None
+    dtype: str = "auto"
+    revision: str | None = None
+    layers_path: str | None = None
+    directory: Path | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", *DTYPES):
+            raise ValueError(f"model.dtype={self.dtype}: must be auto, {', '.join(DTYPES)}")
+        local = DEMO_FOLDER if self.path == "demo" else Path(self.path).expanduser()
+        self.name = self.name or Path(self.path).expanduser().resolve().name
+        if local.is_dir():
+            self.directory = local
+        elif not re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", self.path):
+            raise ValueError(f"model.path={self.path}: no such directory; give a model directory or a hub id like facebook/opt-125m")
+
+    @property
+    def _location(self) -> dict[str, Any]:
+        return {"pretrained_model_name_or_path": str(self.directory or self.path), "revision": self.revision}
+
+    def config(self) -> Any:
+        """The model's configuration. Raises ValueError when it cannot be had or is no causal language model's."""
+        if self.directory and not (self.directory / "config.json").is_file():
+            raise ValueError(f"model.path={self.path}: has no config.json; give a directory made by save_pretrained")
+        with self._explained():
+            config = AutoConfig.from_pretrained(**self._location)
+        known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+        named = config.architectures or []
+        if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping or (named and not known & set(named)):
+            kind = ", ".join(named) or config.model_type
+            raise ValueError(f"model.path={self.path}: {kind} is no causal language model; choose a decoder-only model")
+        return config
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        with self._explained():
+            return AutoTokenizer.from_pretrained(**self._location)
+
+    def skeleton(self, config: Any) -> PreTrainedModel:
+        """The model with its parameters on the meta device and its buffers real: shapes without weights."""
+        with _parameters_on_meta():
+            return AutoModelForCausalLM.from_config(config, dtype=self._dtype(config)).eval()
+
+    def load(self, config: Any) -> PreTrainedModel:
+        """The whole model in host memory. Raises ValueError when the checkpoint lacks weights."""
+        with self._explained():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                **self._location, config=config, dtype=self._dtype(config), output_loading_info=True
+            )
+        if info["missing_keys"]:
+            raise ValueError(f"model.path={self.path}: the checkpoint lacks {sorted(info['missing_keys'])[0]}; is it complete?")
+        return model.eval()
+
+    def checkpoint(self) -> "Checkpoint":
+        """The model's safetensors files, for reading a layer at a time."""
+        folder = self.directory
+        if folder is None:
+            from huggingface_hub import snapshot_download
+
+            with self._explained():
+                folder = Path(snapshot_download(self.path, revision=self.revision, allow_patterns=CHECKPOINT_FILES))
+        return Checkpoint(folder, f"model.path={self.path}")
+
+    def digest(self) -> str | None:
+        """A short hash of a local model's configuration and weights, sampled; None on the hub, where revisions tell.
+
+        Each weight file counts by its size, its header and 64 slices of 4 KiB spread over it.
+        """
+        if self.directory is None:
+            return None
+        sha = hashlib.sha256((self.directory / "config.json").read_bytes() if (self.directory / "config.json").exists() else b"")
+        for path in sorted([*self.directory.glob("*.safetensors"), *self.directory.glob("*.bin")]):
+            size = path.stat().st_size
+            sha.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for step in range(64):
+                    file.seek(size * step // 64)
+                    sha.update(file.read(4096))
+        return sha.hexdigest()[:16]
+
+    def _dtype(self, config: Any) -> torch.dtype:
+        return DTYPES.get(self.dtype) or config.dtype or torch.float32
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what the hub and transformers raise into one line with the remedy."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            if self.directory:
+                raise ValueError(f"model.path={self.path}: cannot be loaded ({reason}); give a model directory") from error
+            raise ValueError(
+                f"model.path={self.path}: no such directory, and the hub did not give it ({reason}); "
+                "without a hub use model=local model.path=DIR"
+            ) from error
+
+
+class Checkpoint:
+    """Weights in safetensors files, read by name and only when asked for."""
+
+    def __init__(self, folder: Path, label: str) -> None:
+        self.files: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                self.files.update(dict.fromkeys(file.keys(), path))
+        if not self.files:
+            raise ValueError(f"{label}: has no safetensors files, so layers can't be read one at a time; use runtime.layers=host")
+        self.label = label
+
+    def read(self, names: list[str], base_prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Name -> tensor for parameters `names`; checkpoints of the base model lack or add `base_prefix`. Absent ones are left out."""
+        keys = {name: key for name in names if (key := self._key(name, base_prefix))}
+        tensors: dict[str, Tensor] = {}
+        for path in {self.files[key] for key in keys.values()}:
+            with safe_open(path, "pt") as file:
+                for name, key in keys.items():
+                    if self.files[key] == path:
+                        tensor = file.get_tensor(key)
+                        tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        return tensors
+
+    def _key(self, name: str, base_prefix: str) -> str | None:
+        spellings = (name, name.removeprefix(f"{base_prefix}."), f"{base_prefix}.{name}")
+        return next((key for key in spellings if key in self.files), None)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Every parameter that a module registers goes to the meta device; buffers, which no checkpoint may hold, stay real."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register

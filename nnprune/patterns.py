@@ -1,0 +1,138 @@
+"""Sparsity patterns: which weights of a linear must be zero, how many, and how that is checked.
+
+Letters: O output features, I input features. A mask is bool, True = keep. Knows no model and no pruner.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ComparisonGroup = Literal["row", "matrix"]
+
+
+class PatternError(ValueError):
+    """A weight or a shape that does not satisfy its sparsity pattern."""
+
+
+def keep_largest(score: Tensor, num_keep: int) -> Tensor:
+    """Mask (same shape as `score`) that keeps exactly `num_keep` largest entries along the last dimension.
+
+    Selects by index and never by threshold, so that ties cannot change the count.
+    """
+    size = score.shape[-1]
+    # The shorter of the two selections is the cheaper one.
+    if num_keep <= size - num_keep:
+        index = score.topk(num_keep, dim=-1, largest=True, sorted=False).indices
+        return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, index, True)
+    index = score.topk(size - num_keep, dim=-1, largest=False, sorted=False).indices
+    return torch.ones_like(score, dtype=torch.bool).scatter_(-1, index, False)
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """A fraction of zeros, anywhere in the comparison group. `sparsity` is in [0, 1); 0 is the dense model."""
+
+    sparsity: float | Fraction
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity={self.sparsity}: must be a fraction of zeros, 0 <= sparsity < 1")
+
+    def __str__(self) -> str:
+        return f"{float(self.sparsity):g}" if self.sparsity else "dense"
+
+    def num_zeros(self, group_size: int) -> int:
+        """ceil(sparsity x group_size), exact: 0.1 of 30 is 3, though 0.1 * 30 is more than 3 in floating point."""
+        exact = self.sparsity if isinstance(self.sparsity, Fraction) else Fraction(str(self.sparsity))
+        return math.ceil(exact * group_size)
+
+    def mask(self, score: Tensor, per: ComparisonGroup = "row") -> Tensor:
+        """Mask (O, I) of the highest scores (O, I), compared within each row or over the whole matrix."""
+        groups = score if per == "row" else score.reshape(1, -1)
+        num_keep = groups.shape[-1] - self.num_zeros(groups.shape[-1])
+        return keep_largest(groups, num_keep).view_as(score)
+
+    def check_width(self, in_features: int) -> None:
+        """Every width can be pruned without structure."""
+
+    def check(self, weight: Tensor) -> None:
+        """Raise PatternError when `weight` (O, I) has fewer than ceil(sparsity x O x I) zeros."""
+        asked, found = self.num_zeros(weight.numel()), weight.numel() - int(weight.count_nonzero())
+        if found < asked:
+            raise PatternError(f"has {found} zeros, fewer than the {asked} that sparsity {self} asks for")
+
+
+@dataclass(frozen=True)
+class NM:
+    """At most `n` nonzeros in every `m` consecutive inputs of a row: keep n of m, 0 < n < m."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise ValueError(f"sparsity={self}: N:M keeps N of every M weights and needs 0 < N < M, such as 2:4")
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros."""
+        return 1 - self.n / self.m
+
+    def mask(self, score: Tensor, per: ComparisonGroup = "row") -> Tensor:
+        """Mask (O, I) of the n highest scores (O, I) in each group of m inputs; `per` has no meaning here."""
+        self.check_width(score.shape[-1])
+        return keep_largest(score.unflatten(-1, (-1, self.m)), self.n).view_as(score)
+
+    def check_width(self, in_features: int) -> None:
+        """Raise PatternError when m does not divide `in_features`."""
+        if in_features % self.m:
+            raise PatternError(f"has {in_features} inputs, which the group size {self.m} of {self} does not divide")
+
+    def check(self, weight: Tensor) -> None:
+        """Raise PatternError when a group of m inputs of `weight` (O, I) has more than n nonzeros."""
+        self.check_width(weight.shape[-1])
+        fullest = int(weight.unflatten(-1, (-1, self.m)).count_nonzero(-1).max())
+        if fullest > self.n:
+            raise PatternError(f"keeps {fullest} weights in a group of {self.m}, more than {self} allows")
+
+
+SparsityPattern = Unstructured | NM
+
+
+def parse_pattern(spec: float | str) -> SparsityPattern:
+    """The pattern meant by 0.5, "0.5", "2:4" or "dense".
+
+    Raises ValueError, with the remedy, for a fraction outside [0, 1), for an N:M without 0 < N < M, for a percentage,
+    and for the integers that YAML 1.1 makes of an unquoted N:M (2:4 is 124 in base 60).
+    """
+    text = str(spec).strip()
+    if text == "dense":
+        return Unstructured(0.0)
+    if match := re.fullmatch(r"(-?\d+):(-?\d+)", text):
+        return NM(int(match[1]), int(match[2]))
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"sparsity={text}: not a pattern; use a fraction such as 0.5, N:M such as 2:4, or dense") from None
+    if not 0 <= value < 1:
+        raise ValueError(f"sparsity={text}: must be a fraction of zeros, 0 <= sparsity < 1{_suggestion(value)}")
+    return Unstructured(value)
+
+
+def _suggestion(value: float) -> str:
+    """What a number outside [0, 1) was probably meant to be."""
+    if value >= 60 and value.is_integer():
+        n, m = divmod(int(value), 60)
+        if 0 < n < m:
+            return f'; YAML reads an unquoted {n}:{m} as {int(value)}, so quote it: pattern: "{n}:{m}"'
+    if 1 < value < 100:
+        return f"; for {value:g} % write {value / 100:g}"
+    return "; for the unpruned model write dense" if value in (0, 1) else ""

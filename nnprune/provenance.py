@@ -1,0 +1,36 @@
+"""Where a figure came from: versions of packages, and the commit of this one."""
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("nnprune", "torch", "transformers", "datasets", "hydra-core", "safetensors")
+REPOSITORY = Path(__file__).parent.parent
+
+
+def versions() -> dict[str, str]:
+    """Package -> version, and Python's."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # a checkout that was never installed
+            found[package] = "not installed"
+    return found
+
+
+def commit() -> tuple[str | None, bool | None]:
+    """The commit of this checkout and whether tracked files differ from it; (None, None) outside a checkout."""
+    if not (REPOSITORY / ".git").exists():
+        return None, None
+    try:
+        head = _git("rev-parse", "HEAD")
+        return head, bool(_git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(REPOSITORY), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,0 +1,1 @@
+"""One file an algorithm; `base.py` is the contract."""

@@ -1,0 +1,117 @@
+"""The contract between the layer-wise engine and a pruner.
+
+Letters: B batch, T tokens, O output features, I input features. A pruner does no I/O, no hooks and no device moves:
+the engine shows it the inputs of each linear, asks for the pruned weight, and checks the result against the pattern.
+
+Three bases, by how much a method needs to say:
+  ScorePruner                     a score per weight; kept weights stay as they are
+  Pruner                          a pruned weight from a weight, a statistic and a pattern
+  BaseActAwareUnstructuredPruner  the four methods of the nn-pruning toolkit; collects its own statistics
+"""
+
+from abc import ABC, abstractmethod
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnprune.patterns import NM, ComparisonGroup, SparsityPattern, Unstructured
+from nnprune.statistics import InputStatistic
+
+
+class Pruner(ABC):
+    """Prunes one linear at a time. Subclasses override `prune_linear` and name the `statistic` they need."""
+
+    statistic: type[InputStatistic] | None = None
+    """What the engine accumulates from each linear's inputs; None: the method looks at weights alone."""
+
+    # Lazily made, so that a subclass need not call super().__init__().
+    @cached_property
+    def statistics(self) -> dict[str, InputStatistic]:
+        """Linear name -> its statistic; linears that receive the same input share one object."""
+        return {}
+
+    @cached_property
+    def notes(self) -> dict[str, dict[str, Any]]:
+        """Linear name -> remarks for the record, such as a damping that had to be raised."""
+        return {}
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the method looks at the inputs of linears at all."""
+        return self.statistic is not None or not self.shares_statistics
+
+    @property
+    def shares_statistics(self) -> bool:
+        """Whether one accumulator serves all linears of one input; not so when a subclass collects its own."""
+        return type(self).add_linear_activations is Pruner.add_linear_activations
+
+    def validate(self, pattern: SparsityPattern) -> None:
+        """Raise ValueError when the method cannot do `pattern`. Called before the model is loaded."""
+
+    def add_linear_activations(self, module_name: str, X: Tensor) -> None:
+        """Accumulate the inputs X (B, T, I) of the linear `module_name`."""
+        if self.statistic is not None:
+            self.statistics.setdefault(module_name, self.statistic()).add(X)
+
+    def clear_linear_activations(self, module_name: str) -> None:
+        """Forget the statistics of the linear `module_name`."""
+        self.statistics.pop(module_name, None)
+
+    @abstractmethod
+    def prune_linear(self, W: Tensor, module_name: str, pattern: SparsityPattern) -> Tensor:
+        """The pruned weight (O, I), dtype and device of `W` (O, I), which stays unmodified. The engine's one call."""
+
+    def prune_linear_unstruct(self, W: Tensor, module_name: str, k: int) -> Tensor:
+        """The pruned weight (O, I) with at least `k` zeros."""
+        return self.prune_linear(W, module_name, Unstructured(Fraction(k, W.numel())))
+
+    def prune_linear_nm(self, W: Tensor, module_name: str, n: int, m: int) -> Tensor:
+        """The pruned weight (O, I) with at most `n` nonzeros in every `m` consecutive inputs."""
+        return self.prune_linear(W, module_name, NM(n, m))
+
+
+class ScorePruner(Pruner):
+    """Keeps the weights of the highest score and leaves them untouched."""
+
+    comparison_group: ComparisonGroup = "row"
+    """The weights ranked against each other when the pattern has no structure."""
+
+    @abstractmethod
+    def score(self, W: Tensor, module_name: str) -> Tensor:
+        """Importance (O, I), float32, larger = more important."""
+
+    def prune_linear(self, W: Tensor, module_name: str, pattern: SparsityPattern) -> Tensor:
+        mask = pattern.mask(self.score(W, module_name), per=self.comparison_group)
+        return torch.where(mask, W, 0)
+
+
+class BaseActAwareUnstructuredPruner(Pruner):
+    """A pruner of four methods that keeps its own statistics, as in the nn-pruning toolkit, whose classes run as they are.
+
+    For each linear the engine calls `add_linear_activations` once a batch, then one of `prune_linear_unstruct` and
+    `prune_linear_nm`, then `clear_linear_activations`.
+    """
+
+    @abstractmethod
+    def add_linear_activations(self, module_name: str, X: Tensor) -> None:
+        """Accumulate whatever the method needs from the inputs X (B, T, I)."""
+
+    @abstractmethod
+    def clear_linear_activations(self, module_name: str) -> None:
+        """Forget what was accumulated for `module_name`."""
+
+    @abstractmethod
+    def prune_linear_unstruct(self, W: Tensor, module_name: str, k: int) -> Tensor:
+        """A weight (O, I) with at least `k` zeros, 0 < k < O x I."""
+
+    @abstractmethod
+    def prune_linear_nm(self, W: Tensor, module_name: str, n: int, m: int) -> Tensor:
+        """A weight (O, I) with at most `n` nonzeros in every `m` consecutive inputs."""
+
+    def prune_linear(self, W: Tensor, module_name: str, pattern: SparsityPattern) -> Tensor:
+        if isinstance(pattern, NM):
+            return self.prune_linear_nm(W, module_name, pattern.n, pattern.m)
+        return self.prune_linear_unstruct(W, module_name, pattern.num_zeros(W.numel()))

@@ -1,0 +1,128 @@
+"""SparseGPT: prune column by column and let the later columns absorb the error (Frantar & Alistarh 2023, arXiv:2301.00774).
+
+Minimises ||(W - W0) X||^2 a row. With H = E[x x^T] + damping and H^-1 = U^T U (U upper triangular), removing w_j costs
+(w_j / U_jj)^2, and the best answer of the columns after j is  W[:, j:] -= (w_j - q_j) / U_jj * U[j, j:].
+Earlier columns are final, because U is triangular: no step needs a new inverse.
+
+Letters: O output features, I input features, C columns of a block. Weights are held transposed, (I, O), so that a
+column of W is contiguous.
+"""
+
+import torch
+from torch import Tensor
+
+from nnprune.patterns import NM, SparsityPattern
+from nnprune.pruners.base import Pruner
+from nnprune.statistics import Hessian
+
+NUM_RETRIES = 2
+"""How often damping is raised tenfold after a failed factorisation."""
+
+
+class SparseGPT(Pruner):
+    """The official algorithm by default; the options reproduce variants of its mask.
+
+    Args:
+        block_size: columns whose updates to the rest of the matrix are gathered into one product.
+        damping: fraction of the mean diagonal added to the Hessian.
+        comparison_group: "block": unstructured scores compete over all rows of a mask slab; "row": within each row.
+        mask_columns: columns of a mask slab, whose mask is fixed when its first column is reached.
+            None: the block (unstructured), or one group of M (N:M, each looked at afresh).
+        damp_inverse: damp the inverse Hessian as well before its factorisation.
+
+    Raises:
+        ValueError: options that contradict each other, and in `prune_linear` a Hessian that cannot be factorised.
+    """
+
+    statistic = Hessian
+
+    def __init__(
+        self,
+        block_size: int = 128,
+        damping: float = 0.01,
+        comparison_group: str = "block",
+        mask_columns: int | None = None,
+        damp_inverse: bool = False,
+    ) -> None:
+        if comparison_group not in ("block", "row"):
+            raise ValueError(f"pruner.comparison_group={comparison_group}: must be block or row")
+        if block_size < 1:
+            raise ValueError(f"pruner.block_size={block_size}: must be at least 1")
+        if not damping > 0:
+            raise ValueError(f"pruner.damping={damping}: must be greater than 0, such as 0.01")
+        if mask_columns is not None and (mask_columns < 1 or block_size % mask_columns):
+            raise ValueError(f"pruner.mask_columns={mask_columns}: must divide pruner.block_size={block_size}")
+        self.block_size = block_size
+        self.damping = damping
+        self.comparison_group = comparison_group
+        self.mask_columns = mask_columns
+        self.damp_inverse = damp_inverse
+
+    def validate(self, pattern: SparsityPattern) -> None:
+        if isinstance(pattern, NM) and (self.mask_columns or 0) % pattern.m:
+            raise ValueError(
+                f"pruner.mask_columns={self.mask_columns}: must be a multiple of {pattern.m} for sparsity {pattern}, or null"
+            )
+
+    def prune_linear(self, W: Tensor, module_name: str, pattern: SparsityPattern) -> Tensor:
+        statistic = self.statistics[module_name]
+        key = (self.damping, self.damp_inverse)
+        U, dead, damping = statistic.memo(key, lambda: self._factorise(statistic.mean(), module_name, statistic.num_tokens))
+        if damping != self.damping:
+            self.notes[module_name] = {"damping": damping}
+        weight_IO = W.float().t().contiguous()
+        weight_IO[dead] = 0
+        block_size = self.block_size
+        if isinstance(pattern, NM):  # no group of M may lie across two blocks
+            block_size = max(block_size // pattern.m, 1) * pattern.m
+        for start in range(0, len(weight_IO), block_size):
+            stop = min(start + block_size, len(weight_IO))
+            errors_CO = self._prune_block(weight_IO[start:stop], U[start:stop, start:stop], pattern)
+            weight_IO[stop:].addmm_(U[start:stop, stop:].t(), errors_CO, alpha=-1)
+        return weight_IO.t().to(W.dtype).contiguous()
+
+    def _prune_block(self, weight_CO: Tensor, U_CC: Tensor, pattern: SparsityPattern) -> Tensor:
+        """Prune one column block in place; returns the errors (C, O) that later columns have yet to absorb."""
+        num_columns = len(weight_CO)
+        slab = self.mask_columns or (pattern.m if isinstance(pattern, NM) else num_columns)
+        drop_CO = torch.empty_like(weight_CO, dtype=torch.bool)
+        errors_CO = torch.empty_like(weight_CO)
+        diagonal = U_CC.diagonal().tolist()
+        for j in range(num_columns):
+            if j % slab == 0:
+                columns = slice(j, min(j + slab, num_columns))
+                drop_CO[columns] = ~self._mask(weight_CO[columns], U_CC.diagonal()[columns], pattern)
+            error_O = torch.where(drop_CO[j], weight_CO[j], 0) / diagonal[j]
+            errors_CO[j] = error_O
+            weight_CO[j + 1 :].addr_(U_CC[j, j + 1 :], error_O, alpha=-1)
+        weight_CO.masked_fill_(drop_CO, 0)
+        return errors_CO
+
+    def _mask(self, weight_CO: Tensor, diagonal_C: Tensor, pattern: SparsityPattern) -> Tensor:
+        """Mask (C, O) of a slab, by the cost (w_j / U_jj)^2 of removing a weight."""
+        cost_OC = (weight_CO / diagonal_C[:, None]).square_().t()
+        per = "row" if self.comparison_group == "row" else "matrix"
+        return pattern.mask(cost_OC.contiguous(), per=per).t()
+
+    def _factorise(self, hessian: Tensor, module_name: str, num_tokens: int) -> tuple[Tensor, Tensor, float]:
+        """U (I, I) upper triangular with H^-1 = U^T U, the dead inputs (I,) bool, and the damping that worked."""
+        dead = hessian.diagonal() == 0
+        hessian.diagonal()[dead] = 1
+        mean = hessian.diagonal().mean()
+        damping = self.damping
+        for _ in range(1 + NUM_RETRIES):
+            damped = hessian.clone()
+            damped.diagonal().add_(damping * mean)
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            if not failed:
+                inverse = torch.cholesky_inverse(lower)
+                if self.damp_inverse:
+                    inverse.diagonal().add_(damping * inverse.diagonal().mean())
+                U, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed:
+                return U, dead, damping
+            damping *= 10
+        raise ValueError(
+            f"{module_name}: its Hessian from {num_tokens} tokens could not be factorised, even with damping "
+            f"{damping / 10:g}; raise pruner.damping or calibration.num_samples"
+        )

@@ -1,0 +1,113 @@
+"""The record of a run: one `result.json`, written last and by rename, so that its presence means "finished".
+
+No tensors, and no import of torch: the collector reads thousands of records.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+RESULT_FILE = "result.json"
+
+
+class RecordError(ValueError):
+    """A `result.json` that is no record: cut short, foreign, or of another schema."""
+
+
+@dataclass
+class RunRecord:
+    """Everything that is known about one run. `metrics` are those of the pruned model alone.
+
+    Keys of `metrics` and `dense_metrics` are `<evaluation>_perplexity`; sparsities are fractions of zeros; times are
+    seconds; sizes are bytes. `per_linear` holds a dict a linear: name, pattern, sparsity, relative_error, seconds.
+    """
+
+    status: str
+    fingerprint: str
+    model: str
+    pruner: str
+    sparsity: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    dense_metrics: dict[str, float] = field(default_factory=dict)
+    linear_sparsity: float | None = None
+    model_sparsity: float | None = None
+    per_linear: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_host_bytes: int | None = None
+    peak_device_bytes: int | None = None
+    calibration_hash: str | None = None
+    evaluation_hashes: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    commit: str | None = None
+    dirty: bool | None = None
+    finished: str | None = None
+    error: str | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    def write(self, folder: Path) -> Path:
+        """Write `folder`/result.json atomically and return its path."""
+        return write_atomically(folder / RESULT_FILE, json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+
+
+def fingerprint(science: dict[str, Any]) -> str:
+    """12 hexadecimal digits that name the scientific content of a resolved config, whatever the order of its keys."""
+    canonical = json.dumps(science, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def write_atomically(path: Path, text: str) -> Path:
+    """Replace `path` by `text` so that a reader, or a power cut, sees the old file or the new one and nothing between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read(folder: Path) -> RunRecord | None:
+    """The record in `folder`, or None where there is none. Raises RecordError, with the remedy, when it is unreadable."""
+    path = Path(folder) / RESULT_FILE
+    if not path.exists():
+        return None
+    try:
+        return RunRecord(**_read_dict(path))
+    except RecordError as error:
+        raise RecordError(f"{path}: {error}; delete it, or run again with overwrite=true") from None
+
+
+def read_all(root: Path) -> tuple[list[dict[str, Any]], list[tuple[Path, str]]]:
+    """All records under `root`, each a dict with its `path` added, and (path, reason) of the files that are none."""
+    records, problems = [], []
+    for path in sorted(Path(root).rglob(RESULT_FILE)):
+        try:
+            records.append(_read_dict(path) | {"path": str(path)})
+        except RecordError as error:
+            problems.append((path, str(error)))
+    return records, problems
+
+
+def _read_dict(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecordError(f"cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise RecordError("is no complete JSON file") from None
+    if not isinstance(content, dict) or "schema_version" not in content:
+        raise RecordError("is no nnprune record")
+    if content["schema_version"] != SCHEMA_VERSION:
+        raise RecordError(f"has schema_version {content['schema_version']}, this is nnprune with {SCHEMA_VERSION}")
+    if content.keys() != {entry.name for entry in fields(RunRecord)}:
+        raise RecordError("lacks keys of a record, or has others")
+    return content

@@ -1,0 +1,153 @@
+"""The entry point: `python -m nnprune.run`, the console script `nnprune`, and `nnprune.prune(...)`. The order of steps only."""
+
+import logging
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig, OmegaConf
+
+from nnprune.cli import rewrite_sparsity
+from nnprune.records import RESULT_FILE, RunRecord, fingerprint, read
+
+log = logging.getLogger("nnprune")
+
+PACKAGE = Path(__file__).parent
+CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
+
+
+class RunFailed(CompactHydraException):
+    """One line for the user instead of a traceback, which is in the run's log."""
+
+
+def run(cfg: DictConfig, pruner: Any = None) -> RunRecord:
+    """Prune and evaluate as `cfg` says, with `pruner` in place of the config's if given, and return the record.
+
+    A finished run is not repeated, and an interrupted one goes on where it stopped. Whatever fails is recorded before it
+    is raised.
+    """
+    from nnprune.experiment import build
+    from nnprune.job import execute, prepare_folder
+
+    experiment = None
+    try:
+        experiment = build(cfg, pruner)
+        with prepare_folder(experiment.folder):
+            record = _finished(experiment)
+            if record is None:
+                record = execute(experiment)
+                log.info(_summary(record))
+            else:
+                log.info("finished already, nothing to do (overwrite=true runs it again): %s", _summary(record))
+            log.info("record: %s", experiment.folder / RESULT_FILE)
+            return record
+    except Exception as error:
+        _record_failure(cfg, experiment, error)
+        raise
+
+
+def prune(
+    pruner: Any, model_name: str = "demo", sparsity: float | str = 0.5, overrides: Sequence[str] = ()
+) -> RunRecord:
+    """Prune a model with a pruner object and return the record.
+
+    Args:
+        pruner: an instance of a subclass of Pruner.
+        model_name: "demo", a local directory or a hub id; the latter two calibrate on C4 and evaluate on WikiText-2.
+        sparsity: a fraction of zeros such as 0.5, or N:M such as "2:4".
+        overrides: further settings as on the command line, such as "calibration.num_samples=32".
+
+    Raises:
+        ValueError: a setting that cannot be, with the remedy.
+    """
+    from hydra import compose, initialize_config_dir
+
+    is_demo = model_name == "demo"
+    kind = "demo" if is_demo else "local" if Path(model_name).is_dir() else "hub"
+    settings = rewrite_sparsity([f"model={kind}", "pruner=custom", *overrides])
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", settings)
+    cfg.sparsity.pattern = str(sparsity)
+    if not is_demo:
+        cfg.model.path = str(model_name)
+    plain = {key: value for key, value in vars(pruner).items() if isinstance(value, bool | int | float | str | None)}
+    kind = type(pruner)
+    cfg.pruner = {"_target_": f"{kind.__module__}.{kind.__qualname__}", **plain}
+    return run(cfg, pruner)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def _main(cfg: DictConfig) -> None:
+    if cfg.label is None:
+        choice = HydraConfig.get().runtime.choices["pruner"]
+        cfg.label = str(OmegaConf.select(cfg, "pruner._target_", default=choice)).split(".")[-1] if choice == "custom" else choice
+    try:
+        run(cfg)
+    except (ValueError, OSError) as error:
+        line = " ".join(str(error.strerror if isinstance(error, OSError) and error.strerror else error).split())
+        log.error("error: %s", line)
+        raise RunFailed(line) from error
+
+
+def main() -> None:
+    """Run what the command line says."""
+    sys.path.insert(0, os.getcwd())  # a user's own pruner is imported from the folder they are in
+    sys.argv[1:] = rewrite_sparsity(sys.argv[1:])
+    _main()
+
+
+def _finished(experiment: Any) -> RunRecord | None:
+    """The record of this experiment if it is completed, to be kept, and has all that was asked for."""
+    folder, config = experiment.folder, experiment.config
+    if config["overwrite"]:
+        shutil.rmtree(folder / "layers", ignore_errors=True)
+        (folder / RESULT_FILE).unlink(missing_ok=True)
+        return None
+    record = read(folder)
+    if record is None or record.status != "completed" or (config["save"] and not (folder / "model").is_dir()):
+        (folder / RESULT_FILE).unlink(missing_ok=True)
+        return None
+    return record
+
+
+def _record_failure(cfg: DictConfig, experiment: Any, error: Exception) -> None:
+    """Leave a record of status failed where the run's own would be, if anything can be written there."""
+    from nnprune.experiment import run_folder
+
+    log.debug("failed", exc_info=True)
+    config = OmegaConf.to_container(cfg, resolve=False)
+    name = str(config["model"].get("name") or Path(str(config["model"].get("path"))).name)
+    identity = {key: value for key, value in config.items() if key not in ("runtime", "outputs")}
+    pattern, label = str(config["sparsity"]["pattern"]), str(config["label"] or "custom")
+    record = RunRecord("failed", fingerprint(identity), name, label, pattern, config=config, error=f"{error}")
+    folder = run_folder(str(config["outputs"]), name, pattern, label, record.fingerprint)
+    if experiment is not None:
+        record.fingerprint, record.sparsity, folder = experiment.fingerprint, str(experiment.pattern), experiment.folder
+    try:
+        if not (folder / RESULT_FILE).exists():  # never over a record that is there, readable or not
+            record.write(folder)
+        with (folder / "run.log").open("a", encoding="utf-8") as file:
+            file.write(traceback.format_exc())
+    except OSError:
+        pass
+
+
+def _summary(record: RunRecord) -> str:
+    """One line with what was asked for and what came out."""
+    figures = [
+        f"{name} {value:.4g}" + (f" (dense {record.dense_metrics[name]:.4g})" if record.pruner != "dense" else "")
+        for name, value in record.metrics.items()
+    ]
+    seconds = record.seconds.get("total", 0)
+    return f"{record.model}  {record.pruner}  {record.sparsity}  {', '.join(figures) or 'not evaluated'}  {seconds:.1f} s"
+
+
+if __name__ == "__main__":
+    main()
