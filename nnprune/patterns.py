@@ -44,7 +44,7 @@ class Unstructured:
             raise ValueError(f"sparsity={self.sparsity}: must be a fraction of zeros, 0 <= sparsity < 1")
 
     def __str__(self) -> str:
-        return f"{float(self.sparsity):g}" if self.sparsity else "dense"
+        return str(float(self.sparsity)) if self.sparsity else "dense"
 
     def num_zeros(self, group_size: int) -> int:
         """ceil(sparsity x group_size), exact: 0.1 of 30 is 3, though 0.1 * 30 is more than 3 in floating point."""
@@ -129,10 +129,11 @@ def parse_pattern(spec: float | str) -> SparsityPattern:
 
 def _suggestion(value: float) -> str:
     """What a number outside [0, 1) was probably meant to be."""
-    if value >= 60 and value.is_integer():
+    meant = []
+    if 1 < value < 100:
+        meant.append(f"; for {value:g} % write {value / 100:g}")
+    if value.is_integer():
         n, m = divmod(int(value), 60)
         if 0 < n < m:
-            return f'; YAML reads an unquoted {n}:{m} as {int(value)}, so quote it: pattern: "{n}:{m}"'
-    if 1 < value < 100:
-        return f"; for {value:g} % write {value / 100:g}"
-    return "; for the unpruned model write dense" if value in (0, 1) else ""
+            meant.append(f'; YAML reads an unquoted {n}:{m} as {int(value)}, so quote it: pattern: "{n}:{m}"')
+    return "".join(meant)

@@ -98,7 +98,7 @@ class TextSource:
 
         datasets.disable_progress_bars()
         try:
-            table = datasets.load_dataset(builder, data_files={"all": data_files}, split="all", **options)
+            table = datasets.load_dataset(builder, data_files={"train": data_files}, split="train", **options)
         except Exception as error:  # the library raises a dozen kinds for "not reachable" and "not readable"
             advice = "check the file"
             if self.dataset is not None:

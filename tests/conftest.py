@@ -1,0 +1,110 @@
+"""Shared fixtures. Nothing here or in any test reaches for the network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedTokenizerFast
+
+from nnprune.cli import rewrite_sparsity
+from nnprune.run import CONF
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+
+transformers.logging.set_verbosity_error()
+torch.set_num_threads(2)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of 259 tokens: three special ones and the bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random OPT of 2 layers with a byte tokenizer, as a Hugging Face directory."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-opt"
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=264,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        init_std=0.2,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of a few thousand bytes, a paragraph a line."""
+    path = tmp_path_factory.mktemp("texts") / "small.txt"
+    path.write_text("\n".join(f"Line {i} tells of {i * i} things and of nothing else." for i in range(120)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny_config(tiny_model_dir: Path, small_text: Path, tmp_path: Path) -> Callable[..., DictConfig]:
+    """`tiny_config("pruner=wanda", ...)`: the config of a run of well under a second, with records in `tmp_path`."""
+
+    def make(*overrides: str) -> DictConfig:
+        return compose_config(
+            "model=local",
+            f"model.path={tiny_model_dir}",
+            "calibration=text",
+            f"calibration.path={small_text}",
+            "calibration.num_samples=6",
+            "calibration.seq_len=32",
+            "evaluation=text",
+            f"evaluation.path={small_text}",
+            "evaluation.seq_len=32",
+            "evaluation.max_windows=5",
+            "runtime.batch_size=4",
+            f"outputs={tmp_path / 'outputs'}",
+            *overrides,
+        )
+
+    return make
+
+
+def compose_config(*overrides: str) -> DictConfig:
+    """The config of a command line."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", rewrite_sparsity(list(overrides)))
+
+
+@pytest.fixture
+def run_cli() -> Callable[..., subprocess.CompletedProcess]:
+    """`run_cli("sparsity=2:4", ..., cwd=...)`: the program from outside."""
+
+    def run(*arguments: str, cwd: Path = ROOT, **options: object) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "nnprune.run", *arguments]
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, check=False, **options)
+
+    return run

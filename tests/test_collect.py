@@ -1,0 +1,299 @@
+"""The collector: records in, the README's tables and the exports out."""
+
+import csv
+import importlib.util
+import io
+import json
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nnprune import tables
+from nnprune.records import RunRecord
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "collect.py"
+spec = importlib.util.spec_from_file_location("collect", SCRIPT)
+collect = importlib.util.module_from_spec(spec)
+sys.modules["collect"] = collect  # dataclasses look their module up
+spec.loader.exec_module(collect)
+
+DENSE = {"opt-125m": 27.65, "opt-350m": 22.02}
+RUNS = {  # (pruner, sparsity): perplexity of opt-125m, of opt-350m
+    ("dense", "dense"): (27.65, 22.02),
+    ("sparsegpt", "0.5"): (38.31, 32.31),
+    ("wanda", "0.5"): (38.78, 36.52),
+    ("magnitude", "0.5"): (197.38, 97.11),
+    ("wanda", "2:4"): (79.65, 113.17),
+    ("sparsegpt_nnpruning", "2:4"): (61.0, None),
+    ("magnitude", "2:4"): (1597.4, 999.996),
+    ("alps", "2:4"): (60.004, 60.0),
+}
+TABLE = """\
+| Method | Sparsity | opt-125m | opt-350m |
+| :--- | :--- | :--- | :--- |
+| **Dense** | 0% | 27.65 | 22.02 |
+| | | | |
+| **Magnitude** | 50% | 197.38 | 97.11 |
+| **Wanda** | 50% | 38.78 | 36.52 |
+| **SparseGPT** | 50% | **38.31** | **32.31** |
+| | | | |
+| **Magnitude** | 2:4 | 1.6e3 | 1.0e3 |
+| **Wanda** | 2:4 | 79.65 | 113.17 |
+| **alps** | 2:4 | **60.00** | **60.00** |
+| **SparseGPT (nn-pruning)** | 2:4 | 61.00 | -- |
+"""
+README = """\
+# A readme
+
+```markdown
+<!-- nnprune:table metric=only_an_example -->
+```
+
+<!-- nnprune:table metric=demo_perplexity -->
+old
+<!-- /nnprune:table -->
+between
+<!-- nnprune:table metric=demo_perplexity models=opt-350m,opt-125m pruners=wanda sparsities=0.50 -->
+<!-- /nnprune:table -->
+the end
+"""
+
+
+def write_record(folder, model="demo", pruner="wanda", sparsity="0.5", value=21.98, dense=15.0, **changes):
+    count = len(list(folder.parent.iterdir())) if folder.parent.is_dir() else 0
+    fields = {
+        "status": "completed",
+        "fingerprint": f"{count:012x}",
+        "metrics": {"demo_perplexity": value},
+        "dense_metrics": {"demo_perplexity": dense},
+        "linear_sparsity": 0.5,
+        "seconds": {"total": 12.25},
+        "peak_host_bytes": 2**40 + 1,
+        "finished": "2026-11-21T20:00:00+00:00",
+    }
+    return RunRecord(model=model, pruner=pruner, sparsity=sparsity, **(fields | changes)).write(folder)
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda _: None)  # some hundred small files
+    folder = tmp_path / "outputs"
+    for (pruner, sparsity), values in RUNS.items():
+        for (model, dense), value in zip(DENSE.items(), values, strict=True):
+            if value is not None:
+                write_record(folder / f"{model}-{pruner}-{sparsity}", model, pruner, sparsity, value, dense)
+    return folder
+
+
+@pytest.fixture
+def readme(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(README, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def call(runs, capsys):
+    def run(*argv, records=runs):
+        status = collect.main(["--records", str(records), *map(str, argv)])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_layout_bold_missing_and_large_values(call):
+    assert call("--metric", "demo_perplexity") == (0, TABLE + "\ndemo_perplexity: 15 record(s) used\n\n", "")
+
+
+def test_readme_is_rewritten_and_stays_put(call, readme):
+    status, out, err = call("--readme", readme)
+    text = readme.read_text(encoding="utf-8")
+    assert (status, err) == (0, "")
+    assert TABLE in out and "15 record(s) used" in out and "4 record(s) used" in out
+    assert f"demo_perplexity -->\n\n{TABLE}\n<!-- /nnprune:table -->\nbetween\n" in text
+    second = "| **Dense** | 0% | 22.02 | 27.65 |\n| | | | |\n| **Wanda** | 50% | 36.52 | 38.78 |\n\n<!-- /nnprune"
+    assert second in text  # its own order of models, its own pruners and sparsities; alone, so nothing in bold
+    assert text.startswith(README[: README.index("old")]) and text.endswith("the end\n")
+    assert "already up to date" in call("--readme", readme)[1]
+    assert readme.read_text(encoding="utf-8") == text
+    assert [path.name for path in sorted(readme.parent.iterdir())] == ["README.md", "outputs"]  # no temporary file
+
+
+def test_check(call, readme):
+    assert call("--readme", readme, "--check")[0] == 1
+    assert readme.read_text(encoding="utf-8") == README
+    call("--readme", readme)
+    assert call("--readme", readme, "--check")[:2] == (0, "README.md: 2 table(s) match the records\n")
+    readme.write_text(readme.read_text(encoding="utf-8").replace("197.38", "197.39"), encoding="utf-8")
+    status, out, _ = call("--readme", readme, "--check")
+    assert status == 1
+    assert "-| **Magnitude** | 50% | 197.39 | 97.11 |\n+| **Magnitude** | 50% | 197.38 | 97.11 |" in out
+
+
+def test_line_ends_are_kept(call, readme):
+    readme.write_bytes(README.replace("\n", "\r\n").encode())
+    call("--readme", readme)
+    content = readme.read_bytes()
+    assert content.count(b"\n") == content.count(b"\r\n") > 20
+    assert call("--readme", readme, "--check")[0] == 0
+
+
+def test_newest_wins_silently_within_an_experiment_and_aloud_between(call, runs):
+    same = {"fingerprint": "aaaaaaaaaaaa"}
+    write_record(runs / "a", value=2.0, finished="2026-11-21T22:00:00+02:00", **same)  # 20:00 UTC: the older
+    write_record(runs / "b", value=3.0, finished="2026-11-21T21:00:00+00:00", **same)
+    status, out, err = call("--metric", "demo_perplexity")
+    assert "| **Wanda** | 50% | 3.00 |" in out and err == ""
+    write_record(runs / "c", value=4.0, finished="2026-11-21T20:30:00+00:00", fingerprint="cccccccccccc")
+    status, out, err = call("--metric", "demo_perplexity")
+    assert (status, err.count("\n")) == (0, 1) and "| **Wanda** | 50% | 3.00 |" in out
+    assert re.search(r"demo / wanda / 0.5: 2 experiments compete .*newest, aaaaaaaaaaaa: .*b.result.json", err)
+
+
+def test_unusable_files_are_reported_and_skipped(call, runs):
+    whole = write_record(runs / "whole", value=5.0).read_text()
+    for name, text in {
+        "cut": whole[: len(whole) // 2],
+        "foreign": '{"hello": 1}',
+        "list": "[1, 2]",
+        "binary": "\x00",
+        "future": whole.replace('"schema_version": 1', '"schema_version": 99'),
+    }.items():
+        (runs / name).mkdir()
+        (runs / name / "result.json").write_text(text)
+    write_record(runs / "shape", metrics=[5.0])
+    write_record(runs / "text", metrics={"demo_perplexity": "low"})
+    write_record(runs / "failed", status="failed", metrics={}, error="ValueError: no\nluck", finished=None)
+    write_record(runs / "ancient", model="other", finished="yesterday")
+    status, out, err = call("--metric", "demo_perplexity")
+    assert status == 0 and "| **Wanda** | 50% | 5.00 | 38.78 | 36.52 | 21.98 |" in out
+    lines = err.splitlines()
+    skipped = {re.search(r"outputs/(\w+)/result.json: skipped, ", line)[1]: line for line in lines}
+    assert sorted(skipped) == ["binary", "cut", "failed", "foreign", "future", "list", "shape", "text"]
+    assert len(lines) == len(skipped)
+    assert skipped["failed"].endswith("failed run: ValueError: no luck")
+
+
+def test_dense_comes_from_pruned_runs_too_and_disagreement_is_named(call, tmp_path):
+    write_record(tmp_path / "o" / "a", value=20.0, dense=15.0)
+    assert "| **Dense** | 0% | 15.00 |" in call("--metric", "demo_perplexity", records=tmp_path / "o")[1]
+    write_record(tmp_path / "o" / "b", pruner="magnitude", value=30.0, dense=18.0)
+    status, _, err = call("--metric", "demo_perplexity", records=tmp_path / "o")
+    assert status == 0 and "demo: records disagree on dense demo_perplexity (15.00 to 18.00)" in err
+
+
+def test_order_of_models_and_patterns():
+    names = ["bloom-560m", "opt-13b", "opt-1.3b", "llama-2-7b", "opt-350m", "demo", "opt-125m", "Llama-3-8b"]
+    ordered = ["demo", "bloom-560m", "llama-2-7b", "Llama-3-8b", "opt-125m", "opt-350m", "opt-1.3b", "opt-13b"]
+    assert sorted(names, key=tables.model_key) == ordered
+    labels = ["4:8", "2:4", "0.75", "3:4", "0.5", "odd", "0.625"]
+    assert sorted(labels, key=tables.sparsity_key) == ["0.5", "0.625", "0.75", "3:4", "2:4", "4:8", "odd"]
+    assert [tables.pretty_sparsity(s) for s in ("0.55", "0.625", "2:4")] == ["55%", "62.5%", "2:4"]
+
+
+def test_csv_and_json_parse_back(call):
+    rows = list(csv.DictReader(io.StringIO(call("--format", "csv")[1])))
+    objects = json.loads(call("--format", "json")[1])
+    assert len(rows) == len(objects) == 15
+    assert list(rows[0]) == list(objects[0]) == tables.COLUMNS
+    for row, item in zip(rows, objects, strict=True):
+        assert row["path"] == item["path"] and float(row["value"]) == item["value"]
+    one = next(item for item in objects if (item["pruner"], item["model"]) == ("alps", "opt-125m"))
+    assert (one["value"], one["dense_value"], one["sparsity"]) == (60.004, 27.65, "2:4")
+    assert (one["peak_host_bytes"], one["seconds_total"]) == (2**40 + 1, 12.25)
+
+
+def test_values_that_json_lacks_become_null(call, tmp_path):
+    write_record(tmp_path / "o" / "a", peak_host_bytes=None, metrics={"demo_perplexity": None, "arc_acc": 0.25})
+    write_record(tmp_path / "o" / "b", pruner="magnitude", metrics={"demo_perplexity": 20.0, "arc_acc": 0.125})
+    by_metric = {r["metric"]: r for r in json.loads(call("--format", "json", records=tmp_path / "o")[1])[:2]}
+    assert by_metric["demo_perplexity"]["value"] is by_metric["arc_acc"]["peak_host_bytes"] is None
+    out = call("--format", "markdown", records=tmp_path / "o")[1]
+    assert "| **Wanda** | 50% | -- |" in out and "| **Wanda** | 50% | **0.25** |" in out  # more accuracy is better
+
+
+def test_latex(call, runs):
+    write_record(runs / "odd", model="a_b", pruner="my_50%_pruner")
+    out = call("--format", "latex")[1]
+    assert r"\caption{demo\_perplexity}" in out and r"\begin{tabular}{llrrr}" in out
+    body = out[out.index(r"\toprule") : out.index(r"\bottomrule")]
+    rows = [line.strip().removesuffix(r" \\").split(" & ") for line in body.splitlines() if " & " in line]
+    assert rows[0] == ["Method", "Sparsity", r"a\_b", "opt-125m", "opt-350m"]
+    assert rows[4] == ["SparseGPT", r"50\%", "--", r"\textbf{38.31}", r"\textbf{32.31}"]
+    assert rows[5][:2] == [r"my\_50\%\_pruner", r"50\%"] and {len(row) for row in rows} == {5}
+    assert body.count(r"\midrule") == 3
+
+
+@pytest.mark.parametrize("pruners", [None, ["dense"]])
+def test_plot(call, runs, tmp_path, pruners):
+    if pruners:  # a panel with nothing but the dense line
+        write_record(tmp_path / "o" / "a", pruner="dense", sparsity="dense", value=15.0)
+    path = tmp_path / "figure.png"
+    assert call("--plot", path, records=tmp_path / "o" if pruners else runs)[0] == 0
+    content = path.read_bytes()
+    width, height = struct.unpack(">II", content[16:24])
+    assert content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")
+    assert 600 < width < 3000 and 400 < height < 3000 and len(content) > 10_000
+
+
+def test_plot_without_matplotlib(call, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    status, _, err = call("--plot", tmp_path / "figure.png")
+    assert status == 2 and "pip install nnprune[dev]" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--metric", "perplexty"], "--metric perplexty: no record has this metric; known: demo_perplexity"),
+        (["--plot", "figure.docx"], "unknown suffix '.docx'; use one of .png"),
+        (["--plot", "nowhere/figure.png"], "the folder nowhere does not exist"),
+        (["--format", "xml"], "--format: invalid choice: 'xml'"),
+        (["--check", "--metric", "demo_perplexity"], "--check compares the whole README"),
+        (["--format", "csv", "--plot", "a.png"], "--format and --plot do not go together"),
+        (["--metric", "demo_perplexity", "--readme", "a.md"], "--readme is for rewriting"),
+        (["--readme", "nowhere.md"], "--readme nowhere.md: No such file"),
+        (["--records", "nowhere"], "--records nowhere: no such folder"),
+    ],
+)
+def test_usage_errors_are_one_line(call, argv, message):
+    status, out, err = call(*argv)
+    assert (status, out, err.count("\n")) == (2, "", 1) and message in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no table here\n", "no marked table; add <!-- nnprune:table metric=NAME -->"),
+        ("<!-- nnprune:table metric=demo_perplexity -->\n", "README.md:1: table without an end"),
+        ("<!-- /nnprune:table -->\n", "README.md:1: marker without its partner"),
+        ("<!-- nnprune:table -->\n<!-- /nnprune:table -->\n", "names no metric"),
+        ("<!-- nnprune:table metric=x model=y -->\n<!-- /nnprune:table -->\n", "'model=y' is not understood"),
+        ("\n<!-- nnprune:table metric=x -->\n<!-- /nnprune:table -->\n", "README.md:2: metric=x: no record has this"),
+    ],
+)
+def test_readme_errors_are_one_line_and_write_nothing(call, readme, text, message):
+    readme.write_text(text, encoding="utf-8")
+    status, out, err = call("--readme", readme)
+    assert (status, out, err.count("\n")) == (2, "", 1) and message in err
+    assert readme.read_text(encoding="utf-8") == text
+
+
+def test_filters_that_match_nothing(call, readme):
+    readme.write_text(README.replace("models=opt-350m,opt-125m", "models=opt-350m,opt-13b"), encoding="utf-8")
+    status, out, err = call("--readme", readme)
+    assert status == 0 and "| **Wanda** | 50% | 36.52 | -- |" in out
+    assert err == "warning: models=opt-13b: no record with demo_perplexity has it\n"
+
+
+def test_as_a_program_without_records_and_without_torch(tmp_path):
+    code = f"import sys, runpy; sys.argv = ['c', '--records', {str(tmp_path)!r}]\n"
+    code += f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    code += "finally: assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("collect.py: no completed records under ") and done.stderr.count("\n") == 1

@@ -1,0 +1,130 @@
+"""Any dense decoder-only model, seen as shell, decoder layers and linears, with no list of architectures."""
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES, VOCAB_SIZE
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from nnprune.decoder import Decoder, run_layer, weight_OI
+from nnprune.inputs import input_groups
+from nnprune.layerstore import LayerStore
+from nnprune.layerwise import LayerwiseEngine
+from nnprune.patterns import parse_pattern
+from nnprune.pruners.sparsegpt import SparseGPT
+from nnprune.pruning import LayerwisePruning
+from nnprune.runtime import Runtime
+
+
+def random_ids(rows: int = 2, seq_len: int = 24, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCAB_SIZE, (rows, seq_len), generator=torch.Generator().manual_seed(seed))
+
+
+def engine_of(model, folder, **runtime) -> LayerwiseEngine:
+    decoder, runtime = Decoder(model), Runtime(device="cpu", **runtime)
+    store = LayerStore(decoder, runtime.torch_device, runtime.layers, folder / "layers", None)
+    return LayerwiseEngine(decoder, store, runtime, folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_layer_by_layer_is_exactly_the_model(family, tmp_path):
+    model, ids = FAMILIES[family](), random_ids()
+    expected = model(ids).logits
+    engine = engine_of(model, tmp_path)
+    engine.check_model()
+    rows = list(engine.logits(ids, pruned=False, title=""))
+    torch.testing.assert_close(torch.cat([logits for _, logits in rows]), expected)  # the head sees one row at a time
+    decoder = engine.decoder
+    calls, hidden = decoder.record_calls(random_ids(seed=1)), decoder.embed(ids)
+    for layer, call in zip(decoder.layers, calls, strict=True):
+        hidden = run_layer(layer, hidden, call)
+    assert torch.equal(decoder.logits(ids, hidden), expected)
+    assert torch.equal(model(ids).logits, expected), "the model was changed by looking at it"
+
+
+@pytest.mark.parametrize("spec", ["0.5", "2:4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruning_leaves_the_exact_pattern_and_nothing_else_changed(family, spec, tmp_path):
+    model, pattern = FAMILIES[family](), parse_pattern(spec)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    engine = engine_of(model, tmp_path)
+    linears = {name: linear for index in range(3) for name, linear in engine.decoder.linears(index).items()}
+    plan = dict.fromkeys(linears, pattern)
+    reports = LayerwisePruning(engine, SparseGPT(), plan, "pruned").run(random_ids(rows=8, seq_len=32))
+    assert [linear["name"] for report in reports for linear in report["linears"]].sort() == list(linears).sort()
+    for linear in linears.values():
+        weight = weight_OI(linear)
+        pattern.check(weight)
+        assert weight.count_nonzero() == weight.numel() // 2
+    pruned_names = {f"{name}.weight" for name in linears}
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (name not in pruned_names), name
+    assert model(random_ids()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(("family", "linears"), [("opt", 6), ("llama", 7)])
+def test_four_distinct_inputs_a_layer(family, linears):
+    decoder, ids = Decoder(FAMILIES[family]()), random_ids()
+    groups = input_groups(decoder.layers[1], decoder.linears(1), decoder.embed(ids), decoder.record_calls(ids)[1])
+    assert len(groups) == 4
+    assert sum(map(len, groups)) == linears
+    short = [{name.rsplit(".", 1)[1] for name in names} for names in groups]
+    assert short[0] == {"q_proj", "k_proj", "v_proj"}
+    assert family == "opt" or short[2] == {"gate_proj", "up_proj"}
+
+
+def test_layers_of_gemma_get_their_own_arguments():
+    decoder = Decoder(FAMILIES["gemma3"]())
+    calls = decoder.record_calls(random_ids())
+    masks = [call.kwargs["attention_mask"] for call in calls]
+    rotary = [call.kwargs["position_embeddings"][0] for call in calls]
+    assert not torch.equal(rotary[0], rotary[1])
+    assert (masks[0] is None) != (masks[1] is None) or not torch.equal(masks[0], masks[1])
+
+
+def test_conv1d_weights_are_seen_as_output_by_input():
+    decoder = Decoder(FAMILIES["gpt2"]())
+    assert decoder.shapes()["transformer.h.0.attn.c_attn"] == (96, 32)
+
+
+def test_mixture_of_experts_is_refused():
+    config = transformers.MixtralConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64
+    )
+    with pytest.raises(ValueError, match="MixtralForCausalLM holds .*mixture-of-experts"):
+        Decoder(AutoModelForCausalLM.from_config(config))
+
+
+def test_layers_path():
+    model = FAMILIES["llama"]()
+    assert Decoder(model, "model.layers").path == "model.layers"
+    with pytest.raises(ValueError, match=r"model\.layers_path=model\.nothing: LlamaForCausalLM has no list"):
+        Decoder(model, "model.nothing")
+    model.model.second = nn.ModuleList(nn.Identity() for _ in range(3))
+    with pytest.raises(ValueError, match=r"found model\.layers, model\.second; set model\.layers_path"):
+        Decoder(model)
+    assert Decoder(model, "model.layers").linears(0)
+
+
+def test_the_gate_refuses_a_model_that_its_layers_do_not_explain(tmp_path):
+    model = FAMILIES["llama"]()
+
+    class Secretive(type(model.model.layers[1])):
+        calls = 0
+
+        def forward(self, hidden_states, *args, **kwargs):
+            Secretive.calls += 1  # something that no argument tells
+            return super().forward(hidden_states, *args, **kwargs) * Secretive.calls
+
+    model.model.layers[1].__class__ = Secretive
+    with pytest.raises(ValueError, match="do not give the model's own logits"):
+        engine_of(model, tmp_path).check_model()
+
+
+def test_the_gate_refuses_a_model_whose_tokens_see_later_ones(tmp_path):
+    model = FAMILIES["llama"]()
+    model.model.layers[0].mlp.forward = lambda hidden: hidden + hidden.mean(1, keepdim=True)
+    with pytest.raises(ValueError, match="no causal language model"):
+        engine_of(model, tmp_path).check_model()

@@ -1,0 +1,232 @@
+"""The layer-wise engine: what later linears see, where things rest, resuming, saving."""
+
+import json
+
+import pytest
+import torch
+from conftest import compose_config
+from families import FAMILIES
+from test_decoder import engine_of, random_ids
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nnprune.decoder import run_layer, weight_OI
+from nnprune.patterns import NM
+from nnprune.pruners.base import Pruner
+from nnprune.pruners.sparsegpt import SparseGPT
+from nnprune.pruners.wanda import Wanda
+from nnprune.pruning import LayerwisePruning, relative_error
+from nnprune.run import run
+from nnprune.runtime import Runtime
+from nnprune.statistics import Hessian
+
+IDS = random_ids(rows=5, seq_len=16)
+
+
+def prune_model(folder, family="llama", pruner=None, propagate="pruned", model=None, **runtime):
+    model = model or FAMILIES[family]()
+    engine = engine_of(model, folder, **runtime)
+    plan = dict.fromkeys(engine.decoder.shapes(), NM(2, 4))
+    return model, LayerwisePruning(engine, pruner or SparseGPT(), plan, propagate).run(IDS)
+
+
+class Witness(Pruner):
+    """SparseGPT's mask, and a memory of the Hessians it was given."""
+
+    statistic = Hessian
+
+    def __init__(self):
+        self.seen = {}
+
+    def prune_linear(self, W, module_name, pattern):
+        self.seen[module_name] = self.statistics[module_name].mean()
+        return torch.where(pattern.mask(W.abs()), W, 0)
+
+
+@torch.no_grad()
+def expected_hessians(dense, pruned, propagate):
+    """Hessians from full-model forwards: the reference for what each mode shows."""
+    seen = {}
+    for index in range(3):
+        for group in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
+            model = FAMILIES["llama"]()  # dense from here on
+            model.load_state_dict(dense)
+            for name, linear in model.named_modules():
+                if not hasattr(linear, "weight") or "layers." not in name or f"{name}.weight" not in pruned:
+                    continue
+                layer = int(name.split(".")[2])
+                order = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+                short = name.rsplit(".", 1)[1]
+                earlier = layer < index or (
+                    propagate == "sequential" and layer == index and short in order and order.index(short) < order.index(group[0])
+                )
+                if propagate != "dense" and earlier:
+                    linear.weight.copy_(pruned[f"{name}.weight"])
+            captured = {}
+            for name, linear in model.model.layers[index].named_modules():
+                if name.rsplit(".", 1)[-1] in group:
+                    linear.register_forward_pre_hook(lambda _, args, name=name: captured.__setitem__(name, args[0]))
+            model(IDS)
+            for name, X in captured.items():
+                X = X.reshape(-1, X.shape[-1])
+                seen[f"model.layers.{index}.{name}"] = X.T @ X / len(X)
+    return seen
+
+
+@pytest.mark.parametrize("propagate", ["pruned", "dense", "sequential"])
+def test_what_each_linear_sees(propagate, tmp_path):
+    dense = FAMILIES["llama"]().state_dict()
+    witness = Witness()
+    model, _ = prune_model(tmp_path, pruner=witness, propagate=propagate, batch_size=2)
+    expected = expected_hessians(dense, model.state_dict(), propagate)
+    assert witness.seen.keys() == expected.keys()
+    for name, hessian in expected.items():
+        torch.testing.assert_close(witness.seen[name], hessian, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("runtime", [{"batch_size": 1}, {"batch_size": 5, "activations": "disk"}, {"layers": "device"}])
+def test_where_things_rest_does_not_change_the_result(runtime, tmp_path):
+    first, _ = prune_model(tmp_path / "a", pruner=Wanda(), batch_size=5)
+    second, _ = prune_model(tmp_path / "b", pruner=Wanda(), **runtime)
+    for (name, one), two in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(one, two), name  # Wanda keeps weights as they are, so that equal masks are equal weights
+    assert not list((tmp_path / "b").glob("activations*"))
+
+
+def test_reports(tmp_path):
+    model, reports = prune_model(tmp_path, family="opt")
+    assert len(reports) == 3
+    dense = FAMILIES["opt"]()
+    for report in reports:
+        assert report["linear_zeros"] == report["linear_size"] // 2
+        for linear in report["linears"]:
+            assert linear["sparsity"] == 0.5
+            assert 0 < linear["relative_error"] < 1
+            assert linear["seconds"] > 0
+    linear = reports[0]["linears"][0]
+    captured = []
+    module = dense.get_submodule(linear["name"])
+    module.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
+    with torch.no_grad():
+        dense(IDS)
+    W, pruned = weight_OI(module), weight_OI(model.get_submodule(linear["name"]))
+    expected = relative_error(W, pruned, captured[0].reshape(-1, 32).float())
+    assert linear["relative_error"] == pytest.approx(expected, rel=1e-3)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Failing(Wanda):
+    """Stops at a chosen linear, as a killed run would."""
+
+    def __init__(self, fatal):
+        self.fatal = fatal
+
+    def prune_linear(self, W, module_name, pattern):
+        if module_name == self.fatal:
+            raise Interrupted
+        return super().prune_linear(W, module_name, pattern)
+
+
+class Counting(Wanda):
+    def __init__(self):
+        self.names = []
+
+    def prune_linear(self, W, module_name, pattern):
+        self.names.append(module_name)
+        return super().prune_linear(W, module_name, pattern)
+
+
+@pytest.mark.parametrize("propagate", ["pruned", "dense", "sequential"])
+def test_an_interrupted_run_goes_on_to_the_same_bits(propagate, tmp_path):
+    whole, expected = prune_model(tmp_path / "whole", pruner=Wanda(), propagate=propagate, batch_size=2)
+    with pytest.raises(Interrupted):
+        prune_model(tmp_path / "cut", pruner=Failing("model.layers.1.mlp.down_proj"), propagate=propagate, batch_size=2)
+    (tmp_path / "cut" / "layers" / ".layer-0001.safetensors.1.tmp").write_bytes(b"half")
+    counting = Counting()
+    resumed, reports = prune_model(tmp_path / "cut", pruner=counting, propagate=propagate, batch_size=2)
+    assert all(name.startswith(("model.layers.1.", "model.layers.2.")) for name in counting.names)
+    assert len(counting.names) == 14
+    for (name, one), two in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(one, two), name
+    strip = [[{**linear, "seconds": 0} for linear in report["linears"]] for report in reports]
+    assert strip == [[{**linear, "seconds": 0} for linear in report["linears"]] for report in expected]
+
+
+def test_a_finished_pruning_is_only_read_again(tmp_path):
+    whole, _ = prune_model(tmp_path, pruner=Wanda())
+    counting = Counting()
+    again, _ = prune_model(tmp_path, pruner=counting)
+    assert counting.names == []
+    engine = engine_of(again, tmp_path)
+    for row in engine.logits(IDS[:1], pruned=True, title=""):
+        torch.testing.assert_close(row[1], whole(IDS[:1]).logits)
+
+
+@pytest.mark.parametrize("family", ["opt_post_norm_projected", "llama", "gemma3", "gpt2", "bloom", "falcon", "gpt_neox"])
+@pytest.mark.parametrize("layers", ["host", "disk"])
+def test_saved_model_is_an_ordinary_directory_with_equal_logits(family, layers, tiny_model_dir, tmp_path):
+    source = tmp_path / family
+    model = FAMILIES[family]()
+    model.save_pretrained(source)
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(source)
+    cfg = compose_config(
+        "model=local",
+        f"model.path={source}",
+        "calibration=random",
+        "calibration.num_samples=4",
+        "calibration.seq_len=16",
+        "evaluation=none",
+        "evaluation.seq_len=16",
+        "pruner=wanda",
+        "sparsity=2:4",
+        "save=true",
+        f"runtime.layers={layers}",
+        f"outputs={tmp_path / 'outputs'}",
+    )
+    record = run(cfg)
+    [folder] = tmp_path.glob("outputs/*/2of4/*/model")
+    assert "sparsity" not in (folder / "config.json").read_text()
+    assert json.loads((folder / "pruning.json").read_text())["fingerprint"] == record.fingerprint
+    loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    engine = engine_of(model, tmp_path / "again")
+    plan = dict.fromkeys(engine.decoder.shapes(), NM(2, 4))
+    ids = torch.randint(96, (4, 16), generator=torch.Generator().manual_seed(0))
+    LayerwisePruning(engine, Wanda(), plan, "pruned").run(ids)
+    assert torch.equal(loaded.eval()(IDS).logits, model(IDS).logits)
+    assert AutoTokenizer.from_pretrained(folder)("ab").input_ids
+
+
+def test_only_one_layer_is_off_the_meta_device_at_a_time(tiny_config, monkeypatch, tmp_path):
+    from nnprune.layerstore import LayerStore
+
+    resident = []
+    fetch = LayerStore.fetch
+
+    def watched(self, index, pruned=True):
+        layer = fetch(self, index, pruned)
+        resident.append(sum(any(not p.is_meta for p in other.parameters()) for other in self.decoder.layers))
+        return layer
+
+    monkeypatch.setattr(LayerStore, "fetch", watched)
+    disk = run(tiny_config("runtime=low_memory", "pruner=wanda"))
+    assert set(resident) == {1}
+    monkeypatch.undo()
+    host = run(tiny_config("pruner=wanda", "runtime.batch_size=1", f"outputs={tmp_path / 'host'}"))
+    assert disk.metrics == host.metrics
+    assert disk.fingerprint == host.fingerprint
+
+
+def test_runtime_defaults_to_what_there_is():
+    runtime = Runtime(**compose_config().runtime)
+    assert runtime.torch_device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_layer_that_returns_something_else_is_refused():
+    from nnprune.decoder import LayerCall
+
+    with pytest.raises(ValueError, match="instead of hidden states"):
+        run_layer(lambda hidden: hidden[0], torch.zeros(2, 3, 4), LayerCall((), {}))

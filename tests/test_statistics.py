@@ -1,0 +1,154 @@
+"""Statistics against a float64 reference, in any dtype and in any pieces."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nnprune import statistics
+from nnprune.statistics import Hessian, SquaredNorm
+
+REFERENCE = {
+    SquaredNorm: lambda X: X.square().mean(0),
+    Hessian: lambda X: X.t() @ X / len(X),
+}
+both = pytest.mark.parametrize("kind", [SquaredNorm, Hessian])
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def inputs(dtype: torch.dtype, num_tokens: int = 200, width: int = 48) -> torch.Tensor:
+    """Inputs (tokens, width) with features of very different sizes and a common part, as those of a language model."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(num_tokens, width, generator=generator) + torch.randn(num_tokens, 1, generator=generator)
+    return (X * torch.logspace(-2, 1, width)).to(dtype)
+
+
+@both
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mean_equals_the_float64_reference(kind, dtype):
+    X = inputs(dtype)
+    statistic = kind()
+    statistic.add(X)
+    mean, expected = statistic.mean(), REFERENCE[kind](X.double())
+    assert mean.dtype == torch.float32
+    assert mean.shape == expected.shape
+    # An entry of the Hessian is a sum of terms of both signs, so its error is relative to the two features' own size.
+    scale = expected if kind is SquaredNorm else torch.outer(expected.diagonal(), expected.diagonal()).sqrt()
+    assert ((mean - expected).abs() / scale).max() < 1e-6
+
+
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(
+    kind=st.sampled_from([SquaredNorm, Hessian]),
+    dtype=st.sampled_from(DTYPES[:3]),
+    cuts=st.lists(st.integers(1, 199), max_size=5, unique=True),
+)
+def test_streaming_in_pieces_equals_all_at_once(kind, dtype, cuts):
+    X = inputs(dtype)
+    streamed, whole = kind(), kind()
+    for piece in torch.tensor_split(X, sorted(cuts)):
+        streamed.add(piece)
+    whole.add(X)
+    assert streamed.num_tokens == whole.num_tokens == len(X)
+    torch.testing.assert_close(streamed.mean(), whole.mean(), rtol=1e-5, atol=1e-5)
+
+
+@both
+def test_batches_and_tokens_are_the_same_to_a_statistic(kind):
+    X = inputs(torch.float32)
+    batched, flat = kind(), kind()
+    batched.add(X.view(4, 50, -1))
+    flat.add(X)
+    assert batched.num_tokens == 200
+    assert torch.equal(batched.mean(), flat.mean())
+
+
+@both
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inputs_are_left_alone(kind, dtype):
+    X = inputs(dtype)
+    before = X.clone()
+    kind().add(X)
+    assert torch.equal(X, before)
+
+
+@both
+def test_mean_is_fresh_each_time(kind):
+    statistic = kind()
+    statistic.add(inputs(torch.float32))
+    statistic.mean().sqrt_().zero_()
+    assert statistic.mean().abs().sum() > 0
+    first = statistic.mean()
+    statistic.add(inputs(torch.float32) * 3)
+    torch.testing.assert_close(statistic.mean(), first * 5)
+
+
+@both
+def test_one_add_does_not_alias_its_input(kind):
+    X = torch.ones(1, 4)
+    statistic = kind()
+    statistic.add(X)
+    X.zero_()
+    assert (statistic.mean() == 1).all()
+
+
+@both
+def test_no_tokens_have_no_mean(kind):
+    statistic = kind()
+    with pytest.raises(ValueError, match="no calibration tokens"):
+        statistic.mean()
+    assert not statistic.is_finite()
+
+
+@both
+@pytest.mark.parametrize(("value", "finite"), [(1.0, True), (float("nan"), False), (float("inf"), False), (1e30, False)])
+def test_is_finite(kind, value, finite):
+    statistic = kind()
+    statistic.add(torch.ones(3, 4))
+    X = torch.ones(3, 4)
+    X[1, 2] = value
+    statistic.add(X)
+    statistic.add(torch.ones(3, 4))
+    assert statistic.is_finite() is finite
+
+
+@both
+def test_float16_sums_do_not_overflow(kind):
+    statistic = kind()
+    statistic.add(torch.full((4, 3), 6e4, dtype=torch.float16))
+    assert statistic.is_finite()
+    assert statistic.mean().flatten().tolist() == pytest.approx([60000.0**2] * statistic.mean().numel(), rel=1e-6)
+
+
+def test_memo_computes_once_per_key_and_forgets_on_add():
+    statistic = SquaredNorm()
+    statistic.add(torch.ones(2, 3))
+    calls = []
+
+    def compute() -> int:
+        calls.append(1)
+        return len(calls)
+
+    assert [statistic.memo("a", compute), statistic.memo("a", compute), statistic.memo("b", compute)] == [1, 1, 2]
+    statistic.add(torch.ones(2, 3))
+    assert statistic.memo("a", compute) == 3
+
+
+@pytest.mark.parametrize("before", ["highest", "high"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_matmul_precision_is_put_back(before, dtype):
+    original = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(before)
+    try:
+        Hessian().add(inputs(dtype))
+        assert torch.get_float32_matmul_precision() == before
+    finally:
+        torch.set_float32_matmul_precision(original)
+
+
+def test_matmul_precision_is_put_back_after_an_exception():
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(KeyError), statistics._bf16_products(enabled=True):
+        assert torch.get_float32_matmul_precision() == "medium"
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == before

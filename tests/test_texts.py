@@ -1,0 +1,211 @@
+"""Texts and token ids: files in the hub's own layout, through the shipped YAMLs, against the official loaders' draws."""
+
+import gzip
+import json
+import random
+
+import datasets
+import pandas as pd
+import pytest
+import torch
+from conftest import byte_tokenizer, compose_config
+from hydra.utils import instantiate
+from tokenizers.processors import TemplateProcessing
+
+from nnprune.calibration import TextCalibration, token_hash
+from nnprune.evaluation import Evaluation
+from nnprune.texts import TextSource
+
+WORDS = "the a river bridge under over walked slowly Anna 1984 , . saw found".split()
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A token a byte, and one at the beginning as for OPT, so that tokenising in pieces would show."""
+    tokenizer = byte_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def sentences(count: int, longest: int, seed: int) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(1, longest))) for _ in range(count)]
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_parquet(path, **columns):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(columns).to_parquet(path)
+
+
+@pytest.fixture
+def c4(tmp_path):
+    """A folder as allenai/c4 on the hub, with its columns, and its texts by split."""
+    texts = {"train": sentences(60, 30, seed=1), "validation": sentences(1200, 4, seed=2)}
+    for split, count in (("train", 1024), ("validation", 8)):
+        rows = [{"text": text, "url": "http://x.y", "timestamp": "2019-04-25T12:57:54Z"} for text in texts[split]]
+        write_jsonl(tmp_path / f"c4/en/c4-{split}.00000-of-{count:05d}.json.gz", rows)
+    return tmp_path / "c4", texts
+
+
+@pytest.fixture
+def wikitext(tmp_path):
+    """A folder as Salesforce/wikitext on the hub, and its texts by split: headings, paragraphs and empty rows."""
+    texts = {}
+    for split, seed in (("train", 3), ("test", 4)):
+        texts[split] = ["", " = Title = \n", "", *(f" {text} \n" for text in sentences(40, 20, seed)), ""]
+        write_parquet(tmp_path / f"wikitext/wikitext-2-raw-v1/{split}-00000-of-00001.parquet", text=texts[split])
+    return tmp_path / "wikitext", texts
+
+
+@pytest.fixture
+def ptb(tmp_path):
+    texts = sentences(50, 12, seed=5)
+    write_parquet(tmp_path / "ptb/penn_treebank/test/0000.parquet", sentence=texts)
+    return tmp_path / "ptb", texts
+
+
+def from_command_line(group: str, *overrides):
+    cfg = compose_config("model=local", "model.path=unused", *overrides)
+    return instantiate(cfg[group], _convert_="all")
+
+
+def official_c4(texts, tokenizer, num_samples, seq_len, seed):
+    """get_c4 of SparseGPT and Wanda."""
+    random.seed(seed)
+    rows = []
+    for _ in range(num_samples):
+        while True:
+            i = random.randint(0, len(texts) - 1)
+            ids = tokenizer(texts[i], return_tensors="pt").input_ids
+            if ids.shape[1] > seq_len:
+                break
+        i = random.randint(0, ids.shape[1] - seq_len - 1)
+        rows.append(ids[:, i : i + seq_len])
+    return torch.cat(rows)
+
+
+def official_wikitext2(texts, tokenizer, num_samples, seq_len, seed):
+    """get_wikitext2 of SparseGPT and Wanda."""
+    ids = tokenizer(" ".join(texts), return_tensors="pt").input_ids
+    random.seed(seed)
+    starts = [random.randint(0, ids.shape[1] - seq_len - 1) for _ in range(num_samples)]
+    return torch.cat([ids[:, i : i + seq_len] for i in starts])
+
+
+def official_windows(text, tokenizer, seq_len):
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    return [ids[0, i * seq_len : (i + 1) * seq_len].tolist() for i in range(ids.numel() // seq_len)]
+
+
+def test_c4_calibration_draws_as_the_official_loader(c4, tokenizer):
+    folder, texts = c4
+    calibration = from_command_line(
+        "calibration", "calibration=c4", f"calibration.dataset={folder}", "calibration.seq_len=64", "calibration.num_samples=9", "seed=7"
+    )
+    ids = calibration.token_ids(tokenizer, vocab_size=264)
+    assert ids.dtype == torch.int64
+    assert torch.equal(ids, official_c4(texts["train"], tokenizer, 9, 64, seed=7))
+
+
+def test_wikitext2_calibration_draws_as_the_official_loader(wikitext, tokenizer):
+    folder, texts = wikitext
+    calibration = from_command_line(
+        "calibration", "calibration=wikitext2", f"calibration.dataset={folder}", "calibration.seq_len=50", "calibration.num_samples=8"
+    )
+    assert torch.equal(calibration.token_ids(tokenizer, 264), official_wikitext2(texts["train"], tokenizer, 8, 50, seed=0))
+
+
+def test_three_evaluations_at_once_are_the_official_windows(wikitext, c4, ptb, tokenizer):
+    evaluation = from_command_line(
+        "evaluation",
+        "evaluation=[wikitext2,c4,ptb]",
+        f"evaluation.datasets.wikitext2.dataset={wikitext[0]}",
+        f"evaluation.datasets.c4.dataset={c4[0]}",
+        f"evaluation.datasets.ptb.dataset={ptb[0]}",
+        "evaluation.seq_len=40",
+    )
+    ids = {name: rows.tolist() for name, rows in evaluation.token_ids(tokenizer).items()}
+    c4_windows = official_windows(" ".join(c4[1]["validation"][:1100]), tokenizer, 40)
+    assert len(c4_windows) > 256  # or the limit would not be seen
+    assert ids == {
+        "wikitext2": official_windows("\n\n".join(wikitext[1]["test"]), tokenizer, 40),
+        "c4": c4_windows[:256],
+        "ptb": official_windows(" ".join(ptb[1]), tokenizer, 40),
+    }
+
+
+@pytest.mark.parametrize(("max_windows", "found"), [("null", 256), ("3", 3), ("300", 256)])
+def test_the_smaller_limit_of_windows_counts(c4, tokenizer, max_windows, found):
+    evaluation = from_command_line(
+        "evaluation", "evaluation=c4", f"evaluation.datasets.c4.dataset={c4[0]}", f"evaluation.max_windows={max_windows}",
+        "evaluation.seq_len=40",
+    )  # fmt: skip
+    assert evaluation.token_ids(tokenizer)["c4"].shape == (found, 40)
+
+
+def test_evaluation_text_beside_a_dataset_and_none(ptb, tmp_path, tokenizer):
+    (tmp_path / "own.txt").write_text("one two three\n\nfour five six", encoding="utf-8")
+    evaluation = from_command_line(
+        "evaluation", "evaluation=[ptb,text]", f"evaluation.datasets.ptb.dataset={ptb[0]}", f"evaluation.path={tmp_path / 'own.txt'}",
+        "evaluation.seq_len=9",
+    )  # fmt: skip
+    ids = evaluation.token_ids(tokenizer)
+    assert list(ids) == ["ptb", "text"]
+    assert ids["text"].tolist() == official_windows("one two three\n\nfour five six", tokenizer, 9)
+    assert from_command_line("evaluation", "evaluation=none").token_ids(tokenizer) == {}
+
+
+DOCUMENTS = ["first tale, of a river", "second: ünïcode ✓", "third one\nof two lines"]
+WRITERS = {
+    "a.txt": lambda path: path.write_text("\n\n".join(DOCUMENTS) + "\n\n\n", encoding="utf-8"),
+    "a.jsonl": lambda path: write_jsonl(path, [{"text": text} for text in DOCUMENTS]),
+    "a.jsonl.gz": lambda path: write_jsonl(path, [{"text": text} for text in DOCUMENTS]),
+    "v1.2.json.gz": lambda path: write_jsonl(path, [{"id": 1, "text": text} for text in DOCUMENTS]),
+    "a.json": lambda path: path.write_text(json.dumps([{"text": text} for text in DOCUMENTS]), encoding="utf-8"),
+    "a.parquet": lambda path: write_parquet(path, text=DOCUMENTS, number=[1, 2, 3]),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_holds_the_same_documents(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    source = TextSource("calibration", path=str(tmp_path / name))
+    source.check()
+    assert list(source.documents()) == DOCUMENTS
+    assert source.joined() == "\n\n".join(DOCUMENTS)
+    assert list(TextSource("calibration", path=str(tmp_path / name), max_documents=2).documents()) == DOCUMENTS[:2]
+
+
+def test_several_files_are_read_in_order_and_other_columns_by_name(tmp_path):
+    write_parquet(tmp_path / "b.parquet", body=["four"])
+    write_jsonl(tmp_path / "c.jsonl", [{"body": "five"}])
+    (tmp_path / "a.txt").write_text("six\n\nseven", encoding="utf-8")
+    paths = [str(tmp_path / name) for name in ("b.parquet", "c.jsonl", "a.txt")]
+    assert TextSource("calibration", path=paths, column="body").joined() == "four\n\nfive\n\nsix\n\nseven"
+
+
+def test_a_text_file_without_blank_lines_holds_a_document_a_line(tmp_path):
+    (tmp_path / "lines.txt").write_text("one\n two \r\nthree", encoding="utf-8")
+    assert TextSource("calibration", path=str(tmp_path / "lines.txt")).documents() == ["one", " two ", "three"]
+
+
+def test_calibration_text_packed_and_by_document(tmp_path, tokenizer):
+    texts = sentences(30, 20, seed=6)
+    write_jsonl(tmp_path / "own.json.gz", [{"body": text} for text in texts])
+    common = ("calibration=text", f"calibration.path={tmp_path / 'own.json.gz'}", "calibration.column=body",
+              "calibration.seq_len=40", "calibration.num_samples=6", "seed=3")  # fmt: skip
+    packed = from_command_line("calibration", *common).token_ids(tokenizer, 264)
+    assert torch.equal(packed, official_wikitext2(["\n\n".join(texts)], tokenizer, 6, 40, seed=3))
+    documents = from_command_line("calibration", *common, "calibration.mode=documents").token_ids(tokenizer, 264)
+    assert torch.equal(documents, official_c4(texts, tokenizer, 6, 40, seed=3))
