@@ -45,6 +45,8 @@ def prepare_folder(folder: Path) -> Iterator[None]:
         raise OSError(error.errno, f"outputs={folder}: cannot be written ({error.strerror}); set outputs=DIR to a writable folder") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("nnprune")
+    if logger.level == logging.NOTSET:  # called from Python, where nobody configured logging
+        logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
         yield
@@ -139,7 +141,8 @@ def _plan(experiment: Experiment, config: Any) -> dict[str, SparsityPattern]:
     """Pattern by linear, from shapes alone. Raises ValueError for sequences or groups that the model can't have."""
     decoder = Decoder(experiment.source.skeleton(config), experiment.source.layers_path)
     positions = getattr(decoder.text_config, "max_position_embeddings", None)
-    for key in ("calibration", "evaluation"):
+    used = {"calibration": not experiment.is_dense, "evaluation": bool(experiment.evaluation.sources)}
+    for key in [key for key, is_used in used.items() if is_used]:
         seq_len = getattr(experiment, key).seq_len
         if positions and seq_len > positions:
             raise ValueError(f"{key}.seq_len={seq_len}: {experiment.source.name} has {positions} positions; lower {key}.seq_len")
@@ -159,7 +162,7 @@ def _engine(experiment: Experiment, config: Any) -> LayerwiseEngine:
     source, runtime = experiment.source, experiment.runtime
     lazy = runtime.layers == "disk"
     decoder = Decoder(source.skeleton(config) if lazy else source.load(config), source.layers_path)
-    checkpoint = source.checkpoint() if lazy else None
+    checkpoint = source.checkpoint(decoder.model) if lazy else None
     store = LayerStore(decoder, runtime.torch_device, runtime.layers, experiment.folder / "layers", checkpoint)
     return LayerwiseEngine(decoder, store, runtime, experiment.folder)
 

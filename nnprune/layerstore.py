@@ -50,7 +50,7 @@ class LayerStore:
         finished = pruned and index in self.reports
         if finished and index not in self._pruned_in_memory:
             with safe_open(self._path(index), "pt") as file:
-                self._assign(layer, {name: file.get_tensor(name) for name in file.keys()})
+                self._assign(layer, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
             if self.checkpoint is None:
                 self._pruned_in_memory.add(index)
         elif self.checkpoint is not None:
@@ -101,23 +101,15 @@ class LayerStore:
     def _read_dense(self, index: int) -> dict[str, Tensor]:
         prefix = f"{self.decoder.path}.{index}."
         names = list(self.decoder.layers[index].state_dict())
-        return {
-            name.removeprefix(prefix): tensor for name, tensor in self._read_checkpoint([prefix + name for name in names]).items()
-        }
+        tensors = self.checkpoint.read([prefix + name for name in names])
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     def _load_shell(self) -> None:
         model = self.decoder.model
         names = [name for name in model.state_dict() if not name.startswith(f"{self.decoder.path}.")]
-        tied = set(getattr(model, "all_tied_weights_keys", {}))
-        model.load_state_dict(self._read_checkpoint(names, optional=tied), strict=False, assign=True)
+        tied = model.all_tied_weights_keys
+        model.load_state_dict(self.checkpoint.read(names, optional=tied), strict=False, assign=True)
         model.tie_weights()
-
-    def _read_checkpoint(self, names: list[str], optional: set[str] = frozenset()) -> dict[str, Tensor]:
-        model = self.decoder.model
-        tensors = self.checkpoint.read(names, model.base_model_prefix, model.dtype)
-        if missing := set(names) - set(tensors) - optional:
-            raise ValueError(f"{self.checkpoint.label}: its safetensors lack {min(missing)}; use runtime.layers=host")
-        return tensors
 
     def _move_shell(self) -> None:
         """Move all outside the decoder layers to the device; tied tensors are moved once and stay tied."""

@@ -1,0 +1,239 @@
+"""Run records -> the README's tables, CSV, JSON, LaTeX, a plot. Formats what runs measured; computes no metric.
+
+    python scripts/collect.py                               rewrite every marked table of README.md
+    python scripts/collect.py --check                       write nothing; exit 1 if a table is out of date
+    python scripts/collect.py --metric demo_perplexity      print one table over all models
+    python scripts/collect.py --format csv > runs.csv       print all records (csv, json) or tables (latex, markdown)
+    python scripts/collect.py --plot sparsity.png           perplexity against sparsity
+
+A table of the README stands between two lines, and is rewritten from the records each time:
+
+    <!-- nnprune:table metric=demo_perplexity models=demo,opt-125m pruners=wanda sparsities=0.5,2:4 -->
+    <!-- /nnprune:table -->
+
+Only `metric` is needed. The rest are comma lists that filter; `models` gives the order of the columns as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the package beside this script, installed or not
+
+try:
+    import pandas as pd
+except ModuleNotFoundError:
+    sys.exit("collect.py: pandas is missing; pip install pandas")
+
+from nnprune import plots, records, tables  # noqa: E402
+
+START = re.compile(r"<!--\s*nnprune:table\b(.*?)-->\s*")
+END = re.compile(r"<!--\s*/nnprune:table\s*-->\s*")
+EXAMPLE = "<!-- nnprune:table metric=NAME --> and, on a later line, <!-- /nnprune:table -->"
+LISTS = ("models", "pruners", "sparsities")
+
+
+class UsageError(Exception):
+    """One line that names what is wrong and the remedy. Exit status 2."""
+
+
+class NoRecordsError(Exception):
+    """There is nothing to format. Exit status 1."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # one line, without argparse's usage block
+        raise UsageError(f"{message} (see --help)")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--records", type=Path, metavar="DIR", help="folder of records (default: outputs/)")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="file with marked tables (default: README.md)")
+    parser.add_argument("--metric", metavar="NAME", help="this metric only; prints, and leaves the README alone")
+    parser.add_argument("--format", choices=["markdown", "csv", "latex", "json"], help="print; leave the README alone")
+    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 when a table is out of date")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write a figure; leave the README alone")
+    args = parser.parse_args(argv)
+    if args.check and (args.metric or args.format or args.plot):
+        parser.error("--check compares the whole README: leave out --metric, --format and --plot")
+    if args.format and args.plot:
+        parser.error("--format and --plot do not go together: run them one after the other")
+    if args.readme and (args.metric or args.format or args.plot):
+        parser.error("--readme is for rewriting or --check: leave it out with --metric, --format and --plot")
+    return args
+
+
+def load(folder: Path | None) -> pd.DataFrame:
+    """The usable records as one long frame; the others are named on stderr."""
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"--records {folder}: no such folder; name one that holds result.json files")
+    folder = folder or ROOT / "outputs"
+    found, broken = records.read_all(folder) if folder.is_dir() else ([], [])
+    frame, problems = tables.to_frame(found)
+    warn([f"{path}: skipped, {reason}" for path, reason in broken] + problems)
+    if frame.empty:
+        skipped = f" ({len(broken) + len(problems)} skipped)" if broken or problems else ""
+        raise NoRecordsError(f"no completed records under {folder}{skipped}; run an experiment or name --records DIR")
+    return frame
+
+
+def warn(lines: list[str]) -> None:
+    for line in dict.fromkeys(lines):  # two tables may share a cell
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def known_metric(frame: pd.DataFrame, name: str, where: str) -> str:
+    known = sorted(frame["metric"].unique())
+    if name not in known:
+        raise UsageError(f"{where}{name}: no record has this metric; known: {', '.join(known)}")
+    return name
+
+
+@dataclass
+class Block:
+    """A marked table: lines[start] is its first marker, lines[end] its second."""
+
+    start: int
+    end: int
+    attributes: dict[str, str]
+
+
+def find_blocks(lines: list[str], name: str) -> list[Block]:
+    """The marked tables. Markers inside a code fence are an example, not a table."""
+    blocks, fence, opened = [], "", None
+    for i, line in enumerate(lines):
+        mark = re.match(r"\s{0,3}(```+|~~~+)", line)
+        if mark and (not fence or mark[1].startswith(fence)):
+            fence = "" if fence else mark[1]
+        if fence:
+            continue
+        start = START.fullmatch(line)
+        if start and opened is None:
+            opened = Block(i, i, parse_attributes(start[1], f"{name}:{i + 1}"))
+        elif END.fullmatch(line) and opened is not None:
+            opened.end = i
+            blocks.append(opened)
+            opened = None
+        elif start or END.fullmatch(line):
+            raise UsageError(f"{name}:{i + 1}: marker without its partner; a table needs {EXAMPLE}")
+    if opened is not None:
+        raise UsageError(f"{name}:{opened.start + 1}: table without an end; add <!-- /nnprune:table --> below it")
+    if not blocks:
+        raise UsageError(f"{name}: no marked table; add {EXAMPLE}")
+    return blocks
+
+
+def parse_attributes(text: str, where: str) -> dict[str, str]:
+    pairs = [item.partition("=") for item in text.split()]
+    attributes = {key: value for key, _, value in pairs}
+    for key, _, value in pairs:
+        if key not in ("metric", *LISTS) or not value:
+            raise UsageError(f"{where}: '{key}={value}' is not understood; use metric=NAME, {'=A,B, '.join(LISTS)}=A,B")
+    if "metric" not in attributes:
+        raise UsageError(f"{where}: the marker names no metric; write <!-- nnprune:table metric=NAME -->")
+    return attributes
+
+
+def render_block(frame: pd.DataFrame, block: Block, name: str) -> tables.Table:
+    where = f"{name}:{block.start + 1}: metric="
+    filters = {k: list(dict.fromkeys(v.split(","))) for k, v in block.attributes.items() if k in LISTS}
+    if "sparsities" in filters:
+        filters["sparsities"] = [tables.normal_sparsity(value) for value in filters["sparsities"]]
+    return tables.build_table(frame, known_metric(frame, block.attributes["metric"], where), **filters)
+
+
+def update_readme(frame: pd.DataFrame, readme: Path, check: bool) -> int:
+    try:
+        with readme.open(encoding="utf-8", newline="") as file:  # newline="": line ends stay as they are
+            old = file.read()
+    except OSError as error:
+        raise UsageError(f"--readme {readme}: {error.strerror}; name a Markdown file") from error
+    end_of_line = "\r\n" if "\r\n" in old else "\n"
+    lines = old.splitlines(keepends=True)
+    blocks = find_blocks(lines, readme.name)
+    rendered = [render_block(frame, block, readme.name) for block in blocks]
+    warn([line for table in rendered for line in table.warnings])
+    for block, table in reversed(list(zip(blocks, rendered, strict=True))):  # from below: line numbers stay valid
+        body = tables.to_markdown(table)
+        lines[block.start + 1 : block.end] = [end_of_line.join(["", *body.split("\n"), ""])]
+    new = "".join(lines)
+    if check:
+        diff = difflib.unified_diff(old.splitlines(), new.splitlines(), readme.name, "records", n=1, lineterm="")
+        print("\n".join(diff) if old != new else f"{readme.name}: {len(blocks)} table(s) match the records")
+        return int(old != new)
+    for table in rendered:
+        print_table(table)
+    if old != new:
+        records.write_atomically(readme.resolve(), new)  # resolved: a link stays a link
+    print(f"{readme.name}: {len(blocks)} table(s) {'rewritten' if old != new else 'already up to date'}")
+    return 0
+
+
+def print_table(table: tables.Table) -> None:
+    print(tables.to_markdown(table), f"\n{table.metric}: {table.num_records} record(s) used\n", sep="")
+
+
+def print_format(frame: pd.DataFrame, style: str, metrics: list[str]) -> None:
+    """csv, json: a long-form row per record and metric. markdown, latex: a table per metric."""
+    rows = frame[frame["metric"].isin(metrics)]
+    if style == "csv":
+        print(rows.to_csv(index=False), end="")
+    elif style == "json":  # not DataFrame.to_json, which rounds to 10 digits; JSON itself knows no nan and no inf
+        plain = rows.astype(object).where(rows.notna(), None).to_dict("records")
+        lost = (float, int)
+        plain = [{k: v if not isinstance(v, lost) or math.isfinite(v) else None for k, v in r.items()} for r in plain]
+        print(json.dumps(plain, indent=2))
+    else:
+        made = [tables.build_table(frame, metric) for metric in metrics]
+        warn([line for table in made for line in table.warnings])
+        for table in made:
+            print_table(table) if style == "markdown" else print(tables.to_latex(table))
+
+
+def plot(frame: pd.DataFrame, path: Path, metric: str | None) -> None:
+    if path.suffix.lower() not in plots.SUFFIXES:
+        raise UsageError(f"--plot {path}: unknown suffix '{path.suffix}'; use one of {', '.join(plots.SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise UsageError(f"--plot {path}: the folder {path.parent} does not exist; make it first")
+    candidates = [metric] if metric else sorted(m for m in frame["metric"].unique() if m.endswith("perplexity"))
+    if len(candidates) != 1:
+        raise UsageError(f"--plot {path}: which metric? add --metric NAME, one of {sorted(frame['metric'].unique())}")
+    try:
+        warn(plots.plot_sparsity(frame, candidates[0], path))
+    except ValueError as error:
+        raise UsageError(f"--plot {path}: {error}") from error
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--plot {path}: {error.name} is missing; pip install nnprune[dev]") from error
+    print(f"{path}: {candidates[0]} against sparsity")
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = parse_args(argv)
+        frame = load(args.records)
+        if args.metric:
+            known_metric(frame, args.metric, "--metric ")
+        metrics = [args.metric] if args.metric else sorted(frame["metric"].unique())
+        if args.plot:
+            plot(frame, args.plot, args.metric)
+        elif args.format or args.metric:
+            print_format(frame, args.format or "markdown", metrics)
+        else:
+            return update_readme(frame, args.readme or ROOT / "README.md", args.check)
+    except (UsageError, NoRecordsError) as error:
+        print(f"collect.py: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""The README's section "Write a pruner", run as it stands, and a class of the nn-pruning toolkit, run unchanged."""
+
+import math
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+
+import nnprune
+from nnprune import BaseActAwareUnstructuredPruner
+
+SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("## Write a pruner")[1].split("\n## ")[0]
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", SECTION, re.DOTALL)
+SMALL = ["calibration.num_samples=4", "calibration.seq_len=64", "evaluation.seq_len=64", "evaluation.max_windows=4"]
+
+
+@pytest.fixture
+def users_folder(tmp_path, monkeypatch):
+    """A folder with the README's classes in my_pruner.py."""
+    python = [code for language, code in BLOCKS if language == "python" and "class " in code]
+    assert len(python) == 2
+    (tmp_path / "my_pruner.py").write_text("\n\n".join(python), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def test_the_readmes_command_runs_from_a_users_folder(users_folder, run_cli):
+    [command] = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines() if "my_pruner" in line]
+    assert "pruner=custom pruner._target_=my_pruner.MyPruner +pruner.alpha=0.7" in command
+    arguments = command.split("nnprune.run ")[1].split()
+    result = run_cli(*arguments, *SMALL, cwd=users_folder)
+    assert result.returncode == 0, result.stderr
+    [path] = users_folder.glob("outputs/demo/*/MyPruner-*/result.json")
+    assert '"alpha": 0.7' in path.read_text()
+
+
+@pytest.mark.parametrize("sparsity", [0.5, "2:4"])
+def test_the_readmes_classes_run_from_python(users_folder, sparsity):
+    import my_pruner
+
+    settings = [*SMALL, f"outputs={users_folder / 'records'}"]
+    found = [value for value in vars(my_pruner).values() if isinstance(value, type) and value.__module__ == "my_pruner"]
+    assert len(found) == 3
+    perplexities = set()
+    for kind in found:
+        record = nnprune.prune(pruner=kind(), model_name="demo", sparsity=sparsity, overrides=settings)
+        assert record.status == "completed"
+        assert record.linear_sparsity == pytest.approx(0.5, abs=1e-3)
+        assert record.pruner == kind.__name__
+        perplexities.add(record.metrics["demo_perplexity"])
+    assert len(perplexities) > 1
+
+
+def test_the_readmes_python_snippet(users_folder):
+    [snippet] = [code for language, code in BLOCKS if language == "python" and "nnprune.prune(" in code]
+    small = snippet.replace("sparsity=", f"overrides={SMALL!r}, sparsity=")
+    assert small != snippet
+    namespace = {}
+    exec(small, namespace)
+    assert namespace["record"].metrics["demo_perplexity"] > 1
+
+
+def test_editing_a_custom_pruner_makes_another_experiment(users_folder):
+    import importlib
+
+    import my_pruner
+
+    first = nnprune.prune(pruner=my_pruner.MyPruner(), overrides=SMALL)
+    with (users_folder / "my_pruner.py").open("a") as file:
+        file.write("\n# edited\n")
+    importlib.reload(my_pruner)
+    second = nnprune.prune(pruner=my_pruner.MyPruner(), overrides=SMALL)
+    assert first.fingerprint != second.fingerprint
+
+
+class ToolkitPruner(BaseActAwareUnstructuredPruner):
+    """In the ways of the toolkit we start from: no super().__init__(), works in place, returns more zeros than asked for."""
+
+    def __init__(self):
+        self.squares = {}
+
+    def add_linear_activations(self, module_name, X):
+        assert X.ndim == 3
+        flat = X.reshape(-1, X.shape[-1]).float()
+        total = (flat * flat).sum(dim=0).cpu()
+        if module_name in self.squares:
+            self.squares[module_name].add_(total)
+        else:
+            self.squares[module_name] = total
+
+    def clear_linear_activations(self, module_name):
+        del self.squares[module_name]
+
+    def prune_linear_unstruct(self, W, module_name, k):
+        scores = W.abs().float() * self.squares[module_name].sqrt_()
+        per_row = math.ceil(k / W.shape[0])
+        W.scatter_(1, scores.topk(per_row, dim=1, largest=False).indices, 0)
+        return W
+
+    def prune_linear_nm(self, W, module_name, n, m):
+        scores = (W.abs().float() * self.squares[module_name].sqrt_()).reshape(len(W), -1, m)
+        mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(n, dim=-1).indices, True)
+        return W * mask.reshape(W.shape)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, "2:4"])
+def test_a_class_of_the_starting_toolkit_is_wanda_here_too(sparsity, tmp_path):
+    from nnprune.pruners.wanda import Wanda
+
+    settings = [*SMALL, f"outputs={tmp_path}"]
+    pruner = ToolkitPruner()
+    theirs = nnprune.prune(pruner=pruner, sparsity=sparsity, overrides=settings)
+    ours = nnprune.prune(pruner=Wanda(), sparsity=sparsity, overrides=settings)
+    assert theirs.metrics["demo_perplexity"] == pytest.approx(ours.metrics["demo_perplexity"], rel=1e-3)
+    assert not pruner.squares
+
+
+class Broken(nnprune.Pruner):
+    def __init__(self, answer):
+        self._answer = answer
+
+    def prune_linear(self, W, module_name, pattern):
+        return self._answer(W)
+
+
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        (lambda W: W, "has .* zeros, fewer than"),
+        (lambda W: None, "returned NoneType"),
+        (lambda W: W[:1], r"returned \(1, 192\)|returned \(1, "),
+        (lambda W: W * torch.nan, "NaN or infinite weights"),
+    ],
+)
+def test_a_pruner_that_breaks_the_contract_is_named(answer, complaint, tmp_path):
+    with pytest.raises(ValueError, match=complaint) as error:
+        nnprune.prune(pruner=Broken(answer), overrides=[*SMALL, f"outputs={tmp_path}"])
+    assert "layers.0" in str(error.value)
+    assert "Broken" in str(error.value)
