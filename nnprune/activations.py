@@ -3,6 +3,7 @@
 Letters: N samples, B batch, T tokens, D hidden.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -25,7 +26,9 @@ class Activations:
         self.path = path if rest == "disk" else None
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            flat = torch.from_file(str(path), shared=True, size=shape[0] * shape[1] * shape[2], dtype=dtype)
+            size = shape[0] * shape[1] * shape[2]
+            _reserve(path, size * dtype.itemsize)
+            flat = torch.from_file(str(path), shared=True, size=size, dtype=dtype)
             self.tensor = flat.view(shape)
         else:
             self.tensor = torch.empty(shape, dtype=dtype, device=device if rest == "device" else "cpu")
@@ -46,3 +49,17 @@ class Activations:
         del self.tensor
         if self.path:
             self.path.unlink(missing_ok=True)
+
+
+def _reserve(path: Path, num_bytes: int) -> None:
+    """Make a file that has its space on the disk: a mapped one without it would end the process by SIGBUS."""
+    try:
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+            else:  # macOS
+                file.truncate(num_bytes)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        reason = f"outputs: {path} cannot hold {num_bytes} bytes of activations ({error.strerror})"
+        raise OSError(error.errno, f"{reason}; make room or set runtime.activations=host") from error

@@ -14,5 +14,7 @@ class Uniform:
             try:
                 pattern.check_width(in_features)
             except PatternError as error:
-                raise ValueError(f"sparsity={pattern}: {name} {error}; choose another N:M or an unstructured sparsity") from None
+                raise ValueError(
+                    f"sparsity={pattern}: {name} {error}; choose another N:M or an unstructured sparsity"
+                ) from None
         return dict.fromkeys(shapes, pattern)

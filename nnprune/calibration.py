@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from nnprune.checks import check_count
 from nnprune.texts import TextSource
 
 
@@ -20,10 +21,9 @@ class Calibration:
     source: TextSource | None = None
 
     def __init__(self, num_samples: int, seq_len: int, seed: int) -> None:
-        if num_samples < 1:
-            raise ValueError(f"calibration.num_samples={num_samples}: must be at least 1, such as 128")
-        if seq_len < 2:
-            raise ValueError(f"calibration.seq_len={seq_len}: must be at least 2, such as 2048")
+        check_count("calibration.num_samples", num_samples, 1)
+        check_count("calibration.seq_len", seq_len, 2)
+        check_count("calibration.seed", seed, 0)
         self.num_samples = num_samples
         self.seq_len = seq_len
         self.seed = seed
@@ -73,19 +73,21 @@ class TextCalibration(Calibration):
 
     def _documents(self, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> list[list[int]]:
         documents = self.source.documents()
-        # Draws are with replacement. This many in vain mean that no document is long enough, but for one chance in a billion.
-        patience = 20 * len(documents)
+        too_short: set[int] = set()  # draws are with replacement; no document is tokenised twice in vain
         rows: list[list[int]] = []
         while len(rows) < self.num_samples:
-            for _ in range(patience):
-                ids = tokenizer(documents[rng.randint(0, len(documents) - 1)]).input_ids
-                if len(ids) > self.seq_len:
-                    break
-            else:
+            if len(too_short) == len(documents):
                 raise ValueError(
                     f"calibration.seq_len={self.seq_len}: no document is longer than that; lower calibration.seq_len or "
                     "join documents with calibration.mode=packed"
                 )
+            index = rng.randint(0, len(documents) - 1)
+            if index in too_short:
+                continue
+            ids = tokenizer(documents[index]).input_ids
+            if len(ids) <= self.seq_len:
+                too_short.add(index)
+                continue
             start = rng.randint(0, len(ids) - self.seq_len - 1)
             rows.append(ids[start : start + self.seq_len])
         return rows

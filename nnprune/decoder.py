@@ -96,7 +96,9 @@ class Decoder:
 
         self._forward(ids, record)
         if len(calls) != len(self.layers):
-            raise ValueError(f"{self.path}: the model calls {len(calls)} of its {len(self.layers)} layers; set model.layers_path")
+            raise ValueError(
+                f"{self.path}: the model calls {len(calls)} of its {len(self.layers)} layers; set model.layers_path"
+            )
         return calls
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
@@ -155,7 +157,7 @@ class Decoder:
         for name, parameter in self.layers.named_parameters():
             if parameter.ndim > 2 or "expert" in name:
                 raise ValueError(
-                    f"{type(self.model).__name__} holds {self.path}.{name}, which is no weight of a linear: mixture-of-experts "
+                    f"model.path: {type(self.model).__name__} holds {self.path}.{name}, no weight of a linear: mixture-of-experts "
                     "and convolutional layers are not supported yet; choose a dense decoder-only model"
                 )
 
@@ -186,7 +188,9 @@ def _find_layers(model: PreTrainedModel, layers_path: str | None) -> tuple[str, 
         except AttributeError:
             layers = None
         if not isinstance(layers, nn.ModuleList):
-            raise ValueError(f"model.layers_path={layers_path}: {type(model).__name__} has no list of layers of that name")
+            raise ValueError(
+                f"model.layers_path={layers_path}: {type(model).__name__} has no list of layers of that name; name an nn.ModuleList"
+            )
         return layers_path, layers
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     found = {
@@ -195,6 +199,6 @@ def _find_layers(model: PreTrainedModel, layers_path: str | None) -> tuple[str, 
     if len(found) != 1:
         names = ", ".join(found) or "none"
         raise ValueError(
-            f"{type(model).__name__}: expected one list of {depth} decoder layers, found {names}; set model.layers_path"
+            f"model.path: {type(model).__name__}: expected one list of {depth} decoder layers, found {names}; set model.layers_path"
         )
     return next(iter(found.items()))

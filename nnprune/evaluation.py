@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
+from nnprune.checks import check_count
 from nnprune.layerwise import LayerwiseEngine
 from nnprune.texts import TextSource
 
@@ -25,6 +26,7 @@ class Evaluation:
         seq_len: T.
         max_windows: at most so many windows of each text, from its start; None: all.
         path: local files, measured as the text named "text".
+        column: the column of `path` that holds the text, in all formats but .txt.
     """
 
     def __init__(
@@ -33,19 +35,22 @@ class Evaluation:
         seq_len: int,
         max_windows: int | None = None,
         path: str | list[str] | None = None,
+        column: str = "text",
     ) -> None:
-        if seq_len < 2:
-            raise ValueError(f"evaluation.seq_len={seq_len}: must be at least 2, such as 2048")
-        if max_windows is not None and max_windows < 1:
-            raise ValueError(f"evaluation.max_windows={max_windows}: must be at least 1, or null for all")
+        check_count("evaluation.seq_len", seq_len, 2)
         self.seq_len = seq_len
         self.max_windows: dict[str, int | None] = {}
         self.sources: dict[str, TextSource] = {}
-        for name, entry in {**datasets, **({"text": {"path": path}} if path else {})}.items():
-            entry = dict(entry)
-            limits = [limit for limit in (entry.pop("max_windows", None), max_windows) if limit]
-            self.max_windows[name] = min(limits, default=None)
-            self.sources[name] = TextSource(key="evaluation", **entry)
+        own_text = {"text": {"path": path, "column": column}} if path is not None else {}
+        for name, entry in {**datasets, **own_text}.items():
+            key = "evaluation" if name in own_text else f"evaluation.datasets.{name}"
+            source = dict(entry)
+            limits = {f"{key}.max_windows": source.pop("max_windows", None), "evaluation.max_windows": max_windows}
+            limits = {key: limit for key, limit in limits.items() if limit is not None}
+            for limit_key, limit in limits.items():
+                check_count(limit_key, limit, 1)
+            self.max_windows[name] = min(limits.values(), default=None)
+            self.sources[name] = TextSource(key=key, **source)
 
     def token_ids(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         """Text name -> windows (N, T) int64. Raises ValueError for a text shorter than one window."""
@@ -74,4 +79,4 @@ def perplexity(engine: LayerwiseEngine, ids: Tensor, pruned: bool = True, title:
     mean = float(total) / (ids.shape[0] * (ids.shape[1] - 1))
     if not math.isfinite(mean):
         raise ValueError(f"{title}: the model gives NaN or infinite logits; try model.dtype=float32 or bfloat16")
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.exp(min(mean, 700))  # beyond, a float overflows

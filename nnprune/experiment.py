@@ -7,7 +7,8 @@ text or model counts by its content, not by where it lies, and the code of a pru
 import hashlib
 import inspect
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nnprune.allocation import Uniform
 from nnprune.calibration import Calibration
+from nnprune.checks import check_count
 from nnprune.evaluation import Evaluation
 from nnprune.loading import ModelSource
 from nnprune.patterns import SparsityPattern, Unstructured, parse_pattern
@@ -25,6 +27,8 @@ from nnprune.pruning import PROPAGATE
 from nnprune.records import fingerprint
 from nnprune.runtime import Runtime
 
+GROUPS = ("pruner", "sparsity", "allocation", "calibration", "evaluation", "runtime", "model")
+SETTINGS = ("seed", "propagate", "label", "outputs", "overwrite", "save")
 NOT_SCIENCE = ("runtime", "label", "outputs", "overwrite", "save")
 
 
@@ -58,9 +62,8 @@ class Experiment:
         }
         if self.is_dense:
             return {"model": model, "evaluation": evaluation}
-        calibration = dict(self.config["calibration"])
-        if self.calibration.source:
-            calibration["path"] = _science_of(self.calibration.source)
+        source = self.calibration.source
+        calibration = {**self.config["calibration"], "path": None, "dataset": source and _science_of(source)}
         rest = {key: value for key, value in self.config.items() if key not in NOT_SCIENCE}
         return rest | {
             "model": model,
@@ -70,7 +73,7 @@ class Experiment:
             "pruner_code": _code_of(type(self.pruner)),
         }
 
-    @property
+    @cached_property  # it may have to read gigabytes
     def fingerprint(self) -> str:
         """The hash that names this experiment."""
         return fingerprint(self.science)
@@ -83,8 +86,7 @@ class Experiment:
     def dense(self) -> "Experiment":
         """The same model and evaluation with nothing pruned."""
         config = {**self.config, "save": False, "overwrite": False}
-        values = {**self.__dict__, "config": config, "pattern": Unstructured(0.0), "label": "dense"}
-        return Experiment(**values)
+        return replace(self, config=config, pattern=Unstructured(0.0), label="dense")
 
 
 def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
@@ -96,11 +98,12 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
     if missing:
         raise ValueError(f"{missing[0]}=???: has no value; add {missing[0]}=... to the command line")
     config = OmegaConf.to_container(cfg, resolve=True)
+    _check_settings(config)
     if config["propagate"] not in PROPAGATE:
         raise ValueError(f"propagate={config['propagate']}: must be {', '.join(PROPAGATE)}")
     pattern = parse_pattern(config["sparsity"]["pattern"])
     is_dense = pattern == Unstructured(0.0)
-    runtime = Runtime(**config["runtime"])
+    runtime = _make("runtime", Runtime, config)
     pruner = pruner or _instantiate("pruner", config, Pruner)
     pruner.validate(pattern)
     experiment = Experiment(
@@ -110,9 +113,9 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
         allocation=_instantiate("allocation", config, Uniform),
         calibration=_instantiate("calibration", config, Calibration),
         evaluation=_instantiate("evaluation", config, Evaluation),
-        source=ModelSource(**config["model"]),
+        source=_make("model", ModelSource, config),
         runtime=runtime,
-        label="dense" if is_dense else config["label"] or type(pruner).__name__,
+        label="dense" if is_dense else str(config["label"] or type(pruner).__name__),
     )
     sources = [*experiment.evaluation.sources.values(), experiment.calibration.source]
     for source in sources:
@@ -123,8 +126,35 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
 
 def run_folder(outputs: str, model: str, pattern: str, label: str, name: str) -> Path:
     """outputs/<model>/<pattern>/<label>-<name>, with characters that no file system minds."""
-    parts = [re.sub(r"[^\w.+-]", "_", part) for part in (model, pattern.replace(":", "of"), f"{label}-{name}")]
-    return Path(outputs).joinpath(*parts)
+    parts = [re.sub(r"^\.|[^\w.+-]", "_", part) for part in (model, pattern.replace(":", "of"), f"{label}-{name}")]
+    return Path(str(outputs)).joinpath(*parts)
+
+
+def _check_settings(config: dict[str, Any]) -> None:
+    """Raise ValueError for a group that is missing, an unknown key, or a setting outside the groups that cannot be."""
+    for key in GROUPS:
+        if not config.get(key):
+            raise ValueError(f"{key}: has no settings; choose one of conf/{key}/")
+    if unknown := sorted(set(config) - {*GROUPS, *SETTINGS}):
+        raise ValueError(f"{unknown[0]}={config[unknown[0]]}: no such setting; there are {', '.join((*GROUPS, *SETTINGS))}")
+    check_count("seed", config["seed"], 0)
+    for key in ("overwrite", "save"):
+        if not isinstance(config[key], bool):
+            raise ValueError(f"{key}={config[key]}: must be true or false")
+    if config["outputs"] in (None, ""):
+        raise ValueError(f"outputs={config['outputs']}: must be a folder, such as outputs")
+
+
+def _make(key: str, kind: type, config: dict[str, Any]) -> Any:
+    """`kind` from the settings of group `key`."""
+    known = [setting.name for setting in fields(kind) if setting.init]
+    for name, value in config[key].items():
+        if name not in known:
+            raise ValueError(f"{key}.{name}={value}: no such setting; there are {', '.join(known)}")
+    try:
+        return kind(**config[key])
+    except TypeError as error:
+        raise ValueError(f"{key}: a setting is of the wrong kind ({error}); see conf/{key}/") from error
 
 
 def _instantiate(key: str, config: dict[str, Any], expected: type) -> Any:
@@ -135,16 +165,19 @@ def _instantiate(key: str, config: dict[str, Any], expected: type) -> Any:
         cause = error.__cause__
         if isinstance(cause, ValueError):
             raise cause from None
-        reason = str(cause or error).splitlines()[0]
-        raise ValueError(f"{key}._target_={target}: cannot be made ({reason}); check its spelling, its folder and its options") from error
+        reason = " ".join(str(cause or error).split())
+        remedy = "check its spelling, its folder and its options"
+        raise ValueError(f"{key}._target_={target}: cannot be made ({reason}); {remedy}") from error
     if not isinstance(built, expected):
         raise ValueError(f"{key}._target_={target}: is no {expected.__name__}; derive it from nnprune's {expected.__name__}")
     return built
 
 
 def _science_of(source: Any) -> dict[str, Any]:
+    """A source by its content where it is local, else by its name."""
     digest = source.digest()
-    return {**source.__dict__, "path": digest, "key": None} if digest else source.__dict__
+    known = {"path": digest, "dataset": None} if digest else {}
+    return {**source.__dict__, **known, "key": None}
 
 
 def _code_of(pruner: type) -> str | None:

@@ -100,6 +100,21 @@ class InputCollector:
 
 
 @contextmanager
+def refuse_nonfinite(linears: dict[str, nn.Module]) -> Iterator[None]:
+    """Raise ValueError, naming the first culprit, for NaN or infinity in the weights of `linears` or in what they receive."""
+    for name, linear in linears.items():
+        if not linear.weight.isfinite().all():
+            raise ValueError(f"{name}: its weight holds NaN or infinite values; the checkpoint is damaged, get it again")
+
+    def check(name: str, X: Tensor) -> None:
+        if not X.isfinite().all():
+            raise ValueError(f"{name}: its inputs hold NaN or infinite values; try model.dtype=float32 or bfloat16")
+
+    with _hooks(linears, check):
+        yield
+
+
+@contextmanager
 def _hooks(linears: dict[str, nn.Module], see) -> Iterator[None]:
     """Call `see(name, X)` before each linear's forward. StopForward leaves the forward, not this context."""
     handles = [

@@ -42,7 +42,8 @@ def prepare_folder(folder: Path) -> Iterator[None]:
         lock.acquire()
         handler = logging.FileHandler(folder / "run.log")
     except OSError as error:
-        raise OSError(error.errno, f"outputs={folder}: cannot be written ({error.strerror}); set outputs=DIR to a writable folder") from error
+        reason = f"outputs={folder}: cannot be written ({error.strerror})"
+        raise OSError(error.errno, f"{reason}; set outputs=DIR to a writable folder") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("nnprune")
     if logger.level == logging.NOTSET:  # called from Python, where nobody configured logging
@@ -83,6 +84,7 @@ def execute(experiment: Experiment) -> RunRecord:
     transformers_logging.disable_progress_bar()
     watch = Stopwatch()
     experiment.runtime.start(experiment.config["seed"])
+    _warn_of_demo_texts(experiment)
     with watch.stage("data"):
         config, tokenizer = experiment.source.config(), experiment.source.tokenizer()
         plan = _plan(experiment, config)
@@ -107,9 +109,11 @@ def execute(experiment: Experiment) -> RunRecord:
     record.linear_sparsity, record.model_sparsity = _sparsities(engine)
     if experiment.config["save"]:
         with watch.stage("save"):
-            summary = {key: getattr(record, key) for key in ("model", "pruner", "sparsity", "fingerprint", "metrics", "dense_metrics")}
-            save_model(engine.store, tokenizer, summary, experiment.folder / "model")
-            log.info("model: %s", experiment.folder / "model")
+            told = ("model", "pruner", "sparsity", "fingerprint", "metrics", "dense_metrics")
+            summary = {key: getattr(record, key) for key in told}
+            target = experiment.folder / "model"
+            save_model(engine.store, tokenizer, experiment.source.generation_config(), summary, target)
+            log.info("model: %s", target)
     _finish(record, watch)
     record.write(experiment.folder)
     shutil.rmtree(engine.store.folder, ignore_errors=True)
@@ -137,6 +141,14 @@ def dense_metrics(
     return record.metrics
 
 
+def _warn_of_demo_texts(experiment: Experiment) -> None:
+    """The demo's texts are the defaults of `model.path=org/name` alone, and say little about a real model."""
+    if experiment.source.path != "demo" and "demo" in experiment.evaluation.sources:
+        log.warning(
+            "warning: evaluation=demo measures a real model on the demo's text; model=hub or model=local has better defaults"
+        )
+
+
 def _plan(experiment: Experiment, config: Any) -> dict[str, SparsityPattern]:
     """Pattern by linear, from shapes alone. Raises ValueError for sequences or groups that the model can't have."""
     decoder = Decoder(experiment.source.skeleton(config), experiment.source.layers_path)
@@ -145,7 +157,9 @@ def _plan(experiment: Experiment, config: Any) -> dict[str, SparsityPattern]:
     for key in [key for key, is_used in used.items() if is_used]:
         seq_len = getattr(experiment, key).seq_len
         if positions and seq_len > positions:
-            raise ValueError(f"{key}.seq_len={seq_len}: {experiment.source.name} has {positions} positions; lower {key}.seq_len")
+            raise ValueError(
+                f"{key}.seq_len={seq_len}: {experiment.source.name} has {positions} positions; lower {key}.seq_len"
+            )
     return experiment.allocation.plan(experiment.pattern, decoder.shapes())
 
 

@@ -19,8 +19,6 @@ from nnprune.decoder import Decoder
 from nnprune.loading import Checkpoint
 
 
-
-
 class LayerStore:
     """Brings decoder layers to the device and back.
 
@@ -133,7 +131,10 @@ def save_atomically(state: dict[str, Tensor], path: Path, metadata: dict[str, st
     """Write a safetensors file by rename. Raises OSError, also for the library's own I/O errors."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(state, temporary, metadata=metadata)
+        temporary.chmod(mode)  # the library makes files that nobody else may read
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from nnprune.activations import Activations
 from nnprune.decoder import Decoder, LayerCall, StopForward, run_layer
+from nnprune.inputs import refuse_nonfinite
 from nnprune.layerstore import LayerStore
 from nnprune.runtime import Runtime
 
@@ -101,7 +102,7 @@ class LayerwiseEngine:
         token may see a later one.
 
         Raises:
-            ValueError: the model does not fit the layer-wise engine, or is not causal.
+            ValueError: the model does not fit the layer-wise engine, is not causal, or holds NaN.
         """
         generator = torch.Generator().manual_seed(0)
         seen, ids = torch.randint(self.decoder.vocab_size, (2, 2, 16), generator=generator).to(self.device)
@@ -112,7 +113,8 @@ class LayerwiseEngine:
         def both(index: int, layer_forward: Callable, own_hidden: Tensor, call: LayerCall) -> Tensor:
             nonlocal hidden
             self.store.fetch(index, pruned=False)
-            own_output = run_layer(layer_forward, own_hidden, call)
+            with refuse_nonfinite(self.decoder.linears(index)):
+                own_output = run_layer(layer_forward, own_hidden, call)
             hidden = run_layer(layer_forward, hidden, calls[index])
             self.store.release(index)
             return own_output

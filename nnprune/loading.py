@@ -5,21 +5,24 @@ Everything that can be known without weights (configuration, tokenizer, shapes o
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from nnprune.texts import DEMO_FOLDER
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SMALL_FILES = ["config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json"]
 CHECKPOINT_FILES = ["*.safetensors", "*.safetensors.index.json"]
 
 
@@ -46,14 +49,15 @@ class ModelSource:
     directory: Path | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        self.path = str(self.path)  # the command line makes numbers of some names
         if self.dtype not in ("auto", *DTYPES):
             raise ValueError(f"model.dtype={self.dtype}: must be auto, {', '.join(DTYPES)}")
         local = DEMO_FOLDER if self.path == "demo" else Path(self.path).expanduser()
-        self.name = self.name or Path(self.path).expanduser().resolve().name
+        self.name = str(self.name or Path(self.path).expanduser().resolve().name)
         if local.is_dir():
             self.directory = local
         elif not re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", self.path):
-            raise ValueError(f"model.path={self.path}: no such directory; give a model directory or a hub id like facebook/opt-125m")
+            raise ValueError(f"model.path={self.path}: no such directory; give a directory or a hub id like facebook/opt-125m")
 
     @property
     def _location(self) -> dict[str, Any]:
@@ -67,7 +71,8 @@ class ModelSource:
             config = AutoConfig.from_pretrained(**self._location)
         known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         named = config.architectures or []
-        if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping or (named and not known & set(named)):
+        is_known = type(config) in AutoModelForCausalLM._model_mapping and (not named or known & set(named))
+        if config.is_encoder_decoder or not is_known:
             kind = ", ".join(named) or config.model_type
             raise ValueError(f"model.path={self.path}: {kind} is no causal language model; choose a decoder-only model")
         return config
@@ -76,6 +81,13 @@ class ModelSource:
         """The model's tokenizer."""
         with self._explained():
             return AutoTokenizer.from_pretrained(**self._location)
+
+    def generation_config(self) -> GenerationConfig | None:
+        """The model's settings for generating text, where it has any."""
+        try:
+            return GenerationConfig.from_pretrained(str(self.directory or self.path), revision=self.revision)
+        except OSError:
+            return None
 
     def skeleton(self, config: Any) -> PreTrainedModel:
         """The model with its parameters on the meta device and its buffers real: shapes without weights."""
@@ -89,10 +101,10 @@ class ModelSource:
                 **self._location, config=config, dtype=self._dtype(config), output_loading_info=True
             )
         if info["missing_keys"]:
-            raise ValueError(f"model.path={self.path}: the checkpoint lacks {sorted(info['missing_keys'])[0]}; is it complete?")
+            raise ValueError(f"model.path={self.path}: the checkpoint lacks {min(info['missing_keys'])}; is it complete?")
         return model.eval()
 
-    def checkpoint(self) -> "Checkpoint":
+    def checkpoint(self, model: PreTrainedModel) -> "Checkpoint":
         """The model's safetensors files, for reading a layer at a time."""
         folder = self.directory
         if folder is None:
@@ -100,16 +112,18 @@ class ModelSource:
 
             with self._explained():
                 folder = Path(snapshot_download(self.path, revision=self.revision, allow_patterns=CHECKPOINT_FILES))
-        return Checkpoint(folder, f"model.path={self.path}")
+        return Checkpoint(folder, model, f"model.path={self.path}")
 
     def digest(self) -> str | None:
-        """A short hash of a local model's configuration and weights, sampled; None on the hub, where revisions tell.
+        """A short hash of a local model's configuration, tokenizer and weights; None on the hub, where revisions tell.
 
         Each weight file counts by its size, its header and 64 slices of 4 KiB spread over it.
         """
         if self.directory is None:
             return None
-        sha = hashlib.sha256((self.directory / "config.json").read_bytes() if (self.directory / "config.json").exists() else b"")
+        sha = hashlib.sha256()
+        for path in sorted({path for pattern in SMALL_FILES for path in self.directory.glob(pattern) if path.is_file()}):
+            sha.update(f"{path.name} {path.stat().st_size}".encode() + path.read_bytes())
         for path in sorted([*self.directory.glob("*.safetensors"), *self.directory.glob("*.bin")]):
             size = path.stat().st_size
             sha.update(f"{path.name} {size}".encode())
@@ -127,7 +141,7 @@ class ModelSource:
         """Turn what the hub and transformers raise into one line with the remedy."""
         try:
             yield
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             if self.directory:
                 raise ValueError(f"model.path={self.path}: cannot be loaded ({reason}); give a model directory") from error
@@ -138,32 +152,47 @@ class ModelSource:
 
 
 class Checkpoint:
-    """Weights in safetensors files, read by name and only when asked for."""
+    """Weights in safetensors files, read by name and only when asked for.
 
-    def __init__(self, folder: Path, label: str) -> None:
-        self.files: dict[str, Path] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, "pt") as file:
-                self.files.update(dict.fromkeys(file.keys(), path))
-        if not self.files:
-            raise ValueError(f"{label}: has no safetensors files, so layers can't be read one at a time; use runtime.layers=host")
+    Args:
+        folder: where the files are.
+        model: tells, by its state dict, what the weights are called; transformers' own rules rename those of the files.
+        label: the config key and value, for error messages.
+    """
+
+    def __init__(self, folder: Path, model: PreTrainedModel, label: str) -> None:
         self.label = label
+        self.dtype = model.dtype
+        self.places: dict[str, tuple[Path, str]] = {}
+        transforms = get_model_conversion_mapping(model)
+        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        state = model.state_dict()
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, "pt") as file:
+                    keys = list(file.keys())
+            except SafetensorError as error:
+                raise ValueError(f"{label}: {path.name} cannot be read ({error}); get it again") from error
+            for key in keys:
+                name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, state)
+                self.places[name] = (path, key)
+        if not self.places:
+            raise ValueError(f"{label}: has no safetensors files to read layers from one at a time; use runtime.layers=host")
 
-    def read(self, names: list[str], base_prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Name -> tensor for parameters `names`; checkpoints of the base model lack or add `base_prefix`. Absent ones are left out."""
-        keys = {name: key for name in names if (key := self._key(name, base_prefix))}
+    def read(self, names: list[str], optional: Collection[str] = ()) -> dict[str, Tensor]:
+        """Name -> tensor for the model's parameters `names`; only those in `optional` may be absent from the files."""
+        wanted = [name for name in names if name in self.places]
+        if missing := set(names) - set(wanted) - set(optional):
+            raise ValueError(f"{self.label}: its safetensors lack {min(missing)}; use runtime.layers=host")
         tensors: dict[str, Tensor] = {}
-        for path in {self.files[key] for key in keys.values()}:
+        for path in {self.places[name][0] for name in wanted}:
             with safe_open(path, "pt") as file:
-                for name, key in keys.items():
-                    if self.files[key] == path:
+                for name in wanted:
+                    place, key = self.places[name]
+                    if place == path:
                         tensor = file.get_tensor(key)
-                        tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+                        tensors[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
         return tensors
-
-    def _key(self, name: str, base_prefix: str) -> str | None:
-        spellings = (name, name.removeprefix(f"{base_prefix}."), f"{base_prefix}.{name}")
-        return next((key for key in spellings if key in self.files), None)
 
 
 @contextmanager

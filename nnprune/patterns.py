@@ -47,7 +47,7 @@ class Unstructured:
         return str(float(self.sparsity)) if self.sparsity else "dense"
 
     def num_zeros(self, group_size: int) -> int:
-        """ceil(sparsity x group_size), exact: 0.1 of 30 is 3, though 0.1 * 30 is more than 3 in floating point."""
+        """ceil(sparsity x group_size), exact: 0.55 of 100 is 55, though 0.55 * 100 is more in floating point."""
         exact = self.sparsity if isinstance(self.sparsity, Fraction) else Fraction(str(self.sparsity))
         return math.ceil(exact * group_size)
 

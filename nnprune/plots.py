@@ -64,14 +64,10 @@ def _draw_panel(axes: Axes, panel: pd.DataFrame, styles: dict, shapes: dict, den
 
     for pruner, group in panel.groupby("pruner"):
         colour, style = styles[pruner]
-        points = [
-            (*tables.sparsity_key(s), value, s) for s, value in zip(group["sparsity"], group["value"], strict=True)
-        ]
+        points = [(*tables.sparsity_key(s), value, s) for s, value in zip(group["sparsity"], group["value"], strict=True)]
         line = sorted((x, value) for kind, x, _, value, _ in points if kind == 0)
         if line:
-            axes.plot(
-                *zip(*line, strict=True), color=colour, linestyle=style, marker="o", markersize=4.5, linewidth=1.6
-            )
+            axes.plot(*zip(*line, strict=True), color=colour, linestyle=style, marker="o", markersize=4.5, linewidth=1.6)
         for kind, x, _, value, label in points:
             if kind == 1:  # a kind that is neither a fraction nor N:M has no place on this axis
                 axes.plot([x], [value], color=colour, marker=shapes[label], **HOLLOW)
@@ -102,6 +98,4 @@ def _legend(styles: dict, shapes: dict, has_dense: bool) -> list[Any]:
     ]
     if has_dense:
         handles.append(Line2D([], [], color=GREY, linestyle="--", label=tables.PRETTY[tables.DENSE]))
-    return handles + [
-        Line2D([], [], color=GREY, marker=shape, label=label, **HOLLOW) for label, shape in shapes.items()
-    ]
+    return handles + [Line2D([], [], color=GREY, marker=shape, label=label, **HOLLOW) for label, shape in shapes.items()]

@@ -134,7 +134,9 @@ def relative_error(W: Tensor, pruned: Tensor, X: Tensor) -> float:
     return float(change.square().sum() / output.square().sum().clamp_min(torch.finfo(torch.float32).tiny))
 
 
-def _layer_report(layer: nn.Module, linears: dict[str, nn.Module], reports: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+def _layer_report(
+    layer: nn.Module, linears: dict[str, nn.Module], reports: list[dict[str, Any]], seconds: float
+) -> dict[str, Any]:
     """What the record needs to know of a finished decoder layer: reports by linear, zeros and parameters in all."""
     return {"linears": reports, **count_zeros(layer, linears), "seconds": seconds}
 

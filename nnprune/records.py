@@ -5,7 +5,9 @@ No tensors, and no import of torch: the collector reads thousands of records.
 
 import hashlib
 import json
+import math
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,7 @@ class RunRecord:
 
     def write(self, folder: Path) -> Path:
         """Write `folder`/result.json atomically and return its path."""
-        return write_atomically(folder / RESULT_FILE, json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+        return write_atomically(folder / RESULT_FILE, json.dumps(_finite(asdict(self)), indent=1, allow_nan=False) + "\n")
 
 
 def fingerprint(science: dict[str, Any]) -> str:
@@ -61,17 +63,24 @@ def fingerprint(science: dict[str, Any]) -> str:
 
 
 def write_atomically(path: Path, text: str) -> Path:
-    """Replace `path` by `text` so that a reader, or a power cut, sees the old file or the new one and nothing between."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Replace `path` by `text` so that a reader, or a power cut, sees the old file or the new one and nothing between.
+
+    Raises OSError naming the file and the remedy when it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        reason = f"outputs: {path} cannot be written ({error.strerror or error})"
+        raise OSError(error.errno, f"{reason}; make room or set outputs=DIR to another disk, then run again") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
     return path
 
 
@@ -95,6 +104,15 @@ def read_all(root: Path) -> tuple[list[dict[str, Any]], list[tuple[Path, str]]]:
         except RecordError as error:
             problems.append((path, str(error)))
     return records, problems
+
+
+def _finite(value: Any) -> Any:
+    """`value` with NaN and infinities, which JSON has no numbers for, as text."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read_dict(path: Path) -> dict[str, Any]:

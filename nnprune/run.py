@@ -53,9 +53,7 @@ def run(cfg: DictConfig, pruner: Any = None) -> RunRecord:
         raise
 
 
-def prune(
-    pruner: Any, model_name: str = "demo", sparsity: float | str = 0.5, overrides: Sequence[str] = ()
-) -> RunRecord:
+def prune(pruner: Any, model_name: str = "demo", sparsity: float | str = 0.5, overrides: Sequence[str] = ()) -> RunRecord:
     """Prune a model with a pruner object and return the record.
 
     Args:
@@ -77,7 +75,7 @@ def prune(
     cfg.sparsity.pattern = str(sparsity)
     if not is_demo:
         cfg.model.path = str(model_name)
-    plain = {key: value for key, value in vars(pruner).items() if isinstance(value, bool | int | float | str | None)}
+    plain = {key: value for key, value in vars(pruner).items() if _is_plain(value)}
     kind = type(pruner)
     cfg.pruner = {"_target_": f"{kind.__module__}.{kind.__qualname__}", **plain}
     return run(cfg, pruner)
@@ -87,11 +85,13 @@ def prune(
 def _main(cfg: DictConfig) -> None:
     if cfg.label is None:
         choice = HydraConfig.get().runtime.choices["pruner"]
-        cfg.label = str(OmegaConf.select(cfg, "pruner._target_", default=choice)).split(".")[-1] if choice == "custom" else choice
+        cfg.label = (
+            str(OmegaConf.select(cfg, "pruner._target_", default=choice)).split(".")[-1] if choice == "custom" else choice
+        )
     try:
         run(cfg)
     except (ValueError, OSError) as error:
-        line = " ".join(str(error.strerror if isinstance(error, OSError) and error.strerror else error).split())
+        line = " ".join(_one_line(error).split())
         log.error("error: %s", line)
         raise RunFailed(line) from error
 
@@ -123,9 +123,12 @@ def _record_failure(cfg: DictConfig, experiment: Any, error: Exception) -> None:
 
     log.debug("failed", exc_info=True)
     config = OmegaConf.to_container(cfg, resolve=False)
-    name = str(config["model"].get("name") or Path(str(config["model"].get("path"))).name)
+    if not config.get("outputs"):
+        return
+    model, sparsity = config.get("model") or {}, config.get("sparsity") or {}
+    name = str(model.get("name") or Path(str(model.get("path"))).name)
     identity = {key: value for key, value in config.items() if key not in ("runtime", "outputs")}
-    pattern, label = str(config["sparsity"]["pattern"]), str(config["label"] or "custom")
+    pattern, label = str(sparsity.get("pattern")), str(config.get("label") or "custom")
     record = RunRecord("failed", fingerprint(identity), name, label, pattern, config=config, error=f"{error}")
     folder = run_folder(str(config["outputs"]), name, pattern, label, record.fingerprint)
     if experiment is not None:
@@ -139,10 +142,24 @@ def _record_failure(cfg: DictConfig, experiment: Any, error: Exception) -> None:
         pass
 
 
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an attribute of a pruner can be an option of it: numbers, text, and non-empty lists and dicts of such."""
+    if isinstance(value, list | tuple | dict):
+        entries = value.values() if isinstance(value, dict) else value
+        return len(value) > 0 and all(map(_is_plain, entries))
+    return isinstance(value, bool | int | float | str | None)
+
+
 def _summary(record: RunRecord) -> str:
     """One line with what was asked for and what came out."""
     figures = [
-        f"{name} {value:.4g}" + (f" (dense {record.dense_metrics[name]:.4g})" if record.pruner != "dense" else "")
+        f"{name} {float(value):.4g}" + (f" (dense {float(record.dense_metrics[name]):.4g})" if record.pruner != "dense" else "")
         for name, value in record.metrics.items()
     ]
     seconds = record.seconds.get("total", 0)

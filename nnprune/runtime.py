@@ -1,10 +1,14 @@
 """How a run uses the machine: never part of what the run means, and so never part of its identity."""
 
+import contextlib
+import re
 import resource
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from nnprune.checks import check_count
 
 RESTS = ("host", "device", "disk")
 
@@ -31,19 +35,18 @@ class Runtime:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"runtime.batch_size={self.batch_size}: must be at least 1")
+        check_count("runtime.batch_size", self.batch_size, 1)
         for key in ("layers", "activations"):
             if getattr(self, key) not in RESTS:
                 raise ValueError(f"runtime.{key}={getattr(self, key)}: must be {', '.join(RESTS)}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"runtime.threads={self.threads}: must be at least 1, or null")
-        try:
-            self.torch_device.type  # noqa: B018 - fails for a misspelt device
-        except RuntimeError:
-            raise ValueError(f"runtime.device={self.device}: must be auto, cpu, cuda or cuda:N") from None
+        if self.threads is not None:
+            check_count("runtime.threads", self.threads, 1)
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
+            raise ValueError(f"runtime.device={self.device}: must be auto, cpu, cuda or cuda:N")
         if self.torch_device.type == "cuda" and (self.torch_device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"runtime.device={self.device}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
+            raise ValueError(
+                f"runtime.device={self.device}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu"
+            )
 
     @property
     def torch_device(self) -> torch.device:
@@ -59,10 +62,8 @@ class Runtime:
             torch.set_num_threads(self.threads)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        try:
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak that VmHWM reports
-        except OSError:
-            pass
 
 
 def peak_host_bytes() -> int:

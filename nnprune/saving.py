@@ -16,8 +16,10 @@ from nnprune.records import write_atomically
 LOADED_BY_TRANSFORMERS = {"format": "pt"}
 
 
-def save_model(store: LayerStore, tokenizer: Any, summary: dict[str, Any], target: Path) -> None:
+def save_model(store: LayerStore, tokenizer: Any, generation_config: Any, summary: dict[str, Any], target: Path) -> None:
     """Write model, tokenizer and `pruning.json` (the `summary`) to `target`, which appears only once it is whole.
+
+    `generation_config` is the dense model's, or None where it has none.
 
     Shards are the shell and one a decoder layer, so that no more than one layer is in memory for it. Raises OSError when
     the folder cannot be written.
@@ -47,8 +49,8 @@ def save_model(store: LayerStore, tokenizer: Any, summary: dict[str, Any], targe
     index_file = {"metadata": {"total_size": size}, "weight_map": weight_map}
     write_atomically(unfinished / "model.safetensors.index.json", json.dumps(index_file, indent=1) + "\n")
     model.config.save_pretrained(unfinished)
-    if model.can_generate():
-        model.generation_config.save_pretrained(unfinished)
+    if generation_config is not None:
+        generation_config.to_json_file(unfinished / "generation_config.json")  # unlike save_pretrained, as it is
     tokenizer.save_pretrained(unfinished)
     write_atomically(unfinished / "pruning.json", json.dumps(summary, indent=1) + "\n")
     if target.exists():

@@ -93,7 +93,7 @@ def test_mixture_of_experts_is_refused():
     config = transformers.MixtralConfig(
         vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64
     )
-    with pytest.raises(ValueError, match="MixtralForCausalLM holds .*mixture-of-experts"):
+    with pytest.raises(ValueError, match=r"MixtralForCausalLM holds .*mixture-of-experts"):
         Decoder(AutoModelForCausalLM.from_config(config))
 
 

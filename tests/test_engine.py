@@ -57,14 +57,17 @@ def expected_hessians(dense, pruned, propagate):
                 order = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
                 short = name.rsplit(".", 1)[1]
                 earlier = layer < index or (
-                    propagate == "sequential" and layer == index and short in order and order.index(short) < order.index(group[0])
+                    propagate == "sequential"
+                    and layer == index
+                    and short in order
+                    and order.index(short) < order.index(group[0])
                 )
                 if propagate != "dense" and earlier:
                     linear.weight.copy_(pruned[f"{name}.weight"])
             captured = {}
             for name, linear in model.model.layers[index].named_modules():
                 if name.rsplit(".", 1)[-1] in group:
-                    linear.register_forward_pre_hook(lambda _, args, name=name: captured.__setitem__(name, args[0]))
+                    linear.register_forward_pre_hook(lambda _, args, name=name, seen=captured: seen.__setitem__(name, args[0]))
             model(IDS)
             for name, X in captured.items():
                 X = X.reshape(-1, X.shape[-1])
@@ -80,7 +83,9 @@ def test_what_each_linear_sees(propagate, tmp_path):
     expected = expected_hessians(dense, model.state_dict(), propagate)
     assert witness.seen.keys() == expected.keys()
     for name, hessian in expected.items():
-        torch.testing.assert_close(witness.seen[name], hessian, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            witness.seen[name], hessian, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("runtime", [{"batch_size": 1}, {"batch_size": 5, "activations": "disk"}, {"layers": "device"}])
@@ -230,3 +235,10 @@ def test_a_layer_that_returns_something_else_is_refused():
 
     with pytest.raises(ValueError, match="instead of hidden states"):
         run_layer(lambda hidden: hidden[0], torch.zeros(2, 3, 4), LayerCall((), {}))
+
+
+def test_files_have_the_users_permissions(tmp_path):
+    prune_model(tmp_path, pruner=Wanda())
+    (tmp_path / "ordinary").touch()
+    for path in (tmp_path / "layers").iterdir():
+        assert path.stat().st_mode == (tmp_path / "ordinary").stat().st_mode

@@ -24,7 +24,9 @@ def test_wheel_holds_conf_and_the_demo(unpacked):
     shipped = {str(path.relative_to(unpacked / "nnprune" / "conf")) for path in (unpacked / "nnprune" / "conf").rglob("*.yaml")}
     assert shipped == {str(path.relative_to(ROOT / "conf")) for path in (ROOT / "conf").rglob("*.yaml")}
     demo = unpacked / "nnprune" / "data" / "demo"
-    assert {"config.json", "model.safetensors", "tokenizer.json", "test.txt", "calibration.txt"} <= {p.name for p in demo.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "test.txt", "calibration.txt"} <= {
+        p.name for p in demo.iterdir()
+    }
     assert (demo / "model.safetensors").stat().st_size < 8_000_000
     assert not (unpacked / "tests").exists()
 

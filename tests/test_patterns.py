@@ -14,8 +14,11 @@ GROUPS = ("row", "matrix")
 hypothesis_settings = settings(deadline=None, max_examples=60, derandomize=True)
 
 
+WIDTHS = st.integers(1, 17)
+
+
 @st.composite
-def tied_scores(draw, width=st.integers(1, 17)):
+def tied_scores(draw, width=WIDTHS):
     """Scores (O, I) with many ties: a handful of small integers."""
     shape = draw(st.integers(1, 6)), draw(width)
     values = draw(st.lists(st.integers(-1, 2), min_size=shape[0] * shape[1], max_size=shape[0] * shape[1]))
@@ -91,7 +94,10 @@ def test_unstructured_refuses_what_is_no_fraction(sparsity):
 
 @pytest.mark.parametrize(
     ("sparsity", "size", "num_zeros"),
-    [(0.1, 30, 3), (0.7, 10, 7), (0.29, 100, 29), (0.5, 5, 3), (0.0, 9, 0), (0.999, 10, 10), (Fraction(1, 3), 9, 3)],
+    [
+        *((0.1, 30, 3), (0.7, 10, 7), (0.29, 100, 29), (0.55, 100, 55), (0.07, 100, 7), (Fraction(1, 3), 9, 3)),
+        *((0.5, 5, 3), (0.0, 9, 0), (0.999, 10, 10)),
+    ],
 )
 def test_num_zeros_is_the_exact_ceiling(sparsity, size, num_zeros):
     assert Unstructured(sparsity).num_zeros(size) == num_zeros

@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnprune import statistics
 from nnprune.statistics import Hessian, SquaredNorm
 
 REFERENCE = {
@@ -146,9 +145,20 @@ def test_matmul_precision_is_put_back(before, dtype):
         torch.set_float32_matmul_precision(original)
 
 
-def test_matmul_precision_is_put_back_after_an_exception():
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.bfloat16, "medium"), (torch.float16, "highest"), (torch.float32, "highest")]
+)
+def test_only_bfloat16_is_multiplied_as_such_and_an_exception_ends_it(monkeypatch, dtype, precision):
     before = torch.get_float32_matmul_precision()
-    with pytest.raises(KeyError), statistics._bf16_products(enabled=True):
-        assert torch.get_float32_matmul_precision() == "medium"
-        raise KeyError
+    X = torch.ones(2, 2, dtype=dtype)
+    seen = []
+
+    def fail(*arguments):
+        seen.append(torch.get_float32_matmul_precision())
+        raise MemoryError
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", fail)
+    with pytest.raises(MemoryError):
+        Hessian().add(X)
+    assert seen == [precision]
     assert torch.get_float32_matmul_precision() == before

@@ -84,8 +84,11 @@ class ScorePruner(Pruner):
         """Importance (O, I), float32, larger = more important."""
 
     def prune_linear(self, W: Tensor, module_name: str, pattern: SparsityPattern) -> Tensor:
-        mask = pattern.mask(self.score(W, module_name), per=self.comparison_group)
-        return torch.where(mask, W, 0)
+        score = self.score(W, module_name)
+        if score.shape != W.shape or score.isnan().any():
+            found = f"NaN, or {tuple(score.shape)} for {tuple(W.shape)}"
+            raise ValueError(f"{module_name}: {type(self).__name__}.score returned {found}")
+        return torch.where(pattern.mask(score, per=self.comparison_group), W, 0)
 
 
 class BaseActAwareUnstructuredPruner(Pruner):

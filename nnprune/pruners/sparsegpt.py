@@ -11,6 +11,7 @@ column of W is contiguous.
 import torch
 from torch import Tensor
 
+from nnprune.checks import check_count
 from nnprune.patterns import NM, SparsityPattern
 from nnprune.pruners.base import Pruner
 from nnprune.statistics import Hessian
@@ -46,8 +47,9 @@ class SparseGPT(Pruner):
     ) -> None:
         if comparison_group not in ("block", "row"):
             raise ValueError(f"pruner.comparison_group={comparison_group}: must be block or row")
-        if block_size < 1:
-            raise ValueError(f"pruner.block_size={block_size}: must be at least 1")
+        check_count("pruner.block_size", block_size, 1)
+        if not isinstance(damp_inverse, bool):
+            raise ValueError(f"pruner.damp_inverse={damp_inverse}: must be true or false")
         if not damping > 0:
             raise ValueError(f"pruner.damping={damping}: must be greater than 0, such as 0.01")
         if mask_columns is not None and (mask_columns < 1 or block_size % mask_columns):
