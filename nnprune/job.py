@@ -1,5 +1,6 @@
 """The steps of one run behind its checks: ids, model, dense perplexity, pruning, perplexity, record."""
 
+import json
 import logging
 import shutil
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
@@ -23,11 +24,14 @@ from nnprune.layerwise import LayerwiseEngine
 from nnprune.patterns import SparsityPattern
 from nnprune.provenance import commit, versions
 from nnprune.pruning import LayerwisePruning, count_zeros
-from nnprune.records import RunRecord, read
+from nnprune.records import RunRecord, read, write_atomically
 from nnprune.runtime import peak_device_bytes, peak_host_bytes
 from nnprune.saving import save_model
 
 log = logging.getLogger(__name__)
+
+SCRATCH = "unfinished"
+"""Folder, in a run's own, of what an interrupted run has finished; removed once the record is written."""
 
 
 @contextmanager
@@ -38,8 +42,7 @@ def prepare_folder(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire()
+        lock = _acquire(folder)
         handler = logging.FileHandler(folder / "run.log")
     except OSError as error:
         reason = f"outputs={folder}: cannot be written ({error.strerror})"
@@ -55,6 +58,19 @@ def prepare_folder(folder: Path) -> Iterator[None]:
         logger.removeHandler(handler)
         handler.close()
         lock.release()
+
+
+def _acquire(folder: Path) -> FileLock:
+    """The lock of a folder, which the system gives back when a process dies."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("waiting for another process that works in %s", folder)
+        lock.acquire()
+    except NotImplementedError:
+        log.warning("warning: %s lies on a file system without locks: do not start the same run twice at once", folder)
+    return lock
 
 
 class Stopwatch:
@@ -105,8 +121,8 @@ def execute(experiment: Experiment) -> RunRecord:
             reports = pruning.run(calibration_ids)
             record.per_linear = [linear for report in reports for linear in report["linears"]]
         with watch.stage("evaluation"):
-            record.metrics = _metrics(engine, evaluation_ids, pruned=True)
-    record.linear_sparsity, record.model_sparsity = _sparsities(engine)
+            record.metrics = _metrics(experiment, engine, evaluation_ids)
+    record.linear_sparsity, record.model_sparsity = _sparsities(engine, pruned=not experiment.is_dense)
     if experiment.config["save"]:
         with watch.stage("save"):
             told = ("model", "pruner", "sparsity", "fingerprint", "metrics", "dense_metrics")
@@ -116,7 +132,7 @@ def execute(experiment: Experiment) -> RunRecord:
             log.info("model: %s", target)
     _finish(record, watch)
     record.write(experiment.folder)
-    shutil.rmtree(engine.store.folder, ignore_errors=True)
+    shutil.rmtree(experiment.folder / SCRATCH, ignore_errors=True)
     return record
 
 
@@ -126,7 +142,7 @@ def dense_metrics(
     """Perplexities of the dense model: from their record if there is one, else measured and recorded."""
     dense = experiment.dense()
     if experiment.is_dense:
-        return _metrics(engine, ids, pruned=False)
+        return _metrics(dense, engine, ids)
     with prepare_folder(dense.folder):
         record = read(dense.folder)
         if record is None or record.status != "completed":
@@ -134,10 +150,11 @@ def dense_metrics(
             record = _new_record(dense)
             record.evaluation_hashes = hashes
             with watch.stage("evaluation"):
-                record.metrics = record.dense_metrics = _metrics(engine, ids, pruned=False)
-            record.linear_sparsity, record.model_sparsity = _sparsities(engine)
+                record.metrics = record.dense_metrics = _metrics(dense, engine, ids)
+            record.linear_sparsity, record.model_sparsity = _sparsities(engine, pruned=False)
             _finish(record, watch)
             record.write(dense.folder)
+            shutil.rmtree(dense.folder / SCRATCH, ignore_errors=True)
     return record.metrics
 
 
@@ -177,25 +194,34 @@ def _engine(experiment: Experiment, config: Any) -> LayerwiseEngine:
     lazy = runtime.layers == "disk"
     decoder = Decoder(source.skeleton(config) if lazy else source.load(config), source.layers_path)
     checkpoint = source.checkpoint(decoder.model) if lazy else None
-    store = LayerStore(decoder, runtime.torch_device, runtime.layers, experiment.folder / "layers", checkpoint)
+    store = LayerStore(decoder, runtime.torch_device, runtime.layers, experiment.folder / SCRATCH, checkpoint)
     return LayerwiseEngine(decoder, store, runtime, experiment.folder)
 
 
-def _metrics(engine: LayerwiseEngine, ids: dict[str, Tensor], pruned: bool) -> dict[str, float]:
-    title = "pruned" if pruned else "dense"
-    return {f"{name}_perplexity": perplexity(engine, rows, pruned, f"{title} {name} perplexity") for name, rows in ids.items()}
+def _metrics(experiment: Experiment, engine: LayerwiseEngine, ids: dict[str, Tensor]) -> dict[str, float]:
+    """Perplexity by text. Those that an interrupted run has measured are in a file beside its finished layers."""
+    journal = experiment.folder / SCRATCH / "metrics.json"
+    metrics = json.loads(journal.read_text(encoding="utf-8")) if journal.exists() else {}
+    kind = "dense" if experiment.is_dense else "pruned"
+    for name, rows in ids.items():
+        key = f"{name}_perplexity"
+        if key not in metrics:
+            metrics[key] = perplexity(engine, rows, not experiment.is_dense, f"{kind} {name} perplexity")
+            write_atomically(journal, json.dumps(metrics))
+    return metrics
 
 
-def _sparsities(engine: LayerwiseEngine) -> tuple[float, float]:
+def _sparsities(engine: LayerwiseEngine, pruned: bool) -> tuple[float, float]:
     """Fraction of zeros among the weights of linears, and among all parameters, tied ones counted once."""
     store, decoder = engine.store, engine.decoder
     totals = dict.fromkeys(("zeros", "size", "linear_zeros", "linear_size"), 0)
     inside = set(decoder.layers.parameters())
     shell = [parameter for parameter in decoder.model.parameters() if parameter not in inside]
     for index in range(len(decoder.layers)):
-        counts = store.reports.get(index)
-        if counts is None:
-            counts = count_zeros(store.fetch(index), decoder.linears(index))
+        if pruned:
+            counts = store.reports[index]
+        else:
+            counts = count_zeros(store.fetch(index, pruned=False), decoder.linears(index))
             store.release(index)
         totals = {key: total + counts[key] for key, total in totals.items()}
     zeros = totals["zeros"] + sum(parameter.numel() - int(parameter.count_nonzero()) for parameter in shell)

@@ -88,12 +88,17 @@ def _main(cfg: DictConfig) -> None:
         cfg.label = (
             str(OmegaConf.select(cfg, "pruner._target_", default=choice)).split(".")[-1] if choice == "custom" else choice
         )
+    failure = None
     try:
         run(cfg)
-    except (ValueError, OSError) as error:
-        line = " ".join(_one_line(error).split())
-        log.error("error: %s", line)
-        raise RunFailed(line) from error
+    except (ValueError, OSError) as error:  # what a user can mend
+        failure = " ".join(_one_line(error).split())
+        log.error("error: %s", failure)
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+        log.error("unexpected error\n%s", traceback.format_exc())  # as text: a kept log record would keep the model alive too
+    if failure:  # raised out here: Hydra keeps it for the whole sweep, and a traceback would keep the model alive
+        raise RunFailed(failure)
 
 
 def main() -> None:
@@ -105,9 +110,11 @@ def main() -> None:
 
 def _finished(experiment: Any) -> RunRecord | None:
     """The record of this experiment if it is completed, to be kept, and has all that was asked for."""
+    from nnprune.job import SCRATCH
+
     folder, config = experiment.folder, experiment.config
     if config["overwrite"]:
-        shutil.rmtree(folder / "layers", ignore_errors=True)
+        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
         (folder / RESULT_FILE).unlink(missing_ok=True)
         return None
     record = read(folder)

@@ -1,6 +1,7 @@
 """How a run uses the machine: never part of what the run means, and so never part of its identity."""
 
 import contextlib
+import gc
 import re
 import resource
 from dataclasses import dataclass
@@ -57,10 +58,12 @@ class Runtime:
 
     def start(self, seed: int) -> None:
         """Set seeds and threads, and forget the peaks of an earlier run in this process."""
+        gc.collect()  # the model of the run before, in a sweep
         torch.manual_seed(seed)
         if self.threads:
             torch.set_num_threads(self.threads)
         if torch.cuda.is_available():
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak that VmHWM reports

@@ -129,7 +129,7 @@ def test_the_record_tells_everything(tiny_config):
     assert content["versions"]["torch"] == torch.__version__
     assert len(content["calibration_hash"]) == len(content["evaluation_hashes"]["text"]) == 16
     assert content["config"]["calibration"]["num_samples"] == 6
-    assert not (path.parent / "layers").exists(), "files of layers are left behind"
+    assert not (path.parent / "unfinished").exists(), "files of layers are left behind"
     assert "layer 2/2" in (path.parent / "run.log").read_text()
 
 
@@ -187,7 +187,9 @@ def in_evaluation(monkeypatch):
 
 
 def half_a_record(monkeypatch):
-    monkeypatch.setattr(nnprune.records.os, "fsync", KillAtCall(4, os.fsync))  # dense record, two layers, this one
+    monkeypatch.setattr(
+        nnprune.records.os, "fsync", KillAtCall(6, os.fsync)
+    )  # dense figures and record, two layers, figures, this one
 
 
 def while_clearing_up(monkeypatch):
@@ -218,7 +220,7 @@ def test_kill_9_loses_nothing_that_was_finished(moment, tiny_config, tmp_path, m
         process.start()
         process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("outputs/**/layer-*.safetensors")}
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("outputs/**/unfinished/layer-*.safetensors")}
     resumed = run(cfg)
     assert resumed.metrics == whole.metrics  # to the last digit
     assert resumed.dense_metrics == whole.dense_metrics
@@ -227,3 +229,65 @@ def test_kill_9_loses_nothing_that_was_finished(moment, tiny_config, tmp_path, m
     seconds = {linear["name"]: linear["seconds"] for linear in resumed.per_linear}
     assert len(seconds) == 12
     assert finished or moment not in (at_second_layer, in_evaluation, half_a_record)
+
+
+def test_texts_measured_before_a_kill_are_not_measured_again(tiny_config, small_text, monkeypatch):
+    extra = f"+evaluation.datasets.more.path={small_text}"
+    whole = run(tiny_config(extra, "pruner=wanda"))
+    cfg = tiny_config(extra, "pruner=wanda", "seed=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(nnprune.job, "perplexity", KillAtCall(2, nnprune.job.perplexity))  # the second text, pruned
+        process = multiprocessing.get_context("fork").Process(target=run, args=(cfg,))
+        process.start()
+        process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    titles = []
+    perplexity = nnprune.job.perplexity
+    monkeypatch.setattr(nnprune.job, "perplexity", lambda *a: titles.append(a[-1]) or perplexity(*a))
+    assert run(cfg).metrics.keys() == whole.metrics.keys() == {"text_perplexity", "more_perplexity"}
+    assert len(titles) == 1
+
+
+def test_a_dense_record_made_while_resuming_is_of_the_dense_model(tiny_config, tmp_path, monkeypatch):
+    cfg = tiny_config("pruner=wanda", "sparsity=2:4")
+    with monkeypatch.context() as patch:
+        in_evaluation(patch)
+        process = multiprocessing.get_context("fork").Process(target=run, args=(cfg,))
+        process.start()
+        process.join(60)
+    [dense] = tmp_path.glob("outputs/*/dense/*/result.json")
+    before = json.loads(dense.read_text())
+    dense.unlink()
+    run(cfg)
+    after = json.loads(dense.read_text())
+    for key in ("metrics", "linear_sparsity", "model_sparsity"):
+        assert after[key] == before[key]
+    assert after["linear_sparsity"] < 0.01
+
+
+def test_a_failed_run_of_a_sweep_does_not_keep_its_model(tiny_config, monkeypatch):
+    import gc
+    import weakref
+
+    from nnprune.loading import ModelSource
+    from nnprune.run import RunFailed, _main
+
+    models = []
+    load = ModelSource.load
+
+    def watched(self, config):
+        model = load(self, config)
+        models.append(weakref.ref(model))
+        return model
+
+    def fail(*_):
+        raise RuntimeError("out of memory, say")
+
+    monkeypatch.setattr(ModelSource, "load", watched)
+    monkeypatch.setattr(nnprune.job, "perplexity", fail)
+    cfg = tiny_config("pruner=wanda", "label=mine")
+    with pytest.raises(RunFailed) as kept:
+        _main(cfg)
+    gc.collect()
+    assert "out of memory" in str(kept.value)
+    assert models[0]() is None
