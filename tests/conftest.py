@@ -3,7 +3,8 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: threads on busy cores only wait for each other
 
 import subprocess
 import sys
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
 transformers.logging.set_verbosity_error()
-torch.set_num_threads(1)  # tiny tensors: two threads on two busy cores only wait for each other
+torch.set_num_threads(1)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

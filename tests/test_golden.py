@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SHARED
 from safetensors.torch import load_file
 
 from nnprune.patterns import NM, SparsityPattern, Unstructured, parse_pattern
@@ -100,3 +101,10 @@ def plain_nn_pruning(W: torch.Tensor, X: torch.Tensor, pattern: SparsityPattern)
         error = torch.where(mask[:, j], 0, W[:, j]) / U[j, j]
         W[:, j:] -= error[:, None] * U[j, j:]
     return W * mask
+
+
+def test_the_copied_figures_are_the_reference():
+    source = SHARED / "reference" / "official_pruners.safetensors"
+    if not source.exists():
+        pytest.skip(f"{source} is not on this machine; the copy in tests/golden is used as it is")
+    assert (Path(__file__).parent / "golden" / source.name).read_bytes() == source.read_bytes()
