@@ -1,6 +1,11 @@
-"""Lets users type `sparsity=0.7` or `sparsity=2:4,0.5`: Hydra refuses a number as a group's option."""
+"""What happens to a command line before Hydra sees it.
+
+Users type `sparsity=0.7` or `sparsity=2:4,0.5`, and Hydra refuses a number as a group's option. And a sweep makes a folder
+of its own under `outputs` before any of our code runs.
+"""
 
 import re
+from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 
@@ -15,6 +20,20 @@ def rewrite_sparsity(arguments: list[str]) -> list[str]:
     be is for `parse_pattern` to say. Everything else is left to Hydra.
     """
     return [_rewrite(argument) if argument.startswith("sparsity=") else argument for argument in arguments]
+
+
+def check_outputs_of_sweep(arguments: list[str]) -> None:
+    """Raise ValueError when a sweep is asked for and its `outputs` cannot be written."""
+    if not {"-m", "--multirun"} & set(arguments):
+        return
+    given = [argument.removeprefix("outputs=") for argument in arguments if argument.startswith("outputs=")]
+    outputs = given[-1] if given else "outputs"
+    try:
+        Path(outputs).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"outputs={outputs}: cannot be written ({error.strerror}); set outputs=DIR to a writable folder"
+        ) from None
 
 
 def _rewrite(argument: str) -> str:

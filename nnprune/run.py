@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 
-from nnprune.cli import rewrite_sparsity
+from nnprune.cli import check_outputs_of_sweep, rewrite_sparsity
 from nnprune.records import RESULT_FILE, RunRecord, fingerprint, read
 
 log = logging.getLogger("nnprune")
@@ -105,6 +105,10 @@ def main() -> None:
     """Run what the command line says."""
     sys.path.insert(0, os.getcwd())  # a user's own pruner is imported from the folder they are in
     sys.argv[1:] = rewrite_sparsity(sys.argv[1:])
+    try:
+        check_outputs_of_sweep(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     _main()
 
 

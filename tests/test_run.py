@@ -52,6 +52,14 @@ def test_sweep_skip_and_failure_from_the_command_line(run_cli, tmp_path):
     assert "sparsity=3:7: " in second.stderr
 
 
+def test_a_sweep_whose_outputs_cannot_be_written_says_so_in_one_line(run_cli, tmp_path):
+    (tmp_path / "file").touch()
+    result = run_cli("-m", "sparsity=0.5,2:4", f"outputs={tmp_path / 'file' / 'records'}")
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert "cannot be written (Not a directory); set outputs=DIR" in result.stderr
+
+
 def test_readme_experiment_is_the_nine_cells_and_dense():
     params = OmegaConf.load(CONF / "experiment" / "readme_table.yaml").hydra.sweeper.params
     patterns = [OmegaConf.load(CONF / "sparsity" / f"{name}.yaml").pattern for name in params.sparsity.split(",")]
