@@ -1,6 +1,7 @@
 """The layer-wise engine: what later linears see, where things rest, resuming, saving."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -242,3 +243,11 @@ def test_files_have_the_users_permissions(tmp_path):
     (tmp_path / "ordinary").touch()
     for path in (tmp_path / "layers").iterdir():
         assert path.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_every_dtype(dtype, tiny_config):
+    record = run(tiny_config("pruner=sparsegpt", "sparsity=2:4", f"model.dtype={dtype}", "save=true"))
+    assert record.linear_sparsity == 0.5
+    [folder] = Path(record.config["outputs"]).glob("*/2of4/*/model")
+    assert str(AutoModelForCausalLM.from_pretrained(folder).dtype) == f"torch.{dtype}"
