@@ -62,12 +62,23 @@ def make_tokenizer(args: argparse.Namespace) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=args.vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=args.vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     text = (args.work / "train.txt").read_text(encoding="utf-8")[:TOKENIZER_BYTES]
     tokenizer.train_from_iterator(text.split(SEPARATOR), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>",
-                                   unk_token="<unk>", model_max_length=SEQ_LEN, clean_up_tokenization_spaces=False)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="</s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_max_length=SEQ_LEN,
+        clean_up_tokenization_spaces=False,
+    )
     save_pretrained_atomically(fast, args.out)
     print(f"tokenizer: {len(fast)} tokens", flush=True)
 
@@ -83,10 +94,22 @@ def encode(tokenizer, text: str) -> torch.Tensor:
 
 def new_model(args: argparse.Namespace) -> OPTForCausalLM:
     config = OPTConfig(
-        vocab_size=args.vocab_size, hidden_size=args.hidden_size, word_embed_proj_dim=args.hidden_size,
-        num_hidden_layers=args.num_layers, ffn_dim=4 * args.hidden_size, num_attention_heads=args.hidden_size // 32,
-        max_position_embeddings=SEQ_LEN, dropout=0.0, attention_dropout=0.0, layerdrop=0.0, do_layer_norm_before=True,
-        tie_word_embeddings=True, pad_token_id=1, bos_token_id=2, eos_token_id=2)
+        vocab_size=args.vocab_size,
+        hidden_size=args.hidden_size,
+        word_embed_proj_dim=args.hidden_size,
+        num_hidden_layers=args.num_layers,
+        ffn_dim=4 * args.hidden_size,
+        num_attention_heads=args.hidden_size // 32,
+        max_position_embeddings=SEQ_LEN,
+        dropout=0.0,
+        attention_dropout=0.0,
+        layerdrop=0.0,
+        do_layer_norm_before=True,
+        tie_word_embeddings=True,
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=2,
+    )
     return OPTForCausalLM(config)
 
 
@@ -116,8 +139,13 @@ class MasterWeights:
         model.to(torch.bfloat16)
         self.parameters = [p for _, p in named]
         decayed = [p.ndim == 2 and "positions" not in name for name, p in named]
-        groups = [{"params": [p for p, chosen in zip(self.copies, decayed, strict=True) if chosen == group],
-                   "weight_decay": weight_decay if group else 0.0} for group in (True, False)]
+        groups = [
+            {
+                "params": [p for p, chosen in zip(self.copies, decayed, strict=True) if chosen == group],
+                "weight_decay": weight_decay if group else 0.0,
+            }
+            for group in (True, False)
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
     def step(self, lr: float) -> None:
@@ -137,16 +165,19 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     ids = encode(tokenizer, (args.work / "train.txt").read_text(encoding="utf-8"))
-    windows = ids[:ids.numel() // SEQ_LEN * SEQ_LEN].view(-1, SEQ_LEN)
+    windows = ids[: ids.numel() // SEQ_LEN * SEQ_LEN].view(-1, SEQ_LEN)
     needed = args.steps * args.batch_size
     order = torch.cat([torch.randperm(len(windows)) for _ in range(math.ceil(needed / len(windows)))])
     model = new_model(args).train()
     master = MasterWeights(model, args.lr, args.weight_decay)
-    print(f"train: {ids.numel()} tokens, {needed / len(windows):.2f} passes, "
-          f"{sum(p.numel() for p in model.parameters())} parameters, {args.steps} steps", flush=True)
+    print(
+        f"train: {ids.numel()} tokens, {needed / len(windows):.2f} passes, "
+        f"{sum(p.numel() for p in model.parameters())} parameters, {args.steps} steps",
+        flush=True,
+    )
     start, losses = time.time(), []
     for step in range(args.steps):
-        batch_BT = windows[order[step * args.batch_size:(step + 1) * args.batch_size]]
+        batch_BT = windows[order[step * args.batch_size : (step + 1) * args.batch_size]]
         loss = loss_of(model, batch_BT)
         loss.backward()
         master.step(learning_rate(step, args))
@@ -154,8 +185,11 @@ def train(args: argparse.Namespace) -> None:
         if (step + 1) % 50 == 0 or step + 1 == args.steps:
             spent = time.time() - start
             mean = sum(losses[-50:]) / len(losses[-50:])
-            print(f"step {step + 1}/{args.steps}  loss {mean:.3f}  perplexity {math.exp(mean):.2f}  "
-                  f"{spent / 60:.1f} min, {spent / (step + 1) * (args.steps - step - 1) / 60:.1f} min left", flush=True)
+            print(
+                f"step {step + 1}/{args.steps}  loss {mean:.3f}  perplexity {math.exp(mean):.2f}  "
+                f"{spent / 60:.1f} min, {spent / (step + 1) * (args.steps - step - 1) / 60:.1f} min left",
+                flush=True,
+            )
     save_pretrained_atomically(model.eval(), args.out)
     print(f"model: {(args.out / 'model.safetensors').stat().st_size} bytes", flush=True)
 
@@ -172,14 +206,23 @@ def measure(args: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     model = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.bfloat16).eval()
     ids = encode(tokenizer, (args.out / "test.txt").read_text(encoding="utf-8"))
-    windows = ids[:ids.numel() // SEQ_LEN * SEQ_LEN].view(-1, SEQ_LEN)
+    windows = ids[: ids.numel() // SEQ_LEN * SEQ_LEN].view(-1, SEQ_LEN)
     total = 0.0
     for batch_BT in windows.split(8):
         logits_BTV = model(input_ids=batch_BT, use_cache=False).logits.float()
         total += cross_entropy(logits_BTV[:, :-1].flatten(0, 1), batch_BT[:, 1:].flatten(), reduction="sum").item()
     perplexity = math.exp(total / (windows.numel() - len(windows)))
-    print(json.dumps({"test_tokens": windows.numel(), "perplexity": round(perplexity, 3),
-                      "uniform": len(tokenizer), "ratio": round(len(tokenizer) / perplexity, 1)}), flush=True)
+    print(
+        json.dumps(
+            {
+                "test_tokens": windows.numel(),
+                "perplexity": round(perplexity, 3),
+                "uniform": len(tokenizer),
+                "ratio": round(len(tokenizer) / perplexity, 1),
+            }
+        ),
+        flush=True,
+    )
 
 
 STAGES = {"text": make_text, "tokenizer": make_tokenizer, "train": train, "splits": make_splits, "measure": measure}

@@ -48,7 +48,7 @@ def _parse(source: str, position: int, stops: str) -> tuple[list[Part], int]:
             position += 1
         elif char == "{":
             end = source.index("}", position)
-            name, _, form = source[position + 1:end].partition(".")
+            name, _, form = source[position + 1 : end].partition(".")
             parts.append(lambda world, name=name, form=form: world.slot(name, form))
             position = end + 1
         else:
@@ -63,6 +63,7 @@ def _parse(source: str, position: int, stops: str) -> tuple[list[Part], int]:
 @dataclass
 class Genre:
     """Plans, and for each section its patterns: (source, compiled)."""
+
     plans: list[list[tuple[str, int, int]]] = field(default_factory=list)  # (section, fewest, most)
     own_line: set[str] = field(default_factory=set)
     sections: dict[str, list[tuple[str, Callable]]] = field(default_factory=dict)

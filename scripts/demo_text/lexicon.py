@@ -12,8 +12,17 @@ from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TOPIC_KEYS = {"jobs": "job", "spots": "spot", "things": "thing", "stuff": "stuff", "tools": "tool", "adjs": "adj",
-              "does": "do", "acts": "act", "say": "say"}
+TOPIC_KEYS = {
+    "jobs": "job",
+    "spots": "spot",
+    "things": "thing",
+    "stuff": "stuff",
+    "tools": "tool",
+    "adjs": "adj",
+    "does": "do",
+    "acts": "act",
+    "say": "say",
+}
 VOWELS = "aeiou"
 
 
@@ -115,8 +124,10 @@ class Lexicon:
     def verb_phrase(self, phrase: str, form: str) -> str:
         """Inflects the first verb and any verb after " and ": "stop and look" -> "stopped and looked"."""
         words = phrase.split()
-        return " ".join(self.verb(word, form) if i == 0 or (words[i - 1] == "and" and word in self.verbs) else word
-                        for i, word in enumerate(words))
+        return " ".join(
+            self.verb(word, form) if i == 0 or (words[i - 1] == "and" and word in self.verbs) else word
+            for i, word in enumerate(words)
+        )
 
 
 # Words that open a saying which is a command and whose verb is not among the verbs of the topics.

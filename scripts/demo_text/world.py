@@ -57,7 +57,7 @@ class World:
             if name in FACTS:
                 self.memory[name] = FACTS[name](self)
             elif key in CHAIN:
-                self.memory[name] = self.fact("chain" + name[len(key):])[CHAIN[key]]
+                self.memory[name] = self.fact("chain" + name[len(key) :])[CHAIN[key]]
             else:
                 sisters = {self.memory.get(key + digit) for digit in "123"}
                 value = self.fresh(key)
@@ -73,9 +73,21 @@ class World:
         first = self.unused("female" if gender == "f" else "male")
         last = self.unused("last")
         age = self.between(22, 78)
-        return {"": first, "last": last, "full": f"{first} {last}", "mr": ("Mrs " if gender == "f" else "Mr ") + last,
-                "he": he, "him": him, "his": his, "man": man, "age": str(age), "years": str(self.between(3, age - 18)),
-                "rel": self.draw(gender + "relation"), "rel2": self.pick(RELATIVES[gender]), "job": self.draw("job")}
+        return {
+            "": first,
+            "last": last,
+            "full": f"{first} {last}",
+            "mr": ("Mrs " if gender == "f" else "Mr ") + last,
+            "he": he,
+            "him": him,
+            "his": his,
+            "man": man,
+            "age": str(age),
+            "years": str(self.between(3, age - 18)),
+            "rel": self.draw(gender + "relation"),
+            "rel2": self.pick(RELATIVES[gender]),
+            "job": self.draw("job"),
+        }
 
     def unused(self, key: str) -> str:
         word = self.draw(key)
@@ -101,14 +113,30 @@ def place_name(world: World) -> str:
 
 def hour(world: World) -> str:
     number = world.draw("few")
-    return world.pick([f"half past {number}", f"a quarter to {number}", f"a quarter past {number}", f"{number} o'clock",
-                       f"ten to {number}", f"twenty past {number}", "noon", "midnight", f"{number} o'clock"])
+    return world.pick(
+        [
+            f"half past {number}",
+            f"a quarter to {number}",
+            f"a quarter past {number}",
+            f"{number} o'clock",
+            f"ten to {number}",
+            f"twenty past {number}",
+            "noon",
+            "midnight",
+            f"{number} o'clock",
+        ]
+    )
 
 
 def organisation(world: World) -> str:
     town = world.slot("T", "")
-    return world.pick([f"the {town} {world.draw('society')}", f"{world.draw('last')} and {world.pick(['Sons', 'Daughters'])}",
-                       f"the {world.draw('society')} of {town}"])
+    return world.pick(
+        [
+            f"the {town} {world.draw('society')}",
+            f"{world.draw('last')} and {world.pick(['Sons', 'Daughters'])}",
+            f"the {world.draw('society')} of {town}",
+        ]
+    )
 
 
 def clock(minutes: int) -> str:
@@ -123,23 +151,46 @@ def day_after(world: World, name: str) -> str:
 # How a computed slot follows from others: sums, dates and years stay consistent within a document.
 CHAIN = {"cause": 0, "effect": 1, "fix": 2, "result": 3}
 FACTS = {
-    "T": place_name, "U": place_name, "R": lambda w: w.draw("river"), "G": lambda w: w.draw("region"), "O": organisation,
-    "hour": hour, "chain": lambda w: w.pick(w.topic["chain"]),
+    "T": place_name,
+    "U": place_name,
+    "R": lambda w: w.draw("river"),
+    "G": lambda w: w.draw("region"),
+    "O": organisation,
+    "hour": hour,
+    "chain": lambda w: w.pick(w.topic["chain"]),
     "date": lambda w: f"{w.between(1, 28)} {w.draw('month')}",
-    "q1": lambda w: w.between(2, 12), "p1": lambda w: w.between(2, 25), "sum1": lambda w: w.fact("q1") * w.fact("p1"),
-    "q2": lambda w: w.between(2, 9), "p2": lambda w: w.between(2, 20), "sum2": lambda w: w.fact("q2") * w.fact("p2"),
-    "both1": lambda w: w.fact("sum1") + w.fact("sum2"), "paid1": lambda w: (w.fact("sum1") // 10 + 1) * 10,
-    "change1": lambda w: w.fact("paid1") - w.fact("sum1"), "q1plus1": lambda w: w.fact("q1") + 1,
+    "q1": lambda w: w.between(2, 12),
+    "p1": lambda w: w.between(2, 25),
+    "sum1": lambda w: w.fact("q1") * w.fact("p1"),
+    "q2": lambda w: w.between(2, 9),
+    "p2": lambda w: w.between(2, 20),
+    "sum2": lambda w: w.fact("q2") * w.fact("p2"),
+    "both1": lambda w: w.fact("sum1") + w.fact("sum2"),
+    "paid1": lambda w: (w.fact("sum1") // 10 + 1) * 10,
+    "change1": lambda w: w.fact("paid1") - w.fact("sum1"),
+    "q1plus1": lambda w: w.fact("q1") + 1,
     "sum1plus1": lambda w: w.fact("sum1") + w.fact("p1"),
-    "weekday2": lambda w: day_after(w, "weekday1"), "weekday3": lambda w: day_after(w, "weekday2"),
-    "year": lambda w: w.between(1880, 1960), "year1": lambda w: w.between(1720, 1930), "span1": lambda w: w.between(44, 88),
-    "year2": lambda w: w.fact("year1") + w.fact("span1"), "agem1": lambda w: w.between(20, w.fact("span1") - 2),
-    "yearm1": lambda w: w.fact("year1") + w.fact("agem1"), "teen": lambda w: w.between(11, 19),
-    "start1": lambda w: 5 * w.between(84, 220), "mins": lambda w: 5 * w.between(1, 12),
-    "time1": lambda w: clock(w.fact("start1")), "time2": lambda w: clock(w.fact("start1") + int(w.fact("mins1"))),
-    "dozen": lambda w: w.between(13, 98), "diff1": lambda w: w.between(2, 30),
-    "more1": lambda w: int(w.fact("dozen1")) + w.fact("diff1"), "hundred": lambda w: 10 * w.between(11, 98),
-    "thousand": lambda w: 100 * w.between(8, 240), "deg": lambda w: w.between(3, 31),
-    "grams": lambda w: 50 * w.between(2, 16), "twice1": lambda w: 2 * int(w.fact("grams1")),
-    "ml": lambda w: 50 * w.between(2, 15), "oven": lambda w: 10 * w.between(15, 23),
+    "weekday2": lambda w: day_after(w, "weekday1"),
+    "weekday3": lambda w: day_after(w, "weekday2"),
+    "year": lambda w: w.between(1880, 1960),
+    "year1": lambda w: w.between(1720, 1930),
+    "span1": lambda w: w.between(44, 88),
+    "year2": lambda w: w.fact("year1") + w.fact("span1"),
+    "agem1": lambda w: w.between(20, w.fact("span1") - 2),
+    "yearm1": lambda w: w.fact("year1") + w.fact("agem1"),
+    "teen": lambda w: w.between(11, 19),
+    "start1": lambda w: 5 * w.between(84, 220),
+    "mins": lambda w: 5 * w.between(1, 12),
+    "time1": lambda w: clock(w.fact("start1")),
+    "time2": lambda w: clock(w.fact("start1") + int(w.fact("mins1"))),
+    "dozen": lambda w: w.between(13, 98),
+    "diff1": lambda w: w.between(2, 30),
+    "more1": lambda w: int(w.fact("dozen1")) + w.fact("diff1"),
+    "hundred": lambda w: 10 * w.between(11, 98),
+    "thousand": lambda w: 100 * w.between(8, 240),
+    "deg": lambda w: w.between(3, 31),
+    "grams": lambda w: 50 * w.between(2, 16),
+    "twice1": lambda w: 2 * int(w.fact("grams1")),
+    "ml": lambda w: 50 * w.between(2, 15),
+    "oven": lambda w: 10 * w.between(15, 23),
 }
