@@ -22,14 +22,10 @@ class PatternError(ValueError):
 def keep_largest(score: Tensor, num_keep: int) -> Tensor:
     """Mask (same shape as `score`) that keeps exactly `num_keep` largest entries along the last dimension.
 
-    Selects by index and never by threshold, so that ties cannot change the count.
+    Selects by index and never by threshold, so that ties cannot change the count. Ties are broken as by the official
+    SparseGPT and Wanda code, which asks for the smallest entries too: weights that were once quantised have many.
     """
-    size = score.shape[-1]
-    # The shorter of the two selections is the cheaper one.
-    if num_keep <= size - num_keep:
-        index = score.topk(num_keep, dim=-1, largest=True, sorted=False).indices
-        return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, index, True)
-    index = score.topk(size - num_keep, dim=-1, largest=False, sorted=False).indices
+    index = score.topk(score.shape[-1] - num_keep, dim=-1, largest=False).indices
     return torch.ones_like(score, dtype=torch.bool).scatter_(-1, index, False)
 
 

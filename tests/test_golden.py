@@ -75,6 +75,17 @@ def test_kept_weights_of_a_score_pruner_are_untouched():
         assert torch.equal(pruned[pruned != 0], W[pruned != 0])
 
 
+def test_ties_in_a_group_are_broken_as_by_the_official_code():
+    """As in prune_magnitude of Wanda's repository: the smallest of each group by topk. Ties matter for quantised weights."""
+    W = torch.randint(-3, 4, (64, 128), generator=torch.Generator().manual_seed(0)).float()
+    for n, m in ((2, 4), (4, 8)):
+        groups = W.abs().unflatten(1, (-1, m))
+        mask = torch.ones_like(groups, dtype=torch.bool)
+        mask.scatter_(-1, torch.topk(groups, m - n, dim=-1, largest=False)[1], False)
+        pruned = Magnitude().prune_linear(W, "linear", NM(n, m))
+        assert torch.equal(pruned, torch.where(mask.view_as(W), W, 0))
+
+
 def test_sparsegpt_variant_of_the_nn_pruning_toolkit():
     """Mask per row in 64 columns, fixed when the first of them is reached: checked against a plain loop in float64."""
     W, X = GOLDEN["a.weight"], GOLDEN["a.inputs"].reshape(-1, 128)
