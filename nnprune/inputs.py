@@ -99,12 +99,17 @@ class InputCollector:
             self.pruner.add_linear_activations(name, X)
 
 
+def check_weight(name: str, weight: Tensor) -> None:
+    """Raise ValueError, naming the linear, for NaN or infinity in its weight."""
+    if not weight.isfinite().all():
+        raise ValueError(f"{name}: its weight holds NaN or infinite values; the checkpoint is damaged, get it again")
+
+
 @contextmanager
 def refuse_nonfinite(linears: dict[str, nn.Module]) -> Iterator[None]:
     """Raise ValueError, naming the first culprit, for NaN or infinity in the weights of `linears` or in what they receive."""
     for name, linear in linears.items():
-        if not linear.weight.isfinite().all():
-            raise ValueError(f"{name}: its weight holds NaN or infinite values; the checkpoint is damaged, get it again")
+        check_weight(name, linear.weight)
 
     def check(name: str, X: Tensor) -> None:
         if not X.isfinite().all():

@@ -3,7 +3,6 @@
 Letters: N samples, B batch, T tokens, D hidden, V vocabulary.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +16,6 @@ from nnprune.decoder import Decoder, LayerCall, StopForward, run_layer
 from nnprune.inputs import refuse_nonfinite
 from nnprune.layerstore import LayerStore
 from nnprune.runtime import Runtime
-
-log = logging.getLogger(__name__)
 
 
 class LayerwiseEngine:

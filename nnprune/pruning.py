@@ -13,7 +13,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nnprune.activations import Activations
 from nnprune.decoder import weight_OI
-from nnprune.inputs import SAMPLED_TOKENS, InputCollector, input_groups
+from nnprune.inputs import SAMPLED_TOKENS, InputCollector, check_weight, input_groups
 from nnprune.layerwise import LayerwiseEngine
 from nnprune.patterns import PatternError, SparsityPattern
 from nnprune.pruners.base import Pruner
@@ -94,8 +94,7 @@ class LayerwisePruning:
         start = time.perf_counter()
         pattern = self.plan[name]
         W = weight_OI(linear).contiguous()
-        if not W.isfinite().all():
-            raise ValueError(f"{name}: its weight holds NaN or infinite values; the checkpoint is damaged, get it again")
+        check_weight(name, W)
         # The clone is for pruners that work in place.
         pruned = self.pruner.prune_linear(W.clone(), name, pattern) if pattern.sparsity else W
         self.pruner.clear_linear_activations(name)

@@ -111,26 +111,25 @@ def test_sparsegpt_beats_wanda_beats_magnitude_on_the_layer_error():
         assert error["sparsegpt"] < error["wanda"] < error["magnitude"]
 
 
-def test_a_hessian_that_fails_is_damped_more_and_says_so():
+def indefinite_sparsegpt(name: str, first: float) -> tuple[Pruner, torch.Tensor]:
+    """A pruner whose Hessian of linear `name` is the identity but for its first entry, and a weight for it."""
     pruner = make("sparsegpt")
     W, X = layer(8, 64)
-    pruner.add_linear_activations("l", X)
-    statistic = pruner.statistics["l"]
-    negative = torch.eye(64)
-    negative[0, 0] = -0.05  # indefinite: damping 0.01 is too little, 0.1 is enough
-    statistic._sum = negative * statistic.num_tokens
+    pruner.add_linear_activations(name, X)
+    hessian = torch.eye(64)
+    hessian[0, 0] = first
+    pruner.statistics[name]._sum = hessian * pruner.statistics[name].num_tokens
+    return pruner, W
+
+
+def test_a_hessian_that_fails_is_damped_more_and_says_so():
+    pruner, W = indefinite_sparsegpt("l", -0.05)  # damping 0.01 is too little, 0.1 is enough
     assert pruner.prune_linear(W, "l", NM(2, 4)).isfinite().all()
     assert pruner.notes["l"]["damping"] == pytest.approx(0.1)
 
 
 def test_a_hessian_that_no_damping_mends_names_the_linear():
-    pruner = make("sparsegpt")
-    W, X = layer(8, 64)
-    pruner.add_linear_activations("model.layers.3.fc1", X)
-    statistic = pruner.statistics["model.layers.3.fc1"]
-    hopeless = torch.eye(64)
-    hopeless[0, 0] = -60
-    statistic._sum = hopeless * statistic.num_tokens
+    pruner, W = indefinite_sparsegpt("model.layers.3.fc1", -60)
     with pytest.raises(ValueError, match=r"model\.layers\.3\.fc1.*900 tokens.*damping 1;"):
         pruner.prune_linear(W, "model.layers.3.fc1", NM(2, 4))
 

@@ -53,7 +53,7 @@ def test_pruning_leaves_the_exact_pattern_and_nothing_else_changed(family, spec,
     linears = {name: linear for index in range(3) for name, linear in engine.decoder.linears(index).items()}
     plan = dict.fromkeys(linears, pattern)
     reports = LayerwisePruning(engine, SparseGPT(), plan, "pruned").run(random_ids(rows=8, seq_len=32))
-    assert [linear["name"] for report in reports for linear in report["linears"]].sort() == list(linears).sort()
+    assert sorted(linear["name"] for report in reports for linear in report["linears"]) == sorted(linears)
     for linear in linears.values():
         weight = weight_OI(linear)
         pattern.check(weight)

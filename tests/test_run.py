@@ -173,6 +173,13 @@ def kill(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def run_until_killed(cfg):
+    process = multiprocessing.get_context("fork").Process(target=run, args=(cfg,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+
+
 def at_second_layer(monkeypatch):
     monkeypatch.setattr(nnprune.layerstore, "save_file", KillAtCall(2, save_file))
 
@@ -224,10 +231,7 @@ def test_kill_9_loses_nothing_that_was_finished(moment, tiny_config, tmp_path, m
     cfg = tiny_config("pruner=sparsegpt")
     with monkeypatch.context() as patch:
         moment(patch)
-        process = multiprocessing.get_context("fork").Process(target=run, args=(cfg,))
-        process.start()
-        process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+        run_until_killed(cfg)
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("outputs/**/unfinished/layer-*.safetensors")}
     resumed = run(cfg)
     assert resumed.metrics == whole.metrics  # to the last digit
@@ -245,10 +249,7 @@ def test_texts_measured_before_a_kill_are_not_measured_again(tiny_config, small_
     cfg = tiny_config(extra, "pruner=wanda", "seed=1")
     with monkeypatch.context() as patch:
         patch.setattr(nnprune.job, "perplexity", KillAtCall(2, nnprune.job.perplexity))  # the second text, pruned
-        process = multiprocessing.get_context("fork").Process(target=run, args=(cfg,))
-        process.start()
-        process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+        run_until_killed(cfg)
     titles = []
     perplexity = nnprune.job.perplexity
     monkeypatch.setattr(nnprune.job, "perplexity", lambda *a: titles.append(a[-1]) or perplexity(*a))
@@ -260,9 +261,7 @@ def test_a_dense_record_made_while_resuming_is_of_the_dense_model(tiny_config, t
     cfg = tiny_config("pruner=wanda", "sparsity=2:4")
     with monkeypatch.context() as patch:
         in_evaluation(patch)
-        process = multiprocessing.get_context("fork").Process(target=run, args=(cfg,))
-        process.start()
-        process.join(60)
+        run_until_killed(cfg)
     [dense] = tmp_path.glob("outputs/*/dense/*/result.json")
     before = json.loads(dense.read_text())
     dense.unlink()
