@@ -1,4 +1,4 @@
-"""Evaluation: perplexity over the fixed windows of a text, streamed through the layer-wise engine.
+"""Evaluation: perplexity over the fixed windows of a text, streamed through the decoder layers.
 
 The field's protocol: the whole split joined, cut into windows of `seq_len` that do not overlap, every prediction counted.
 Letters: N windows, T tokens of a window, V vocabulary.
@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from nnprune.checks import check_count
-from nnprune.layerwise import LayerwiseEngine
+from nnprune.streams import Stream
 from nnprune.texts import TextSource
 
 
@@ -68,15 +68,16 @@ class Evaluation:
 
 
 @torch.no_grad()
-def perplexity(engine: LayerwiseEngine, ids: Tensor, pruned: bool = True, title: str = "evaluation") -> float:
-    """exp(mean negative log-likelihood of all tokens but each window's first) for ids (N, T).
+def perplexity(stream: Stream, title: str) -> float:
+    """exp(mean negative log-likelihood of all tokens but each window's first), of windows that went through all layers.
 
-    `pruned` asks for finished layers where there are any, else for dense ones. Raises ValueError when it is not finite.
+    Raises ValueError when it is not finite.
     """
-    total = torch.zeros((), dtype=torch.float64, device=engine.device)
-    for row_ids, logits in engine.logits(ids, pruned, title):
+    total = torch.zeros((), dtype=torch.float64, device=stream.device)
+    for row_ids, logits in stream.logits():
         total += cross_entropy(logits[0, :-1].float(), row_ids[0, 1:], reduction="sum").double()
-    mean = float(total) / (ids.shape[0] * (ids.shape[1] - 1))
+    num_windows, seq_len = stream.ids.shape
+    mean = float(total) / (num_windows * (seq_len - 1))
     if not math.isfinite(mean):
         raise ValueError(f"{title}: the model gives NaN or infinite logits; try model.dtype=float32 or bfloat16")
     return math.exp(min(mean, 700))  # beyond, a float overflows

@@ -3,23 +3,27 @@
 Letters: N samples, B batch, T tokens, I input features.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
 
-from nnprune.decoder import LayerCall, StopForward, run_layer
+from nnprune.decoder import StopForward
 from nnprune.pruners.base import Pruner
 
 SAMPLED_TOKENS = 512
-"""Tokens, spread over the whole calibration, on which the relative error of each linear is measured."""
+"""Tokens, from the first rows of the calibration, on which the relative error of each linear is measured."""
+
+PROBE_TOKENS = 8
+"""Tokens of the forward that shows which linears share an input."""
 
 
-def input_groups(layer: nn.Module, linears: dict[str, nn.Module], hidden: Tensor, call: LayerCall) -> list[list[str]]:
+def input_groups(linears: dict[str, nn.Module], forward: Callable[[], object]) -> list[list[str]]:
     """Names of the linears that receive the same input tensor (q, k and v; gate and up), in the order of their use.
 
-    Found by the input's identity in one forward. Raises ValueError for a linear that the forward never reaches.
+    Found by the input's identity in one forward of their decoder layer, in which values do not matter. Raises ValueError
+    for a linear that the forward never reaches.
     """
     groups: dict[tuple, list[str]] = {}
     alive: list[Tensor] = []  # a freed input could lend its address to the next one
@@ -31,39 +35,42 @@ def input_groups(layer: nn.Module, linears: dict[str, nn.Module], hidden: Tensor
             names.append(name)
 
     with _hooks(linears, note):
-        run_layer(layer, hidden, call)
+        forward()
     if unused := set(linears) - {name for names in groups.values() for name in names}:
         raise ValueError(f"{min(unused)}: never receives an input, so it cannot be pruned with this model's own forward")
     return list(groups.values())
 
 
 class InputCollector:
-    """Shows a pruner the inputs of groups of linears while forwards run.
+    """Shows pruners the inputs of groups of linears while forwards run.
+
+    One statistic of a kind and group serves all linears of the group and all pruners that ask for it. A pruner that
+    collects on its own is shown every linear's input.
 
     Args:
-        pruner: sees each input once a group, or once a linear when it collects statistics of its own.
+        pruners: who wants to know.
         groups: as from `input_groups`; only these are looked at.
         linears: name -> linear, for at least the names in `groups`.
-        num_samples, seq_len: N and T.
+        seq_len: T.
     """
 
-    def __init__(
-        self, pruner: Pruner, groups: list[list[str]], linears: dict[str, nn.Module], num_samples: int, seq_len: int
-    ) -> None:
-        self.pruner = pruner
+    def __init__(self, pruners: Sequence[Pruner], groups: list[list[str]], linears: dict[str, nn.Module], seq_len: int) -> None:
         self.groups = groups
         self.linears = linears
         self.seq_len = seq_len
-        self.tokens_per_row = -(-SAMPLED_TOKENS // num_samples)
-        self.group_of = {name: names for names in groups for name in names}
+        self._sharing = [pruner for pruner in pruners if pruner.shares_statistics and pruner.statistic]
+        self._own = [pruner for pruner in pruners if not pruner.shares_statistics]
+        kinds = {pruner.statistic for pruner in self._sharing}
+        self._statistics = {names[0]: {kind: kind() for kind in kinds} for names in groups}
         self._samples: dict[str, list[Tensor]] = {names[0]: [] for names in groups}
-        self._total: dict[str, Tensor] = {}  # sums that show NaNs, where no statistic does
-        self._one_each = pruner.shares_statistics and pruner.statistic is not None
+        self._totals: dict[str, Tensor] = {}  # sums that show NaNs, where no statistic does
+        self._rows = slice(0, 0)
+        self._num_seen: dict[str, int] = {}
 
     @contextmanager
     def watching(self, stop: bool) -> Iterator[None]:
-        """Within it, forwards are seen; `stop` ends each of them once the last group has been."""
-        watched = [name for names in self.groups for name in (names[:1] if self.pruner.shares_statistics else names)]
+        """Within it, forwards inside `rows` are seen; `stop` ends each of them once the last group has been."""
+        watched = [name for names in self.groups for name in (names if self._own else names[:1])]
 
         def see(name: str, X: Tensor) -> None:
             self._see(name, X)
@@ -73,30 +80,52 @@ class InputCollector:
         with _hooks({name: self.linears[name] for name in watched}, see):
             yield
 
-    def finish(self) -> None:
-        """Share each group's statistic among its linears. Raises ValueError, naming a linear, for NaN or infinite inputs."""
-        for names in self.groups:
-            leader = names[0]
-            statistic = self.pruner.statistics.get(leader) if self._one_each else None
-            finite = statistic.is_finite() if statistic else bool(self._total[leader].isfinite())
-            if not finite:
-                raise ValueError(f"{leader}: its inputs hold NaN or infinite values; try model.dtype=float32 or bfloat16")
-            if statistic:
-                self.pruner.statistics.update(dict.fromkeys(names, statistic))
+    @contextmanager
+    def rows(self, rows: slice) -> Iterator[None]:
+        """The rows of the forward within it, which may end by StopForward. Rows come in order; a batch that failed
+        halfway may come again, in smaller batches, and what had been seen of it is not counted twice."""
+        self._rows = rows
+        with suppress(StopForward):
+            yield
 
-    def sample(self, name: str) -> Tensor:
-        """Some inputs (tokens, I) of linear `name`, float32, the same tokens whatever the batch size."""
-        return torch.cat(self._samples[self.group_of[name][0]]).float()
+    def finish(self) -> None:
+        """Hand the statistics to their pruners. Raises ValueError, naming a linear, for NaN or infinite inputs."""
+        for leader, *others in self.groups:
+            statistics = self._statistics[leader]
+            finite = all(statistic.is_finite() for statistic in statistics.values())
+            if not finite or (leader in self._totals and not self._totals[leader].isfinite()):
+                raise ValueError(f"{leader}: its inputs hold NaN or infinite values; try model.dtype=float32 or bfloat16")
+            for pruner in self._sharing:
+                pruner.statistics.update(dict.fromkeys([leader, *others], statistics[pruner.statistic]))
+
+    def sample(self, names: list[str]) -> Tensor:
+        """Some inputs (tokens, I) of the group `names`, float32, the same tokens whatever the batch size and pruner."""
+        return torch.cat(self._samples[names[0]]).float()
 
     def _see(self, name: str, X: Tensor) -> None:
+        if self._num_seen.get(name, 0) >= self._rows.stop:
+            return
         X = X.detach().reshape(-1, self.seq_len, X.shape[-1])  # some layers flatten their tokens
         if name in self._samples:
-            stride = max(X.shape[1] // self.tokens_per_row, 1)
-            self._samples[name].append(X[:, stride - 1 :: stride][:, : self.tokens_per_row].reshape(-1, X.shape[-1]).clone())
-            if not self._one_each:
-                self._total[name] = self._total.get(name, 0) + X.sum(dtype=torch.float32)
-        if self.pruner.needs_calibration:
-            self.pruner.add_linear_activations(name, X)
+            self._sample(name, X)
+            for statistic in self._statistics[name].values():
+                statistic.add(X)
+            if not self._statistics[name]:
+                self._totals[name] = self._totals.get(name, 0) + X.sum(dtype=torch.float32)
+        for pruner in self._own:
+            pruner.add_linear_activations(name, X)
+        self._num_seen[name] = self._rows.stop
+
+    def _sample(self, name: str, X: Tensor) -> None:
+        rows = X[: max(num_sampled_rows(self.seq_len) - self._rows.start, 0)]
+        if len(rows):
+            stride = max(self.seq_len * num_sampled_rows(self.seq_len) // SAMPLED_TOKENS, 1)
+            self._samples[name].append(rows[:, stride - 1 :: stride].reshape(-1, X.shape[-1]).clone())
+
+
+def num_sampled_rows(seq_len: int) -> int:
+    """How many rows of T tokens hold the tokens that relative errors are measured on."""
+    return -(-SAMPLED_TOKENS // seq_len)
 
 
 def check_weight(name: str, weight: Tensor) -> None:

@@ -1,32 +1,30 @@
-"""The steps of one run behind its checks: ids, model, dense perplexity, pruning, perplexity, record."""
+"""The steps of one run behind its checks: ids, model, one pass over the layers, record."""
 
-import json
 import logging
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from nnprune.calibration import token_hash
 from nnprune.decoder import Decoder
-from nnprune.evaluation import perplexity
 from nnprune.experiment import Experiment
+from nnprune.finished import FinishedLayers
+from nnprune.folders import locked
 from nnprune.layerstore import LayerStore
 from nnprune.layerwise import LayerwiseEngine
+from nnprune.measuring import Measurement
 from nnprune.patterns import SparsityPattern
 from nnprune.provenance import commit, versions
-from nnprune.pruning import LayerwisePruning, count_zeros
-from nnprune.records import RunRecord, read, write_atomically
+from nnprune.pruning import Cell, PruningPass
+from nnprune.records import RunRecord, read
 from nnprune.runtime import peak_device_bytes, peak_host_bytes
 from nnprune.saving import save_model
+from nnprune.stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
 
@@ -34,128 +32,122 @@ SCRATCH = "unfinished"
 """Folder, in a run's own, of what an interrupted run has finished; removed once the record is written."""
 
 
-@contextmanager
-def prepare_folder(folder: Path) -> Iterator[None]:
-    """Make the run's folder, keep other processes out of it meanwhile, and log into it.
+class Job:
+    """The work of one experiment in its folder, from the last finished layer on."""
 
-    Raises OSError naming the folder when it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = _acquire(folder)
-        handler = logging.FileHandler(folder / "run.log")
-    except OSError as error:
-        reason = f"outputs={folder}: cannot be written ({error.strerror})"
-        raise OSError(error.errno, f"{reason}; set outputs=DIR to a writable folder") from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("nnprune")
-    if logger.level == logging.NOTSET:  # called from Python, where nobody configured logging
-        logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
-        lock.release()
+    def __init__(self, experiment: Experiment) -> None:
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        self.experiment = experiment
+        self.watch = Stopwatch()
+        experiment.runtime.start(experiment.config["seed"])
+        _warn_of_demo_texts(experiment)
+        with self.watch.stage("data"):
+            config, self.tokenizer = experiment.source.config(), experiment.source.tokenizer()
+            self.plan = _plan(experiment, config)
+            self.calibration_ids, self.evaluation_ids = _token_ids(experiment, config, self.tokenizer)
+        with self.watch.stage("load"):
+            self.engine = _engine(experiment, config)
+            self.engine.check_model()
+
+    def run(self) -> RunRecord:
+        """Prune and measure, write the record and return it."""
+        experiment = self.experiment
+        record = _new_record(experiment)
+        if experiment.is_dense:
+            self._pass(None, record)
+        else:
+            record.calibration_hash = token_hash(self.calibration_ids)
+            record.dense_metrics = self._prune(record).metrics
+        if experiment.config["save"]:
+            with self.watch.stage("save"):
+                self._save(record)
+        self._finish(record, experiment)
+        return record
+
+    def _prune(self, record: RunRecord) -> RunRecord:
+        """Prune, and measure the pruned model for its `record`. Returns the record of the dense model: the one there is,
+        or else a new one, for which the dense model's windows travel through the same pass."""
+        dense = self.experiment.dense()
+        # Where another process measures the same dense model, as in a parallel sweep, we ask for its record afterwards.
+        with locked(dense.folder, wait=False) as ours:
+            dense_record = _completed(dense)
+            new = _new_record(dense) if ours and dense_record is None else None
+            self._pass(record, new)
+            if new:
+                self._finish(new, dense)
+        if dense_record or new:
+            return dense_record or new
+        with locked(dense.folder):
+            dense_record = _completed(dense)
+            if dense_record is None:  # the other one failed
+                dense_record = _new_record(dense)
+                self._pass(None, dense_record)
+                self._finish(dense_record, dense)
+            return dense_record
+
+    def _pass(self, pruned: RunRecord | None, dense: RunRecord | None) -> None:
+        """One pass over the layers for the metrics and sparsities of one or both records."""
+        cells, texts, finished = [], self.evaluation_ids, self.engine.store.finished
+        dense_folder = self.experiment.dense().folder / SCRATCH
+        if pruned:
+            cells.append(Cell(self.experiment.pruner, self.plan, finished))
+        with ExitStack() as stack:
+            with self.watch.stage("evaluation"):
+                measured = Measurement("pruned", texts if pruned else {}, self.experiment.folder / SCRATCH)
+                streams = stack.enter_context(measured.streams(self.engine))
+            with self.watch.stage("dense_evaluation"):
+                measured_dense = Measurement("dense", texts if dense else {}, dense_folder)
+                dense_streams = stack.enter_context(measured_dense.streams(self.engine))
+            pruning = PruningPass(self.engine, cells, self.experiment.config["propagate"], self.watch)
+            counts = pruning.run(self.calibration_ids, dense_streams if dense else None, streams)
+            with self.watch.stage("dense_evaluation"):
+                dense_metrics = measured_dense.finish()
+            with self.watch.stage("evaluation"):
+                metrics = measured.finish()
+        if dense:
+            dense.metrics = dense.dense_metrics = dense_metrics
+            self._count(dense, counts)
+        if pruned:
+            pruned.metrics = metrics
+            reports = [finished.reports[index] for index in range(self.engine.num_layers)]
+            pruned.per_linear = [linear for report in reports for linear in report["linears"]]
+            self._count(pruned, reports)
+
+    def _count(self, record: RunRecord, layers: list[dict[str, int]]) -> None:
+        """Fraction of zeros among the weights of linears, and among all parameters, tied ones counted once."""
+        decoder = self.engine.decoder
+        inside = set(decoder.layers.parameters())
+        shell = [parameter for parameter in decoder.model.parameters() if parameter not in inside]
+        totals = {key: sum(counts[key] for counts in layers) for key in ("zeros", "size", "linear_zeros", "linear_size")}
+        zeros = totals["zeros"] + sum(parameter.numel() - int(parameter.count_nonzero()) for parameter in shell)
+        record.linear_sparsity = totals["linear_zeros"] / totals["linear_size"]
+        record.model_sparsity = zeros / (totals["size"] + sum(parameter.numel() for parameter in shell))
+
+    def _save(self, record: RunRecord) -> None:
+        told = ("model", "pruner", "sparsity", "fingerprint", "metrics", "dense_metrics")
+        summary = {key: getattr(record, key) for key in told}
+        target = self.experiment.folder / "model"
+        save_model(self.engine.store, self.tokenizer, self.experiment.source.generation_config(), summary, target)
+        log.info("model: %s", target)
+
+    def _finish(self, record: RunRecord, experiment: Experiment) -> None:
+        """Write a record, after which the files of finished layers and texts are of no more use."""
+        runtime = self.experiment.runtime
+        record.evaluation_hashes = {name: token_hash(ids) for name, ids in self.evaluation_ids.items()}
+        record.seconds = self.watch.total()
+        record.peak_host_bytes = peak_host_bytes()
+        record.peak_device_bytes = peak_device_bytes()
+        if runtime.batch_tokens != self.experiment.config["runtime"]["batch_tokens"]:
+            record.notes.append(f"out of device memory: went on with runtime.batch_tokens={runtime.batch_tokens}")
+        record.finished = datetime.now(UTC).isoformat(timespec="seconds")
+        record.write(experiment.folder)
+        shutil.rmtree(experiment.folder / SCRATCH, ignore_errors=True)
 
 
-def _acquire(folder: Path) -> FileLock:
-    """The lock of a folder, which the system gives back when a process dies."""
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("waiting for another process that works in %s", folder)
-        lock.acquire()
-    except NotImplementedError:
-        log.warning("warning: %s lies on a file system without locks: do not start the same run twice at once", folder)
-    return lock
-
-
-class Stopwatch:
-    """Seconds by stage, added up over repeated visits."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._start = time.perf_counter()
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time what happens within."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0) + time.perf_counter() - start
-
-    def total(self) -> dict[str, float]:
-        """All stages, and the time since this object was made."""
-        return {**self.seconds, "total": time.perf_counter() - self._start}
-
-
-def execute(experiment: Experiment) -> RunRecord:
-    """Do the work of an experiment in its folder, from the last finished layer on, and write its record."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    watch = Stopwatch()
-    experiment.runtime.start(experiment.config["seed"])
-    _warn_of_demo_texts(experiment)
-    with watch.stage("data"):
-        config, tokenizer = experiment.source.config(), experiment.source.tokenizer()
-        plan = _plan(experiment, config)
-        calibration_ids, evaluation_ids = _token_ids(experiment, config, tokenizer)
-    with watch.stage("load"):
-        engine = _engine(experiment, config)
-        engine.check_model()
-    record = _new_record(experiment)
-    record.evaluation_hashes = {name: token_hash(ids) for name, ids in evaluation_ids.items()}
-    with watch.stage("dense_evaluation"):
-        record.dense_metrics = dense_metrics(experiment, engine, record.evaluation_hashes, evaluation_ids)
-    if experiment.is_dense:
-        record.metrics = record.dense_metrics
-    else:
-        record.calibration_hash = token_hash(calibration_ids)
-        with watch.stage("prune"):
-            pruning = LayerwisePruning(engine, experiment.pruner, plan, experiment.config["propagate"])
-            reports = pruning.run(calibration_ids)
-            record.per_linear = [linear for report in reports for linear in report["linears"]]
-        with watch.stage("evaluation"):
-            record.metrics = _metrics(experiment, engine, evaluation_ids)
-    record.linear_sparsity, record.model_sparsity = _sparsities(engine, pruned=not experiment.is_dense)
-    if experiment.config["save"]:
-        with watch.stage("save"):
-            told = ("model", "pruner", "sparsity", "fingerprint", "metrics", "dense_metrics")
-            summary = {key: getattr(record, key) for key in told}
-            target = experiment.folder / "model"
-            save_model(engine.store, tokenizer, experiment.source.generation_config(), summary, target)
-            log.info("model: %s", target)
-    _finish(record, watch)
-    record.write(experiment.folder)
-    shutil.rmtree(experiment.folder / SCRATCH, ignore_errors=True)
-    return record
-
-
-def dense_metrics(
-    experiment: Experiment, engine: LayerwiseEngine, hashes: dict[str, str], ids: dict[str, Tensor]
-) -> dict[str, float]:
-    """Perplexities of the dense model: from their record if there is one, else measured and recorded."""
-    dense = experiment.dense()
-    if experiment.is_dense:
-        return _metrics(dense, engine, ids)
-    with prepare_folder(dense.folder):
-        record = read(dense.folder)
-        if record is None or record.status != "completed":
-            watch = Stopwatch()
-            record = _new_record(dense)
-            record.evaluation_hashes = hashes
-            with watch.stage("evaluation"):
-                record.metrics = record.dense_metrics = _metrics(dense, engine, ids)
-            record.linear_sparsity, record.model_sparsity = _sparsities(engine, pruned=False)
-            _finish(record, watch)
-            record.write(dense.folder)
-            shutil.rmtree(dense.folder / SCRATCH, ignore_errors=True)
-    return record.metrics
+def _completed(experiment: Experiment) -> RunRecord | None:
+    record = read(experiment.folder)
+    return record if record and record.status == "completed" else None
 
 
 def _warn_of_demo_texts(experiment: Experiment) -> None:
@@ -194,39 +186,9 @@ def _engine(experiment: Experiment, config: Any) -> LayerwiseEngine:
     lazy = runtime.layers == "disk"
     decoder = Decoder(source.skeleton(config) if lazy else source.load(config), source.layers_path)
     checkpoint = source.checkpoint(decoder.model) if lazy else None
-    store = LayerStore(decoder, runtime.torch_device, runtime.layers, experiment.folder / SCRATCH, checkpoint)
+    finished = FinishedLayers(experiment.folder / SCRATCH, decoder.path)
+    store = LayerStore(decoder, runtime.torch_device, runtime.layers, finished, checkpoint)
     return LayerwiseEngine(decoder, store, runtime, experiment.folder)
-
-
-def _metrics(experiment: Experiment, engine: LayerwiseEngine, ids: dict[str, Tensor]) -> dict[str, float]:
-    """Perplexity by text. Those that an interrupted run has measured are in a file beside its finished layers."""
-    journal = experiment.folder / SCRATCH / "metrics.json"
-    metrics = json.loads(journal.read_text(encoding="utf-8")) if journal.exists() else {}
-    kind = "dense" if experiment.is_dense else "pruned"
-    for name, rows in ids.items():
-        key = f"{name}_perplexity"
-        if key not in metrics:
-            metrics[key] = perplexity(engine, rows, not experiment.is_dense, f"{kind} {name} perplexity")
-            write_atomically(journal, json.dumps(metrics))
-    return metrics
-
-
-def _sparsities(engine: LayerwiseEngine, pruned: bool) -> tuple[float, float]:
-    """Fraction of zeros among the weights of linears, and among all parameters, tied ones counted once."""
-    store, decoder = engine.store, engine.decoder
-    totals = dict.fromkeys(("zeros", "size", "linear_zeros", "linear_size"), 0)
-    inside = set(decoder.layers.parameters())
-    shell = [parameter for parameter in decoder.model.parameters() if parameter not in inside]
-    for index in range(len(decoder.layers)):
-        if pruned:
-            counts = store.reports[index]
-        else:
-            counts = count_zeros(store.fetch(index, pruned=False), decoder.linears(index))
-            store.release(index)
-        totals = {key: total + counts[key] for key, total in totals.items()}
-    zeros = totals["zeros"] + sum(parameter.numel() - int(parameter.count_nonzero()) for parameter in shell)
-    size = totals["size"] + sum(parameter.numel() for parameter in shell)
-    return totals["linear_zeros"] / totals["linear_size"], zeros / size
 
 
 def _new_record(experiment: Experiment) -> RunRecord:
@@ -242,10 +204,3 @@ def _new_record(experiment: Experiment) -> RunRecord:
         commit=head,
         dirty=dirty,
     )
-
-
-def _finish(record: RunRecord, watch: Stopwatch) -> None:
-    record.seconds = watch.total()
-    record.peak_host_bytes = peak_host_bytes()
-    record.peak_device_bytes = peak_device_bytes()
-    record.finished = datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,21 +1,16 @@
-"""Decoder layers at rest: in host memory, on the device, or on disk, and as files once they are pruned.
+"""Decoder layers at rest: in host memory, on the device, or on disk.
 
-A finished layer is one safetensors file in the run's folder, written atomically, with its report in the file's metadata.
-Its presence means "finished": a killed run goes on behind the last of them.
+The next layer can be brought while another computes: a thread reads it from disk, and a copy stream of its own moves it
+to a CUDA device.
 """
 
-import errno
-import json
-import os
-from pathlib import Path
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nnprune.decoder import Decoder
+from nnprune.finished import FinishedLayers
 from nnprune.loading import Checkpoint
 
 
@@ -26,75 +21,110 @@ class LayerStore:
         decoder: its layers hold weights when `checkpoint` is None, otherwise they are on the meta device.
         device: where a fetched layer computes; the shell is kept there for good.
         rest: host, device or disk.
-        folder: where the files of finished layers are, and nothing else.
+        finished: the layers that are pruned already.
         checkpoint: the dense weights, for rest "disk".
     """
 
-    def __init__(self, decoder: Decoder, device: torch.device, rest: str, folder: Path, checkpoint: Checkpoint | None) -> None:
+    def __init__(
+        self, decoder: Decoder, device: torch.device, rest: str, finished: FinishedLayers, checkpoint: Checkpoint | None
+    ) -> None:
         self.decoder = decoder
         self.device = device
         self.rest = rest
-        self.folder = folder
+        self.finished = finished
         self.checkpoint = checkpoint
-        self._pruned_in_memory: set[int] = set()
-        if checkpoint is not None:
+        self.moves = device.type == "cuda" and rest == "host"
+        self._holds: dict[int, str] = {}  # index -> "dense" or "pruned", for layers that hold weights
+        self._at_rest: dict[int, dict[str, Tensor]] = {}  # pinned host tensors of layers that move
+        self._ahead: tuple[int, str, Future] | None = None
+        self._reader = ThreadPoolExecutor(1, "prefetch")
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if checkpoint is None:
+            self._holds = dict.fromkeys(range(len(decoder.layers)), "dense")
+            for index, layer in enumerate(decoder.layers):
+                if self.moves:
+                    self._at_rest[index] = {name: tensor.pin_memory() for name, tensor in layer.state_dict().items()}
+                    self._assign(index, self._at_rest[index])
+                else:
+                    layer.to(device)
+        else:
             self._load_shell()
         self._move_shell()
-        self.reports = self._read_reports()
 
     def fetch(self, index: int, pruned: bool = True) -> nn.Module:
-        """Decoder layer `index` on the device: its finished weights if there are any and `pruned`, else its dense ones."""
-        layer = self.decoder.layers[index]
-        finished = pruned and index in self.reports
-        if finished and index not in self._pruned_in_memory:
-            with safe_open(self._path(index), "pt") as file:
-                self._assign(layer, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-            if self.checkpoint is None:
-                self._pruned_in_memory.add(index)
-        elif self.checkpoint is not None:
-            self._assign(layer, self._read_dense(index))
-        return layer.to(self.device)
+        """Decoder layer `index` on the device: its finished weights if there are any and `pruned`, else its dense ones.
+
+        Dense weights cannot be had again once finished ones took their place, unless layers rest on disk.
+        """
+        layer, wanted = self.decoder.layers[index], self._wanted(index, pruned)
+        on_device = next(layer.parameters()).device.type == self.device.type
+        if self._holds.get(index) != wanted or not on_device:
+            assert wanted == "pruned" or self.checkpoint or self._holds[index] == "dense"
+            self._assign(index, self._take(index, wanted))
+            self._holds[index] = wanted
+        return layer
+
+    def prefetch(self, index: int, pruned: bool = True) -> None:
+        """Begin to bring decoder layer `index`, if it exists and is not there yet, while something else computes."""
+        if index >= len(self.decoder.layers) or self._ahead is not None:
+            return
+        wanted = self._wanted(index, pruned)
+        if self.moves or self._holds.get(index) != wanted:
+            self._ahead = (index, wanted, self._reader.submit(self._bring, index, wanted))
+
+    def adopt(self, index: int) -> None:
+        """Decoder layer `index` was pruned where it is, and its finished file written: what it holds is pruned."""
+        self._holds[index] = "pruned"
+        if self.moves:
+            for name, tensor in self.decoder.layers[index].state_dict().items():
+                self._at_rest[index][name].copy_(tensor)
 
     def release(self, index: int) -> None:
         """Put decoder layer `index` back where it rests. On disk only finished weights survive."""
-        layer = self.decoder.layers[index]
-        if self.rest == "host":
-            layer.to("cpu")
-        elif self.rest == "disk":
-            for module in layer.modules():
+        if self.moves:
+            self._assign(index, self._at_rest[index])
+        elif self.checkpoint is not None:
+            self._holds.pop(index, None)
+            for module in self.decoder.layers[index].modules():
                 for name, parameter in module._parameters.items():
                     if parameter is not None:
                         module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    def save(self, index: int, report: dict[str, Any]) -> None:
-        """Write decoder layer `index` as finished. Raises OSError naming the folder when it cannot be written."""
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.decoder.layers[index].state_dict().items()}
-        path = self._path(index)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_atomically(state, path, {"report": json.dumps(report)})
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"outputs: decoder layer {index} could not be saved in {path.parent} ({error.strerror or error}); "
-                "make room or set outputs to another disk, then run again: finished layers are kept",
-            ) from error
-        self.reports[index] = report
-        if self.checkpoint is None:
-            self._pruned_in_memory.add(index)
+    def _wanted(self, index: int, pruned: bool) -> str:
+        return "pruned" if pruned and index in self.finished else "dense"
 
-    def _path(self, index: int) -> Path:
-        return self.folder / f"layer-{index:04d}.safetensors"
+    def _take(self, index: int, wanted: str) -> dict[str, Tensor]:
+        """The weights of a layer on the device, those that were prefetched if they are the right ones."""
+        if self._ahead is not None and self._ahead[:2] == (index, wanted):
+            future, self._ahead = self._ahead[2], None
+            state, event = future.result()
+        else:
+            if self._ahead is not None and self._ahead[0] <= index:  # nobody came for it
+                self._ahead[2].result()
+                self._ahead = None
+            state, event = self._bring(index, wanted)
+        if event is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(event)
+            for tensor in state.values():
+                tensor.record_stream(stream)
+        return state
 
-    def _read_reports(self) -> dict[int, dict[str, Any]]:
-        """Reports of the finished layers before the first unfinished one."""
-        reports: dict[int, dict[str, Any]] = {}
-        for index in range(len(self.decoder.layers)):
-            if not self._path(index).exists():
-                break
-            with safe_open(self._path(index), "pt") as file:
-                reports[index] = json.loads(file.metadata()["report"])
-        return reports
+    def _bring(self, index: int, wanted: str) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+        """The weights of a layer on the device, and what to wait for before they are used."""
+        if self._holds.get(index) == wanted and self.moves:
+            state = self._at_rest[index]
+        elif wanted == "pruned":
+            state = self.finished.read(index)
+            if self.moves:
+                state = self._at_rest[index] = {name: tensor.pin_memory() for name, tensor in state.items()}
+        else:
+            state = self._read_dense(index)
+        if self._copies is None:
+            return state, None
+        with torch.cuda.stream(self._copies):
+            state = {name: tensor.to(self.device, non_blocking=True) for name, tensor in state.items()}
+            return state, self._copies.record_event()
 
     def _read_dense(self, index: int) -> dict[str, Tensor]:
         prefix = f"{self.decoder.path}.{index}."
@@ -121,25 +151,11 @@ class LayerStore:
                     if buffer is not None:
                         module._buffers[name] = buffer.to(self.device)
 
-    @staticmethod
-    def _assign(layer: nn.Module, state: dict[str, Tensor]) -> None:
+    def _assign(self, index: int, state: dict[str, Tensor]) -> None:
+        layer = self.decoder.layers[index]
         layer.load_state_dict(state, assign=True)
         layer.requires_grad_(False)
-
-
-def save_atomically(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file by rename. Raises OSError, also for the library's own I/O errors."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file(state, temporary, metadata=metadata)
-        temporary.chmod(mode)  # the library makes files that nobody else may read
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except SafetensorError as error:
-        full = "No space left" in str(error)
-        raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        for module in layer.modules():  # buffers that no checkpoint holds
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.device.type != self.device.type and name in module._non_persistent_buffers_set:
+                    module._buffers[name] = buffer.to(self.device)

@@ -1,30 +1,29 @@
-"""The loop over decoder layers: one of them and one batch of activations on the device at a time.
+"""The layer-wise engine: a model, where its decoder layers rest, and the gate that both must pass.
 
-Letters: N samples, B batch, T tokens, D hidden, V vocabulary.
+Letters: N samples, B batch, T tokens, D hidden.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from nnprune.activations import Activations
-from nnprune.decoder import Decoder, LayerCall, StopForward, run_layer
+from nnprune.decoder import Decoder, LayerCall, run_layer
 from nnprune.inputs import refuse_nonfinite
 from nnprune.layerstore import LayerStore
 from nnprune.runtime import Runtime
+from nnprune.streams import Stream
 
 
 class LayerwiseEngine:
-    """Streams token ids through the decoder layers.
+    """One decoder layer and one batch of activations on the device at a time.
 
     Args:
         decoder: the model.
         store: brings its layers to the device.
-        runtime: batch size, and where activations rest.
+        runtime: tokens in a batch, and where activations rest.
         scratch: folder for mapped files.
     """
 
@@ -34,59 +33,15 @@ class LayerwiseEngine:
         self.runtime = runtime
         self.scratch = scratch
         self.device = runtime.torch_device
-        self._calls: dict[tuple[int, int], list[LayerCall]] = {}
 
-    @contextmanager
-    def embedded(self, ids: Tensor) -> Iterator[Activations]:
-        """The hidden states that enter the first decoder layer, for ids (N, T), in a buffer to be streamed through layers."""
-        first = self.decoder.embed(ids[:1].to(self.device))
-        shape = (*ids.shape, first.shape[-1])
-        path = self.scratch / "activations.bin"
-        activations = Activations(shape, first.dtype, self.device, self.runtime.activations, path)
-        try:
-            for rows in self.batches(len(ids)):
-                activations.put(rows, self.decoder.embed(ids[rows].to(self.device)))
-            yield activations
-        finally:
-            activations.close()
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model."""
+        return len(self.decoder.layers)
 
-    def batches(self, num_rows: int) -> list[slice]:
-        """Consecutive rows, at most `batch_size` at once."""
-        size = self.runtime.batch_size
-        return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
-
-    def call(self, index: int, batch_size: int, seq_len: int) -> LayerCall:
-        """What decoder layer `index` is called with for ids (B, T): without padding only their shape matters."""
-        shape = (batch_size, seq_len)
-        if shape not in self._calls:
-            self._calls[shape] = self.decoder.record_calls(torch.zeros(shape, dtype=torch.int64, device=self.device))
-        return self._calls[shape][index]
-
-    def stream(
-        self, index: int, layer: nn.Module, activations: Activations, put: bool, step: Callable[[], object] = lambda: None
-    ) -> None:
-        """Run a fetched layer over all rows, and with `put` overwrite them by its outputs. `step()` is called a batch."""
-        for rows in self.batches(len(activations)):
-            hidden = activations.get(rows)
-            try:
-                output = run_layer(layer, hidden, self.call(index, *hidden.shape[:2]))
-                if put:
-                    activations.put(rows, output)
-            except StopForward:  # someone who watched the layer's linears had seen enough
-                pass
-            step()
-
-    def logits(self, ids: Tensor, pruned: bool, title: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows of ids (1, T) with their logits (1, T, V), from finished layers if `pruned` and there are any."""
-        with self.embedded(ids) as activations:
-            num_layers = len(self.decoder.layers)
-            with self.progress(num_layers * len(self.batches(len(ids))), title) as bar:
-                for index in range(num_layers):
-                    self.stream(index, self.store.fetch(index, pruned), activations, put=True, step=bar.update)
-                    self.store.release(index)
-            for row in range(len(ids)):  # one at a time: logits are the largest tensors of a small model
-                row_ids = ids[row : row + 1].to(self.device)
-                yield row_ids, self.decoder.logits(row_ids, activations.get(slice(row, row + 1)))
+    def stream(self, ids: Tensor, name: str) -> Stream:
+        """Hidden states that enter the first decoder layer, for ids (N, T); `name` is their own among those alive."""
+        return Stream(self.decoder, self.runtime, ids, self.scratch / f"activations-{name}.bin")
 
     @staticmethod
     def progress(total: int, title: str) -> tqdm:
@@ -96,7 +51,7 @@ class LayerwiseEngine:
     @torch.no_grad()
     def check_model(self) -> None:
         """The gate before any long work, on a batch of two: layer by layer must give what `model(ids)` gives, and no
-        token may see a later one.
+        token may see a later one. Where layers rest on disk, one of each kind and the last stand for all.
 
         Raises:
             ValueError: the model does not fit the layer-wise engine, is not causal, or holds NaN.
@@ -106,9 +61,12 @@ class LayerwiseEngine:
         ids[1, :8] = ids[0, :8]
         calls = self.decoder.record_calls(seen)
         hidden = self.decoder.embed(ids)
+        checked = self._layers_to_check()
 
         def both(index: int, layer_forward: Callable, own_hidden: Tensor, call: LayerCall) -> Tensor:
             nonlocal hidden
+            if index not in checked:
+                return own_hidden
             self.store.fetch(index, pruned=False)
             with refuse_nonfinite(self.decoder.linears(index)):
                 own_output = run_layer(layer_forward, own_hidden, call)
@@ -122,6 +80,12 @@ class LayerwiseEngine:
             raise ValueError(f"{name}: its layers, run one by one, do not give the model's own logits; it is not supported")
         if not _agree(own[0, :8], own[1, :8]):
             raise ValueError(f"{name}: its tokens see later ones, so it is no causal language model; choose another model.path")
+
+    def _layers_to_check(self) -> set[int]:
+        if self.store.rest != "disk":
+            return set(range(self.num_layers))
+        kinds = getattr(self.decoder.text_config, "layer_types", None) or ["decoder layer"] * self.num_layers
+        return {kinds.index(kind) for kind in kinds} | {self.num_layers - 1}
 
 
 def _agree(first: Tensor, second: Tensor) -> bool:

@@ -25,7 +25,7 @@ def keep_largest(score: Tensor, num_keep: int) -> Tensor:
     Selects by index and never by threshold, so that ties cannot change the count. Ties are broken as by the official
     SparseGPT and Wanda code, which asks for the smallest entries too: weights that were once quantised have many.
     """
-    index = score.topk(score.shape[-1] - num_keep, dim=-1, largest=False).indices
+    index = score.topk(score.shape[-1] - num_keep, dim=-1, largest=False, sorted=False).indices
     return torch.ones_like(score, dtype=torch.bool).scatter_(-1, index, False)
 
 

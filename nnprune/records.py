@@ -49,6 +49,7 @@ class RunRecord:
     dirty: bool | None = None
     finished: str | None = None
     error: str | None = None
+    notes: list[str] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     def write(self, folder: Path) -> Path:

@@ -34,15 +34,16 @@ def run(cfg: DictConfig, pruner: Any = None) -> RunRecord:
     is raised.
     """
     from nnprune.experiment import build
-    from nnprune.job import execute, prepare_folder
+    from nnprune.folders import locked, logged
+    from nnprune.job import Job
 
     experiment = None
     try:
         experiment = build(cfg, pruner)
-        with prepare_folder(experiment.folder):
+        with locked(experiment.folder), logged(experiment.folder):
             record = _finished(experiment)
             if record is None:
-                record = execute(experiment)
+                record = Job(experiment).run()
                 log.info(_summary(record))
             else:
                 log.info("finished already, nothing to do (overwrite=true runs it again): %s", _summary(record))

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import logging
 import re
 import resource
 from dataclasses import dataclass
@@ -11,7 +12,11 @@ import torch
 
 from nnprune.checks import check_count
 
+log = logging.getLogger(__name__)
+
 RESTS = ("host", "device", "disk")
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
+"""Enough to keep the matrix units busy; on a CPU few enough for the activations of a linear to stay in its cache."""
 
 
 @dataclass
@@ -20,9 +25,9 @@ class Runtime:
 
     Args:
         device: auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:N.
-        batch_size: rows of tokens in one forward.
+        batch_tokens: tokens in one forward, at least one row; None: what suits the device. Halved when it runs out of memory.
         layers: where decoder layers rest: host, device or disk.
-        activations: where the activations between two layers rest: host, device or disk.
+        activations: where the activations between two layers rest: host, device, disk, or auto (the device while they fit).
         threads: CPU threads; None leaves PyTorch's choice.
 
     Raises:
@@ -30,16 +35,17 @@ class Runtime:
     """
 
     device: str = "auto"
-    batch_size: int = 8
+    batch_tokens: int | None = None
     layers: str = "host"
-    activations: str = "host"
+    activations: str = "auto"
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        check_count("runtime.batch_size", self.batch_size, 1)
-        for key in ("layers", "activations"):
-            if getattr(self, key) not in RESTS:
-                raise ValueError(f"runtime.{key}={getattr(self, key)}: must be {', '.join(RESTS)}")
+        if self.batch_tokens is not None:
+            check_count("runtime.batch_tokens", self.batch_tokens, 1)
+        for key, rests in {"layers": RESTS, "activations": (*RESTS, "auto")}.items():
+            if getattr(self, key) not in rests:
+                raise ValueError(f"runtime.{key}={getattr(self, key)}: must be {', '.join(rests)}")
         if self.threads is not None:
             check_count("runtime.threads", self.threads, 1)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
@@ -55,6 +61,15 @@ class Runtime:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
+
+    def rows_per_batch(self, seq_len: int) -> int:
+        """Rows of `seq_len` tokens in one forward."""
+        return max((self.batch_tokens or TOKENS_PER_BATCH[self.torch_device.type]) // seq_len, 1)
+
+    def halve_batches(self, seq_len: int) -> None:
+        """The device ran out of memory with this many rows at once: go on with half of them."""
+        self.batch_tokens = max(self.rows_per_batch(seq_len) // 2, 1) * seq_len
+        log.warning("warning: out of device memory, going on with runtime.batch_tokens=%d", self.batch_tokens)
 
     def start(self, seed: int) -> None:
         """Set seeds and threads, and forget the peaks of an earlier run in this process."""

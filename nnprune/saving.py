@@ -4,16 +4,16 @@ Zeros are stored dense and the configuration says nothing of sparsity: whatever 
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from nnprune.layerstore import LayerStore, save_atomically
+from nnprune.finished import save_atomically
+from nnprune.layerstore import LayerStore
 from nnprune.records import write_atomically
-
-LOADED_BY_TRANSFORMERS = {"format": "pt"}
 
 
 def save_model(store: LayerStore, tokenizer: Any, generation_config: Any, summary: dict[str, Any], target: Path) -> None:
@@ -21,31 +21,30 @@ def save_model(store: LayerStore, tokenizer: Any, generation_config: Any, summar
 
     `generation_config` is the dense model's, or None where it has none.
 
-    Shards are the shell and one a decoder layer, so that no more than one layer is in memory for it. Raises OSError when
-    the folder cannot be written.
+    Shards are the shell and one a decoder layer: the files of finished layers, which are not written a second time.
+    Raises OSError when the folder cannot be written.
     """
     decoder = store.decoder
     model = decoder.model
     unfinished = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    num_shards = 1 + len(decoder.layers)
-    weight_map: dict[str, str] = {}
-    size = 0
-
-    def write_shard(number: int, state: dict[str, Tensor]) -> int:
-        file = f"model-{number:05d}-of-{num_shards:05d}.safetensors"
-        save_atomically(state, unfinished / file, LOADED_BY_TRANSFORMERS)
-        weight_map.update(dict.fromkeys(state, file))
-        return sum(tensor.nbytes for tensor in state.values())
-
-    size += write_shard(1, _shell_state(store))
-    for index in range(len(decoder.layers)):
-        layer = store.fetch(index)
-        prefix = f"{decoder.path}.{index}."
-        state = {prefix + name: tensor.detach().cpu().contiguous() for name, tensor in layer.state_dict().items()}
-        size += write_shard(2 + index, state)
-        store.release(index)
+    names = [
+        f"model-{number + 1:05d}-of-{1 + len(decoder.layers):05d}.safetensors" for number in range(1 + len(decoder.layers))
+    ]
+    shell = _shell_state(store)
+    save_atomically(shell, unfinished / names[0])
+    weight_map = dict.fromkeys(shell, names[0])
+    size = sum(tensor.nbytes for tensor in shell.values())
+    for index, name in enumerate(names[1:]):
+        if index in store.finished:
+            _link_or_copy(store.finished.path(index), unfinished / name)
+        else:
+            save_atomically(store.finished.named(index, store.fetch(index).state_dict()), unfinished / name)
+            store.release(index)
+        layer = store.finished.named(index, decoder.layers[index].state_dict())
+        weight_map |= dict.fromkeys(layer, name)
+        size += sum(tensor.nbytes for tensor in layer.values())
     index_file = {"metadata": {"total_size": size}, "weight_map": weight_map}
     write_atomically(unfinished / "model.safetensors.index.json", json.dumps(index_file, indent=1) + "\n")
     model.config.save_pretrained(unfinished)
@@ -56,6 +55,14 @@ def save_model(store: LayerStore, tokenizer: Any, generation_config: Any, summar
     if target.exists():
         shutil.rmtree(target)
     unfinished.replace(target)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file, or a second file where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy(source, target)
 
 
 def _shell_state(store: LayerStore) -> dict[str, Tensor]:

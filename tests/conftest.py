@@ -86,7 +86,7 @@ def tiny_config(tiny_model_dir: Path, small_text: Path, tmp_path: Path) -> Calla
             f"evaluation.path={small_text}",
             "evaluation.seq_len=32",
             "evaluation.max_windows=5",
-            "runtime.batch_size=4",
+            "runtime.batch_tokens=128",
             f"outputs={tmp_path / 'outputs'}",
             *overrides,
         )

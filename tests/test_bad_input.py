@@ -6,7 +6,7 @@ import pytest
 from conftest import compose_config
 from hydra.errors import MissingConfigException
 
-import nnprune.layerstore
+import nnprune.finished
 from nnprune.experiment import build
 from nnprune.loading import ModelSource
 from nnprune.records import RESULT_FILE, read, read_all
@@ -72,9 +72,9 @@ SETTINGS = [
     ("model.path=facebook/opt-125m", "model.path=facebook/opt-125m: ", "use model=local model.path=DIR"),
     ("model.layers_path=model.layers", "model.layers_path=model.layers: ", "no list of layers"),
     ("+model.color=red", "model.color=red: no such setting", "dtype"),
-    ("+runtime.bath_size=2", "runtime.bath_size=2: no such setting", "batch_size"),
-    ("runtime.batch_size=0", "runtime.batch_size=0: ", "at least 1"),
-    ("runtime.batch_size=1.5", "runtime.batch_size=1.5: ", "whole number"),
+    ("+runtime.bath_tokens=2", "runtime.bath_tokens=2: no such setting", "batch_tokens"),
+    ("runtime.batch_tokens=0", "runtime.batch_tokens=0: ", "at least 1"),
+    ("runtime.batch_tokens=1.5", "runtime.batch_tokens=1.5: ", "whole number"),
     ("runtime.threads=x", "runtime.threads=x: ", "whole number"),
     ("runtime.device=gpu", "runtime.device=gpu: ", "auto, cpu, cuda"),
     ("runtime.device=mps", "runtime.device=mps: ", "auto, cpu, cuda"),
@@ -159,7 +159,7 @@ def test_outputs_that_cannot_be_written(tiny_config, tmp_path):
 
 def test_disk_full_while_a_layer_is_saved(tiny_config, monkeypatch):
     cfg = tiny_config()
-    original, saved = nnprune.layerstore.save_file, []
+    original, saved = nnprune.finished.save_file, []
 
     def save_file(state, path, **options):
         if len(saved) == 1:
@@ -168,13 +168,13 @@ def test_disk_full_while_a_layer_is_saved(tiny_config, monkeypatch):
         saved.append(path)
         original(state, path, **options)
 
-    monkeypatch.setattr(nnprune.layerstore, "save_file", save_file)
+    monkeypatch.setattr(nnprune.finished, "save_file", save_file)
     message = failure(cfg)
     folder = build(cfg).folder
     assert message.startswith("outputs: decoder layer 1 could not be saved in ")
     assert "No space left" in message
     assert "make room or set outputs to another disk" in message
-    assert [path.name for path in (folder / "unfinished").iterdir()] == ["layer-0000.safetensors"]
+    assert sorted(path.name for path in (folder / "unfinished").iterdir()) == ["layer-0000.json", "layer-0000.safetensors"]
 
     saved.clear()
     record = run(cfg)

@@ -1,5 +1,7 @@
 """Any dense decoder-only model, seen as shell, decoder layers and linears, with no list of architectures."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import transformers
@@ -8,12 +10,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from nnprune.decoder import Decoder, run_layer, weight_OI
+from nnprune.finished import FinishedLayers
 from nnprune.inputs import input_groups
 from nnprune.layerstore import LayerStore
 from nnprune.layerwise import LayerwiseEngine
 from nnprune.patterns import parse_pattern
 from nnprune.pruners.sparsegpt import SparseGPT
-from nnprune.pruning import LayerwisePruning
+from nnprune.pruning import Cell, PruningPass
 from nnprune.runtime import Runtime
 
 
@@ -23,8 +26,26 @@ def random_ids(rows: int = 2, seq_len: int = 24, seed: int = 0) -> torch.Tensor:
 
 def engine_of(model, folder, **runtime) -> LayerwiseEngine:
     decoder, runtime = Decoder(model), Runtime(device="cpu", **runtime)
-    store = LayerStore(decoder, runtime.torch_device, runtime.layers, folder / "layers", None)
+    store = LayerStore(decoder, runtime.torch_device, runtime.layers, FinishedLayers(folder / "layers", decoder.path), None)
     return LayerwiseEngine(decoder, store, runtime, folder)
+
+
+def prune(engine, pruner, plan, ids, propagate="pruned") -> list[dict]:
+    """Prune as a run does, and leave the model pruned; returns the reports of all layers."""
+    finished = engine.store.finished
+    PruningPass(engine, [Cell(pruner, plan, finished)], propagate).run(ids)
+    for index in range(engine.num_layers):
+        engine.store.fetch(index)
+    return [finished.reports[index] for index in range(engine.num_layers)]
+
+
+@contextmanager
+def through_layers(engine, ids, pruned=True):
+    """Hidden states behind the last layer: what an evaluation sees."""
+    with torch.no_grad(), engine.stream(ids, "test") as stream:
+        chosen = {"pruned": [stream]} if pruned else {"dense": [stream]}
+        PruningPass(engine, [], "pruned").run(ids, **chosen)
+        yield stream
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -34,7 +55,8 @@ def test_layer_by_layer_is_exactly_the_model(family, tmp_path):
     expected = model(ids).logits
     engine = engine_of(model, tmp_path)
     engine.check_model()
-    rows = list(engine.logits(ids, pruned=False, title=""))
+    with through_layers(engine, ids, pruned=False) as stream:
+        rows = list(stream.logits())
     torch.testing.assert_close(torch.cat([logits for _, logits in rows]), expected)  # the head sees one row at a time
     decoder = engine.decoder
     calls, hidden = decoder.record_calls(random_ids(seed=1)), decoder.embed(ids)
@@ -52,7 +74,7 @@ def test_pruning_leaves_the_exact_pattern_and_nothing_else_changed(family, spec,
     engine = engine_of(model, tmp_path)
     linears = {name: linear for index in range(3) for name, linear in engine.decoder.linears(index).items()}
     plan = dict.fromkeys(linears, pattern)
-    reports = LayerwisePruning(engine, SparseGPT(), plan, "pruned").run(random_ids(rows=8, seq_len=32))
+    reports = prune(engine, SparseGPT(), plan, random_ids(rows=8, seq_len=32))
     assert sorted(linear["name"] for report in reports for linear in report["linears"]) == sorted(linears)
     for linear in linears.values():
         weight = weight_OI(linear)
@@ -67,7 +89,8 @@ def test_pruning_leaves_the_exact_pattern_and_nothing_else_changed(family, spec,
 @pytest.mark.parametrize(("family", "linears"), [("opt", 6), ("llama", 7)])
 def test_four_distinct_inputs_a_layer(family, linears):
     decoder, ids = Decoder(FAMILIES[family]()), random_ids()
-    groups = input_groups(decoder.layers[1], decoder.linears(1), decoder.embed(ids), decoder.record_calls(ids)[1])
+    hidden, call = decoder.embed(ids), decoder.record_calls(ids)[1]
+    groups = input_groups(decoder.linears(1), lambda: run_layer(decoder.layers[1], hidden, call))
     assert len(groups) == 4
     assert sum(map(len, groups)) == linears
     short = [{name.rsplit(".", 1)[1] for name in names} for names in groups]

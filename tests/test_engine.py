@@ -7,15 +7,15 @@ import pytest
 import torch
 from conftest import compose_config
 from families import FAMILIES
-from test_decoder import engine_of, random_ids
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from test_decoder import engine_of, prune, random_ids, through_layers
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
 
 from nnprune.decoder import run_layer, weight_OI
+from nnprune.linears import relative_error
 from nnprune.patterns import NM
 from nnprune.pruners.base import Pruner
 from nnprune.pruners.sparsegpt import SparseGPT
 from nnprune.pruners.wanda import Wanda
-from nnprune.pruning import LayerwisePruning, relative_error
 from nnprune.run import run
 from nnprune.runtime import Runtime
 from nnprune.statistics import Hessian
@@ -27,7 +27,7 @@ def prune_model(folder, family="llama", pruner=None, propagate="pruned", model=N
     model = model or FAMILIES[family]()
     engine = engine_of(model, folder, **runtime)
     plan = dict.fromkeys(engine.decoder.shapes(), NM(2, 4))
-    return model, LayerwisePruning(engine, pruner or SparseGPT(), plan, propagate).run(IDS)
+    return model, prune(engine, pruner or SparseGPT(), plan, IDS, propagate)
 
 
 class Witness(Pruner):
@@ -80,7 +80,7 @@ def expected_hessians(dense, pruned, propagate):
 def test_what_each_linear_sees(propagate, tmp_path):
     dense = FAMILIES["llama"]().state_dict()
     witness = Witness()
-    model, _ = prune_model(tmp_path, pruner=witness, propagate=propagate, batch_size=2)
+    model, _ = prune_model(tmp_path, pruner=witness, propagate=propagate, batch_tokens=32)
     expected = expected_hessians(dense, model.state_dict(), propagate)
     assert witness.seen.keys() == expected.keys()
     for name, hessian in expected.items():
@@ -89,9 +89,9 @@ def test_what_each_linear_sees(propagate, tmp_path):
         )
 
 
-@pytest.mark.parametrize("runtime", [{"batch_size": 1}, {"batch_size": 5, "activations": "disk"}, {"layers": "device"}])
+@pytest.mark.parametrize("runtime", [{"batch_tokens": 16}, {"batch_tokens": 80, "activations": "disk"}, {"layers": "device"}])
 def test_where_things_rest_does_not_change_the_result(runtime, tmp_path):
-    first, _ = prune_model(tmp_path / "a", pruner=Wanda(), batch_size=5)
+    first, _ = prune_model(tmp_path / "a", pruner=Wanda(), batch_tokens=80)
     second, _ = prune_model(tmp_path / "b", pruner=Wanda(), **runtime)
     for (name, one), two in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
         assert torch.equal(one, two), name  # Wanda keeps weights as they are, so that equal masks are equal weights
@@ -146,12 +146,12 @@ class Counting(Wanda):
 
 @pytest.mark.parametrize("propagate", ["pruned", "dense", "sequential"])
 def test_an_interrupted_run_goes_on_to_the_same_bits(propagate, tmp_path):
-    whole, expected = prune_model(tmp_path / "whole", pruner=Wanda(), propagate=propagate, batch_size=2)
+    whole, expected = prune_model(tmp_path / "whole", pruner=Wanda(), propagate=propagate, batch_tokens=32)
     with pytest.raises(Interrupted):
-        prune_model(tmp_path / "cut", pruner=Failing("model.layers.1.mlp.down_proj"), propagate=propagate, batch_size=2)
+        prune_model(tmp_path / "cut", pruner=Failing("model.layers.1.mlp.down_proj"), propagate=propagate, batch_tokens=32)
     (tmp_path / "cut" / "layers" / ".layer-0001.safetensors.1.tmp").write_bytes(b"half")
     counting = Counting()
-    resumed, reports = prune_model(tmp_path / "cut", pruner=counting, propagate=propagate, batch_size=2)
+    resumed, reports = prune_model(tmp_path / "cut", pruner=counting, propagate=propagate, batch_tokens=32)
     assert all(name.startswith(("model.layers.1.", "model.layers.2.")) for name in counting.names)
     assert len(counting.names) == 14
     for (name, one), two in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
@@ -166,7 +166,8 @@ def test_a_finished_pruning_is_only_read_again(tmp_path):
     again, _ = prune_model(tmp_path, pruner=counting)
     assert counting.names == []
     engine = engine_of(again, tmp_path)
-    for row in engine.logits(IDS[:1], pruned=True, title=""):
+    with through_layers(engine, IDS[:1]) as stream:
+        [row] = stream.logits()
         torch.testing.assert_close(row[1], whole(IDS[:1]).logits)
 
 
@@ -201,12 +202,12 @@ def test_saved_model_is_an_ordinary_directory_with_equal_logits(family, layers, 
     engine = engine_of(model, tmp_path / "again")
     plan = dict.fromkeys(engine.decoder.shapes(), NM(2, 4))
     ids = torch.randint(96, (4, 16), generator=torch.Generator().manual_seed(0))
-    LayerwisePruning(engine, Wanda(), plan, "pruned").run(ids)
+    prune(engine, Wanda(), plan, ids)
     assert torch.equal(loaded.eval()(IDS).logits, model(IDS).logits)
     assert AutoTokenizer.from_pretrained(folder)("ab").input_ids
 
 
-def test_only_one_layer_is_off_the_meta_device_at_a_time(tiny_config, monkeypatch, tmp_path):
+def test_at_most_two_layers_are_off_the_meta_device(tiny_config, tiny_model_dir, monkeypatch, tmp_path):
     from nnprune.layerstore import LayerStore
 
     resident = []
@@ -218,10 +219,14 @@ def test_only_one_layer_is_off_the_meta_device_at_a_time(tiny_config, monkeypatc
         return layer
 
     monkeypatch.setattr(LayerStore, "fetch", watched)
-    disk = run(tiny_config("runtime=low_memory", "pruner=wanda"))
-    assert set(resident) == {1}
+    config = OPTConfig(**json.loads((tiny_model_dir / "config.json").read_text()) | {"num_hidden_layers": 5})
+    deep = tmp_path / "deep"
+    AutoModelForCausalLM.from_config(config).save_pretrained(deep)
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(deep)
+    disk = run(tiny_config(f"model.path={deep}", "runtime=low_memory", "pruner=wanda"))
+    assert set(resident) == {1, 2}
     monkeypatch.undo()
-    host = run(tiny_config("pruner=wanda", "runtime.batch_size=1", f"outputs={tmp_path / 'host'}"))
+    host = run(tiny_config(f"model.path={deep}", "pruner=wanda", f"outputs={tmp_path / 'host'}"))
     assert disk.metrics == host.metrics
     assert disk.fingerprint == host.fingerprint
 

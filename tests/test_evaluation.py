@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from families import FAMILIES, VOCAB_SIZE
-from test_decoder import engine_of
+from test_decoder import engine_of, through_layers
 from torch.nn.functional import cross_entropy
 
 from nnprune.decoder import Decoder
@@ -19,8 +19,13 @@ def plain_perplexity(model, ids):
     return math.exp(torch.stack(losses).double().mean())
 
 
+def measured(engine, ids):
+    with through_layers(engine, ids) as stream:
+        return perplexity(stream, "dense text perplexity")
+
+
 @pytest.mark.parametrize("family", ["opt", "opt_post_norm_projected", "llama", "gemma2", "gpt2", "bloom", "falcon"])
-@pytest.mark.parametrize("runtime", [{"batch_size": 3}, {"batch_size": 8, "activations": "disk"}])
+@pytest.mark.parametrize("runtime", [{"batch_tokens": 99}, {"activations": "disk"}])
 def test_equals_the_full_models(family, runtime, tmp_path):
     model = FAMILIES[family]()
     with torch.no_grad():
@@ -28,13 +33,13 @@ def test_equals_the_full_models(family, runtime, tmp_path):
     ids = torch.randint(VOCAB_SIZE, (7, 33), generator=torch.Generator().manual_seed(0))
     expected = plain_perplexity(model, ids)
     assert abs(expected - VOCAB_SIZE) > 1
-    assert perplexity(engine_of(model, tmp_path, **runtime), ids) == pytest.approx(expected, rel=1e-5)
+    assert measured(engine_of(model, tmp_path, **runtime), ids) == pytest.approx(expected, rel=1e-5)
 
 
 def test_bfloat16_is_within_its_rounding(tmp_path):
     model = FAMILIES["llama"]().to(torch.bfloat16)
     ids = torch.randint(VOCAB_SIZE, (4, 33), generator=torch.Generator().manual_seed(0))
-    assert perplexity(engine_of(model, tmp_path), ids) == pytest.approx(plain_perplexity(model, ids), rel=5e-3)
+    assert measured(engine_of(model, tmp_path), ids) == pytest.approx(plain_perplexity(model, ids), rel=5e-3)
 
 
 def test_logits_live_one_window_at_a_time(tmp_path, monkeypatch):
@@ -48,7 +53,7 @@ def test_logits_live_one_window_at_a_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Decoder, "logits", watched)
     ids = torch.randint(VOCAB_SIZE, (5, 16), generator=torch.Generator().manual_seed(0))
-    perplexity(engine_of(FAMILIES["llama"](), tmp_path, batch_size=4), ids)
+    measured(engine_of(FAMILIES["llama"](), tmp_path), ids)
     assert shapes == [(1, 16, VOCAB_SIZE)] * 5
 
 
@@ -57,4 +62,4 @@ def test_nan_logits_are_an_error(tmp_path):
     with torch.no_grad():
         model.lm_head.weight[3] = torch.nan
     with pytest.raises(ValueError, match=r"dense text perplexity: .*NaN.*model\.dtype"):
-        perplexity(engine_of(model, tmp_path), torch.ones(1, 8, dtype=torch.int64), True, "dense text perplexity")
+        measured(engine_of(model, tmp_path), torch.ones(1, 8, dtype=torch.int64))

@@ -149,7 +149,7 @@ def identity(cfg) -> str:
 
 @pytest.mark.parametrize(
     "override",
-    ["runtime=low_memory", "runtime.batch_size=1", "label=mine", "outputs=elsewhere", "save=true", "overwrite=true",
+    ["runtime=low_memory", "runtime.batch_tokens=1", "label=mine", "outputs=elsewhere", "save=true", "overwrite=true",
      "model.name=other", "sparsity=0.50", "sparsity=unstructured"],
 )  # fmt: skip
 def test_identity_is_not_changed_by(tiny_config, override):

@@ -11,8 +11,9 @@ from conftest import ROOT, compose_config
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
+import nnprune.finished
 import nnprune.job
-import nnprune.layerstore
+import nnprune.measuring
 import nnprune.records
 from nnprune.cli import rewrite_sparsity
 from nnprune.run import CONF, run
@@ -149,8 +150,8 @@ def test_pruning_hurts_and_sequential_differs(tiny_config):
 
 def test_dense_perplexity_is_measured_once(tiny_config, monkeypatch):
     titles = []
-    perplexity = nnprune.job.perplexity
-    monkeypatch.setattr(nnprune.job, "perplexity", lambda *a: titles.append(a[-1]) or perplexity(*a))
+    perplexity = nnprune.measuring.perplexity
+    monkeypatch.setattr(nnprune.measuring, "perplexity", lambda *a: titles.append(a[-1]) or perplexity(*a))
     for pruner in ("magnitude", "wanda"):
         run(tiny_config(f"pruner={pruner}"))
     run(tiny_config("sparsity=dense"))
@@ -164,7 +165,7 @@ def test_overwrite_and_later_save(tiny_config, monkeypatch):
     assert again.metrics == first.metrics
     stored = run(tiny_config("pruner=wanda", "save=true"))
     assert stored.finished == again.finished
-    monkeypatch.setattr(nnprune.job, "perplexity", lambda *a: 7.0)
+    monkeypatch.setattr(nnprune.measuring, "perplexity", lambda *a: 7.0)
     assert run(tiny_config("pruner=wanda")).metrics == first.metrics
     assert run(tiny_config("pruner=wanda", "overwrite=true")).metrics == {"text_perplexity": 7.0}
 
@@ -181,7 +182,7 @@ def run_until_killed(cfg):
 
 
 def at_second_layer(monkeypatch):
-    monkeypatch.setattr(nnprune.layerstore, "save_file", KillAtCall(2, save_file))
+    monkeypatch.setattr(nnprune.finished, "save_file", KillAtCall(2, save_file))
 
 
 def half_a_layer_file(monkeypatch):
@@ -190,21 +191,21 @@ def half_a_layer_file(monkeypatch):
         os.truncate(path, path.stat().st_size // 2)
         kill()
 
-    monkeypatch.setattr(nnprune.layerstore, "save_file", write_half)
+    monkeypatch.setattr(nnprune.finished, "save_file", write_half)
 
 
 def in_dense_evaluation(monkeypatch):
-    monkeypatch.setattr(nnprune.job, "perplexity", kill)
+    monkeypatch.setattr(nnprune.measuring, "perplexity", kill)
 
 
 def in_evaluation(monkeypatch):
-    monkeypatch.setattr(nnprune.job, "perplexity", KillAtCall(2, nnprune.job.perplexity))
+    monkeypatch.setattr(nnprune.measuring, "perplexity", KillAtCall(2, nnprune.measuring.perplexity))
 
 
 def half_a_record(monkeypatch):
     monkeypatch.setattr(
-        nnprune.records.os, "fsync", KillAtCall(6, os.fsync)
-    )  # dense figures and record, two layers, figures, this one
+        nnprune.records.os, "fsync", KillAtCall(8, os.fsync)
+    )  # two layers and their reports, dense figures, figures, dense record, this one
 
 
 def while_clearing_up(monkeypatch):
@@ -248,23 +249,25 @@ def test_texts_measured_before_a_kill_are_not_measured_again(tiny_config, small_
     whole = run(tiny_config(extra, "pruner=wanda"))
     cfg = tiny_config(extra, "pruner=wanda", "seed=1")
     with monkeypatch.context() as patch:
-        patch.setattr(nnprune.job, "perplexity", KillAtCall(2, nnprune.job.perplexity))  # the second text, pruned
+        patch.setattr(nnprune.measuring, "perplexity", KillAtCall(2, nnprune.measuring.perplexity))  # the second text, pruned
         run_until_killed(cfg)
     titles = []
-    perplexity = nnprune.job.perplexity
-    monkeypatch.setattr(nnprune.job, "perplexity", lambda *a: titles.append(a[-1]) or perplexity(*a))
+    perplexity = nnprune.measuring.perplexity
+    monkeypatch.setattr(nnprune.measuring, "perplexity", lambda *a: titles.append(a[-1]) or perplexity(*a))
     assert run(cfg).metrics.keys() == whole.metrics.keys() == {"text_perplexity", "more_perplexity"}
     assert len(titles) == 1
 
 
 def test_a_dense_record_made_while_resuming_is_of_the_dense_model(tiny_config, tmp_path, monkeypatch):
     cfg = tiny_config("pruner=wanda", "sparsity=2:4")
-    with monkeypatch.context() as patch:
-        in_evaluation(patch)
-        run_until_killed(cfg)
+    run(tiny_config("sparsity=dense"))
     [dense] = tmp_path.glob("outputs/*/dense/*/result.json")
     before = json.loads(dense.read_text())
     dense.unlink()
+    with monkeypatch.context() as patch:
+        in_evaluation(patch)
+        run_until_killed(cfg)
+    assert not dense.exists()
     run(cfg)
     after = json.loads(dense.read_text())
     for key in ("metrics", "linear_sparsity", "model_sparsity"):
@@ -291,7 +294,7 @@ def test_a_failed_run_of_a_sweep_does_not_keep_its_model(tiny_config, monkeypatc
         raise RuntimeError("out of memory, say")
 
     monkeypatch.setattr(ModelSource, "load", watched)
-    monkeypatch.setattr(nnprune.job, "perplexity", fail)
+    monkeypatch.setattr(nnprune.measuring, "perplexity", fail)
     cfg = tiny_config("pruner=wanda", "label=mine")
     with pytest.raises(RunFailed) as kept:
         _main(cfg)

@@ -62,7 +62,14 @@ class Pruner(ABC):
 
     @abstractmethod
     def prune_linear(self, W: Tensor, module_name: str, pattern: SparsityPattern) -> Tensor:
-        """The pruned weight (O, I), dtype and device of `W` (O, I), which stays unmodified. The engine's one call."""
+        """The pruned weight (O, I), dtype and device of `W` (O, I), which stays unmodified."""
+
+    def prune_group(self, weights: dict[str, Tensor], patterns: dict[str, SparsityPattern]) -> dict[str, Tensor]:
+        """The pruned weights of linears that receive the same input, by name: the engine's one call.
+
+        One linear after the other; override it to do better than that for weights (O, I) that differ in O only.
+        """
+        return {name: self.prune_linear(W, name, patterns[name]) for name, W in weights.items()}
 
     def prune_linear_unstruct(self, W: Tensor, module_name: str, k: int) -> Tensor:
         """The pruned weight (O, I) with at least `k` zeros."""

@@ -1,0 +1,68 @@
+"""Folders of runs: kept from other processes while one works there, and logged into."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Make a folder and keep other processes out of it meanwhile. Gives False, at once, when another process has it and
+    we do not `wait`.
+
+    Raises OSError naming the folder when it cannot be written.
+    """
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _acquire(folder, wait)
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+@contextmanager
+def logged(folder: Path) -> Iterator[None]:
+    """Log into a folder's run.log. Raises OSError naming the folder when it cannot be written."""
+    with _explained(folder):
+        handler = logging.FileHandler(folder / "run.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("nnprune")
+    if logger.level == logging.NOTSET:  # called from Python, where nobody configured logging
+        logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = f"outputs={folder}: cannot be written ({error.strerror})"
+        raise OSError(error.errno, f"{reason}; set outputs=DIR to a writable folder") from error
+
+
+def _acquire(folder: Path, wait: bool) -> FileLock | None:
+    """The lock of a folder, which the system gives back when a process dies; None when another has it and we don't wait."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            return None
+        log.info("waiting for another process that works in %s", folder)
+        lock.acquire()
+    except NotImplementedError:
+        log.warning("warning: %s lies on a file system without locks: do not start the same run twice at once", folder)
+    return lock

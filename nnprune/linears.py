@@ -1,0 +1,95 @@
+"""Prunes the linears of a fetched decoder layer, and checks and measures what came out.
+
+Letters: O output features, I input features.
+"""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnprune.decoder import weight_OI
+from nnprune.inputs import InputCollector, check_weight
+from nnprune.patterns import PatternError, SparsityPattern
+from nnprune.pruners.base import Pruner
+
+
+def prune_linears(
+    pruner: Pruner, plan: dict[str, SparsityPattern], collector: InputCollector, linears: dict[str, nn.Module]
+) -> list[dict[str, Any]]:
+    """Prune in place all linears whose inputs were collected, and report on each. Raises ValueError, naming the linear,
+    for a weight that is not finite and for a pruner that breaks its contract."""
+    return [
+        report
+        for names in collector.groups
+        for report in _prune_group(pruner, plan, {name: linears[name] for name in names}, collector.sample(names))
+    ]
+
+
+def _prune_group(
+    pruner: Pruner, plan: dict[str, SparsityPattern], linears: dict[str, nn.Module], sample: Tensor
+) -> list[dict[str, Any]]:
+    """Prune linears that share an input, of which `sample` (tokens, I) are some."""
+    start = time.perf_counter()
+    weights = {name: weight_OI(linear).contiguous() for name, linear in linears.items()}
+    for name, W in weights.items():
+        check_weight(name, W)
+    asked = [name for name in weights if plan[name].sparsity]
+    pruned = dict(weights)
+    # The clones are for pruners that work in place.
+    pruned |= pruner.prune_group({name: weights[name].clone() for name in asked}, {name: plan[name] for name in asked})
+    reports = []
+    for name, W in weights.items():
+        pruner.clear_linear_activations(name)
+        weight = _checked(pruner, pruned[name], W, name, plan[name])
+        error = relative_error(W, weight, sample)
+        weight_OI(linears[name]).copy_(weight)  # from here on W is the pruned weight too, where it is a view
+        reports.append(
+            {
+                "name": name,
+                "pattern": str(plan[name]),
+                "sparsity": 1 - int(weight.count_nonzero()) / weight.numel(),
+                "relative_error": error,
+                **pruner.notes.pop(name, {}),
+            }
+        )
+    seconds = time.perf_counter() - start
+    size = sum(W.numel() for W in weights.values())
+    for report in reports:  # the group's time, shared out by size
+        report["seconds"] = seconds * weights[report["name"]].numel() / size
+    return reports
+
+
+def _checked(pruner: Pruner, pruned: Tensor, W: Tensor, name: str, pattern: SparsityPattern) -> Tensor:
+    """A pruner's answer in the dtype of `W`. Raises ValueError, naming pruner and linear, when it breaks the contract."""
+    method = type(pruner).__name__
+    if not isinstance(pruned, Tensor) or pruned.shape != W.shape:
+        found = tuple(pruned.shape) if isinstance(pruned, Tensor) else type(pruned).__name__
+        raise ValueError(f"{name}: {method} returned {found} instead of a weight {tuple(W.shape)}")
+    pruned = pruned.detach().to(W)
+    if not pruned.isfinite().all():
+        raise ValueError(f"{name}: {method} returned NaN or infinite weights")
+    try:
+        pattern.check(pruned)
+    except PatternError as error:
+        raise ValueError(f"{name}: the weight that {method} returned {error}") from None
+    return pruned
+
+
+def relative_error(W: Tensor, pruned: Tensor, X: Tensor) -> float:
+    """||X (pruned - W)^T||^2 / ||X W^T||^2 for weights (O, I) and inputs X (tokens, I), as ALPS reports it (arXiv:2406.07831)."""
+    change = X @ (pruned.float() - W.float()).t()
+    output = X @ W.float().t()
+    return float(change.square().sum() / output.square().sum().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def count_zeros(layer: nn.Module, linears: dict[str, nn.Module]) -> dict[str, int]:
+    """Zeros and sizes of a fetched decoder layer and of its linears' weights."""
+    weights = [linear.weight for linear in linears.values()]
+    return {
+        "zeros": sum(parameter.numel() - int(parameter.count_nonzero()) for parameter in layer.parameters()),
+        "size": sum(parameter.numel() for parameter in layer.parameters()),
+        "linear_zeros": sum(weight.numel() - int(weight.count_nonzero()) for weight in weights),
+        "linear_size": sum(weight.numel() for weight in weights),
+    }
