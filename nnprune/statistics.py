@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 
+STRIP = 256
+"""Rows of a strip of the Hessian: wide enough for the matrix units, narrow enough to leave out most of its upper half."""
+
+
 class InputStatistic(ABC):
     """A running sum over calibration tokens, shared by all linears that receive the same input."""
 
@@ -24,8 +28,9 @@ class InputStatistic(ABC):
     def add(self, X: Tensor) -> None:
         """Accumulate inputs X (..., I) of any floating dtype."""
         X = X.reshape(-1, X.shape[-1])
-        term = self._term(X)
-        self._sum = term if self._sum is None else self._sum.add_(term)
+        if self._sum is None:
+            self._sum = torch.zeros(self._shape(X.shape[-1]), dtype=torch.float32, device=X.device)
+        self._accumulate(self._sum, X)
         self.num_tokens += X.shape[0]
         self._memo.clear()
 
@@ -45,30 +50,62 @@ class InputStatistic(ABC):
             self._memo[key] = compute()
         return self._memo[key]
 
+    @staticmethod
     @abstractmethod
-    def _term(self, X: Tensor) -> Tensor:
-        """The float32 summand of one batch X (tokens, I)."""
+    def _shape(width: int) -> tuple[int, ...]:
+        """The shape of the sum for I features."""
+
+    @staticmethod
+    @abstractmethod
+    def _accumulate(total: Tensor, X: Tensor) -> None:
+        """Add what a batch X (tokens, I) brings to the float32 sum, in place."""
 
 
 class SquaredNorm(InputStatistic):
     """E[x_i^2], shape (I,): Wanda's ||X_i||_2^2 divided by the token count (Sun et al. 2023, arXiv:2306.11695)."""
 
-    def _term(self, X: Tensor) -> Tensor:
-        return X.float().square_().sum(0) if X.dtype != torch.float32 else X.square().sum(0)
+    @staticmethod
+    def _shape(width: int) -> tuple[int, ...]:
+        return (width,)
+
+    @staticmethod
+    def _accumulate(total: Tensor, X: Tensor) -> None:
+        total += X.float().square().sum(0)
 
 
 class Hessian(InputStatistic):
-    """E[x x^T], shape (I, I): half the Hessian of a linear's squared output error, per token."""
+    """E[x x^T], shape (I, I): half the Hessian of a linear's squared output error, per token.
 
-    def _term(self, X: Tensor) -> Tensor:
-        if X.dtype not in (torch.bfloat16, torch.float16):
-            X = X.float()
-            return X.t() @ X
-        if X.is_cuda:
-            return torch.mm(X.t(), X, out_dtype=torch.float32)
+    The sum holds strips of the lower triangle alone, a third less work; `mean` mirrors them.
+    """
+
+    @staticmethod
+    def _shape(width: int) -> tuple[int, ...]:
+        return (width, width)
+
+    @staticmethod
+    def _accumulate(total: Tensor, X: Tensor) -> None:
+        on_matrix_units = X.is_cuda and X.dtype in (torch.bfloat16, torch.float16)
         with _bf16_products(enabled=X.dtype == torch.bfloat16):
-            X = X.float()
-            return X.t() @ X
+            if not on_matrix_units:
+                X = X.float()
+            for strip in _strips(len(total)):
+                left, right, target = X[:, strip].t(), X[:, : strip.stop], total[strip, : strip.stop]
+                if on_matrix_units:
+                    target += torch.mm(left, right, out_dtype=torch.float32)
+                else:
+                    target.addmm_(left, right)
+
+    def mean(self) -> Tensor:
+        mean = super().mean()
+        for strip in _strips(len(mean)):
+            mean[: strip.start, strip] = mean[strip, : strip.start].t()
+        return mean
+
+
+def _strips(width: int) -> Iterator[slice]:
+    """Rows of the strips that cover a symmetric matrix's lower triangle, each from the left edge to its diagonal block."""
+    return (slice(start, min(start + STRIP, width)) for start in range(0, width, STRIP))
 
 
 @contextmanager

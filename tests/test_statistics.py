@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnprune.statistics import Hessian, SquaredNorm
+from nnprune.statistics import STRIP, Hessian, SquaredNorm
 
 REFERENCE = {
     SquaredNorm: lambda X: X.square().mean(0),
@@ -34,6 +34,15 @@ def test_mean_equals_the_float64_reference(kind, dtype):
     # An entry of the Hessian is a sum of terms of both signs, so its error is relative to the two features' own size.
     scale = expected if kind is SquaredNorm else torch.outer(expected.diagonal(), expected.diagonal()).sqrt()
     assert ((mean - expected).abs() / scale).max() < 1e-6
+
+
+def test_a_hessian_of_several_strips_is_whole():
+    X = inputs(torch.bfloat16, num_tokens=400, width=2 * STRIP + 37)
+    statistic = Hessian()
+    statistic.add(X)
+    expected = REFERENCE[Hessian](X.double())
+    assert (statistic.mean() - expected).norm() / expected.norm() < 1e-6
+    assert torch.equal(statistic.mean().triu(STRIP), statistic.mean().tril(-STRIP).t())
 
 
 @settings(deadline=None, max_examples=30, derandomize=True)
@@ -157,7 +166,7 @@ def test_only_bfloat16_is_multiplied_as_such_and_an_exception_ends_it(monkeypatc
         seen.append(torch.get_float32_matmul_precision())
         raise MemoryError
 
-    monkeypatch.setattr(torch.Tensor, "__matmul__", fail)
+    monkeypatch.setattr(torch.Tensor, "addmm_", fail)
     with pytest.raises(MemoryError):
         Hessian().add(X)
     assert seen == [precision]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nnprune.checks import check_count
+from nnprune.factors import factor_of_inverse
 from nnprune.patterns import NM, SparsityPattern
 from nnprune.pruners.base import Pruner
 from nnprune.statistics import Hessian
@@ -78,7 +79,7 @@ class SparseGPT(Pruner):
         names = list(weights)
         statistic = self.statistics[names[0]]
         key = (self.damping, self.damp_inverse)
-        U, dead, damping = statistic.memo(key, lambda: self._factorise(statistic.mean(), names[0], statistic.num_tokens))
+        U, dead, damping = statistic.memo(key, lambda: self._factorise(statistic, names[0]))
         if damping != self.damping:
             self.notes.update({name: {"damping": damping} for name in names})
         pruned: dict[str, Tensor] = {}
@@ -132,26 +133,24 @@ class SparseGPT(Pruner):
             return ~pattern.mask(cost_OC).t()
         return ~torch.cat([pattern.mask(cost, per="matrix") for cost in cost_OC.split(sizes)]).t()
 
-    def _factorise(self, hessian: Tensor, module_name: str, num_tokens: int) -> tuple[Tensor, Tensor, float]:
+    def _factorise(self, statistic: Hessian, module_name: str) -> tuple[Tensor, Tensor, float]:
         """U (I, I) upper triangular with H^-1 = U^T U, the dead inputs (I,) bool, and the damping that worked."""
-        dead = hessian.diagonal() == 0
-        hessian.diagonal()[dead] = 1
-        mean = hessian.diagonal().mean()
         damping = self.damping
         for _ in range(1 + NUM_RETRIES):
-            damped = hessian.clone()
-            damped.diagonal().add_(damping * mean)
-            lower, failed = torch.linalg.cholesky_ex(damped)
-            if not failed:
-                inverse = torch.cholesky_inverse(lower)
-                if self.damp_inverse:
-                    inverse.diagonal().add_(damping * inverse.diagonal().mean())
+            hessian = statistic.mean()
+            dead = hessian.diagonal() == 0
+            hessian.diagonal()[dead] = 1
+            hessian.diagonal().add_(damping * hessian.diagonal().mean())
+            U, failed = factor_of_inverse(hessian)
+            if not failed and self.damp_inverse:
+                inverse = U.t() @ U
+                inverse.diagonal().add_(damping * inverse.diagonal().mean())
                 U, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed:
                 return U, dead, damping
             damping *= 10
         raise ValueError(
-            f"{module_name}: its Hessian from {num_tokens} tokens could not be factorised, even with damping "
+            f"{module_name}: its Hessian from {statistic.num_tokens} tokens could not be factorised, even with damping "
             f"{damping / 10:g}; raise pruner.damping or calibration.num_samples"
         )
 

@@ -1,0 +1,38 @@
+"""Factorisations of a Hessian, in float32 and with few copies of it: at I = 16384 each takes 1 GiB.
+
+Letters: I input features.
+"""
+
+import torch
+from torch import Tensor
+
+LEAF = 128
+"""Rows of a triangle that is small enough to be inverted by substitution."""
+
+
+def factor_of_inverse(hessian: Tensor) -> tuple[Tensor, bool]:
+    """U (I, I) upper triangular with H^-1 = U^T U, and whether that failed, for a symmetric H (I, I), which is overwritten.
+
+    With rows and columns in reverse order H = L L^T, so that H = R R^T with R = L reversed, upper triangular, and U = R^-1:
+    half the work of inverting H and factorising the inverse, which is not formed.
+    """
+    lower, info = torch.linalg.cholesky_ex(
+        hessian.flip(0, 1), out=(hessian, torch.empty(0, dtype=torch.int32, device=hessian.device))
+    )
+    if info.item():
+        return lower, True
+    _invert_lower(lower)
+    return lower.flip(0, 1), False
+
+
+def _invert_lower(lower: Tensor) -> None:
+    """Invert a lower triangular matrix in place: [A 0; B C]^-1 = [A^-1 0; -C^-1 B A^-1  C^-1]."""
+    if len(lower) <= LEAF:
+        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
+    half = len(lower) // 2
+    A, B, C = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    _invert_lower(A)
+    _invert_lower(C)
+    B.copy_((C @ (B @ A)).neg_())
