@@ -65,7 +65,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--nn-pruning", metavar="PATH", help="a checkout of the nn-pruning toolkit")
     add("--profile", action="store_true", help="on the CPU: one more run of each, under torch.profiler")
     add("--json", type=Path, metavar="FILE", help="all that was measured")
-    add("--work", type=Path, metavar="DIR", help="keep specs, logs and results there; default: a temporary folder")
+    add("--work", type=Path, metavar="DIR", help="keep specs, logs, results and pruned models there; default: nothing is kept")
     args = parser.parse_args(arguments)
     if unknown := sorted(set(args.peers) - set(PEERS)):
         parser.error(f"--peers: there is no {unknown[0]}; there are {', '.join(PEERS)}")
@@ -122,16 +122,19 @@ def measure_model(directory: str, spec: Spec, ids: Tensor) -> tuple[float, float
     return perplexity(model, ids), linear_sparsity(model), layer_shapes(model)
 
 
-def run_round(program: Program, spec: Spec, runs: Measurements, ids: Tensor) -> None:
+def run_round(program: Program, spec: Spec, runs: Measurements, ids: Tensor, keep_model: bool) -> None:
     """One more timed run; the first one also leaves its model to be measured with ids (N, T)."""
     number = len(runs.results) + 1
     save = Path(spec.scratch) / f"{program.name}-model"
+    if number == 1:
+        shutil.rmtree(save, ignore_errors=True)  # of an earlier benchmark
     result, seconds = program.run(replace(spec, save=str(save) if number == 1 else None), f"round{number}")
     runs.results.append(result)
     runs.process_seconds.append(seconds)
     if number == 1:
         runs.perplexity, runs.sparsity, _ = measure_model(result.pruned_model, spec, ids)
-        shutil.rmtree(save)
+        if not keep_model:
+            shutil.rmtree(save)
     print(f"{program.name} round {number}: pruned in {result.seconds['prune']:.2f} s", file=sys.stderr, flush=True)
 
 
@@ -148,7 +151,7 @@ def run_all(
                 if step == "profile":
                     measured[program.name].profile = program.run(replace(spec, profile=True), "profile")[0].profile
                 else:
-                    run_round(program, spec, measured[program.name], ids)
+                    run_round(program, spec, measured[program.name], ids, keep_model=args.work is not None)
             except ProgramFailed as error:
                 skipped[program.name] = str(error)
     return {name: runs for name, runs in measured.items() if name not in skipped}

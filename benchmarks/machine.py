@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-LARGE = {"cpu": 4096, "cuda": 8192}
+LARGE = {"cpu": 2048, "cuda": 8192}
 """Side of the large square product, by device."""
 
 
@@ -23,7 +23,7 @@ def description(device: str, threads: int | None) -> dict[str, str | int]:
     }
 
 
-def matrix_rate(rows: int, inner: int, columns: int, dtype: torch.dtype, device: str, seconds: float = 1.0) -> float:
+def matrix_rate(rows: int, inner: int, columns: int, dtype: torch.dtype, device: str, seconds: float = 0.5) -> float:
     """FLOP/s of (rows, inner) @ (inner, columns): the best of as many products as fit into `seconds`, at least three."""
     left = torch.randn(rows, inner, device=device).to(dtype)
     right = torch.randn(inner, columns, device=device).to(dtype)
