@@ -215,7 +215,7 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         try:
             finished = benchmark(args, work)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
     sys.exit(0 if finished else 1)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -46,7 +47,8 @@ class Program:
         path = Path(spec.scratch) / f"{self.name}-{tag}.json"
         log = path.with_suffix(".log")
         spec = replace(spec, scratch=str(path.with_suffix("")), options=self.options)
-        Path(spec.scratch).mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(spec.scratch, ignore_errors=True)  # of an earlier benchmark
+        Path(spec.scratch).mkdir(parents=True)
         path.write_text(json.dumps(asdict(spec), indent=1), encoding="utf-8")
         result_path(path).unlink(missing_ok=True)
         threads = {"OMP_NUM_THREADS": str(spec.threads)} if spec.threads else {}

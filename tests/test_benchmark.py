@@ -9,6 +9,11 @@ import torch
 from conftest import ROOT, byte_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+sys.path.insert(0, str(ROOT))  # `benchmarks` is no part of the installed package
+
+from benchmarks.flops import layer_shapes, useful_flops
+from benchmarks.products import ProductProfile
+
 
 @pytest.fixture(scope="module")
 def llama_dir(tmp_path_factory):
@@ -59,3 +64,29 @@ def test_nnprune_and_the_official_loop_prune_alike(llama_dir, small_text, tmp_pa
     ]
     assert len(same) == 14
     assert torch.cat(same).float().mean() > 0.99
+
+
+def test_useful_flops_of_a_tiny_llama(llama_dir):
+    layers = layer_shapes(AutoModelForCausalLM.from_pretrained(llama_dir))
+    assert [layer.inputs for layer in layers] == [(32, 32, 32, 64)] * 2  # q, k, v share one; gate and up another
+    samples, tokens = 3, 5
+    weights = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64
+    products, attention = 2 * samples * tokens * weights, samples * sum(4 * 32 * position for position in range(1, tokens + 1))
+    parts = useful_flops(layers, "sparsegpt", samples, tokens)
+    assert parts["forwards"] == 2 * 2 * (products + attention)
+    assert parts["statistics"] == 2 * 2 * samples * tokens * (3 * 32**2 + 64**2)
+    solver = 4 / 3 * (3 * 32**3 + 64**3) + 2 * 32 * 32**2 + 2 * 16 * 32**2 + 2 * 64 * 32**2 + 32 * 64**2
+    assert parts["solver"] == pytest.approx(2 * solver)
+    assert useful_flops(layers, "wanda", samples, tokens)["solver"] == 0
+
+
+def test_profiles_count_nested_products_once():
+    linear, x = torch.nn.Linear(512, 512), torch.randn(512, 512)
+    with torch.no_grad(), ProductProfile() as products:
+        for _ in range(20):
+            linear(x)
+    with torch.no_grad(), ProductProfile() as others:
+        for _ in range(20):
+            x.sort(dim=1)
+    assert 0.5 < products.shares()["products"] <= 1
+    assert others.shares()["products"] == 0

@@ -1,6 +1,7 @@
 """nnprune itself, through `nnprune.run.run`, as its command line would run it."""
 
 import shutil
+from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
@@ -8,8 +9,6 @@ from omegaconf import DictConfig
 from benchmarks.peers.common import Result, Run, Spec, write_result
 from benchmarks.products import ProductProfile
 from nnprune.cli import rewrite_sparsity
-from nnprune.experiment import build
-from nnprune.pruning import LayerwisePruning
 from nnprune.run import CONF, run
 
 
@@ -37,6 +36,8 @@ def config(spec: Spec) -> DictConfig:
 
 def profile_pruning() -> list[ProductProfile]:
     """Let nnprune's pruning stage be profiled; the profile is in the list once it has run."""
+    from nnprune.pruning import LayerwisePruning
+
     profiles: list[ProductProfile] = []
     prune = LayerwisePruning.run
 
@@ -60,7 +61,8 @@ def main() -> None:
     if record.calibration_hash != spec.ids_hash:
         raise RuntimeError(f"nnprune calibrated on ids {record.calibration_hash}, all others on {spec.ids_hash}")
     if spec.save:
-        shutil.move(build(cfg).folder / "model", spec.save)
+        [model] = Path(spec.scratch).glob("*/*/*/model")  # model / pattern / pruner-fingerprint
+        shutil.move(model, spec.save)
     seconds = {stage: value for stage, value in record.seconds.items() if stage not in ("total", "save")}
     result = Result(
         seconds,
