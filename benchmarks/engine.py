@@ -30,7 +30,7 @@ from benchmarks.machine import description, matrix_rates
 from benchmarks.peers.common import Spec
 from benchmarks.programs import Program, ProgramFailed
 from benchmarks.quality import linear_sparsity, perplexity
-from benchmarks.report import Measurements, profile_table, table
+from benchmarks.report import Measurements, report
 from nnprune.calibration import TextCalibration, token_hash
 from nnprune.evaluation import Evaluation
 from nnprune.loading import DTYPES, ModelSource
@@ -139,13 +139,13 @@ def run_round(program: Program, spec: Spec, runs: Measurements, ids: Tensor, kee
 
 
 def run_all(
-    args: argparse.Namespace, runnable: list[Program], spec: Spec, ids: Tensor, skipped: dict[str, str]
+    args: argparse.Namespace, runnable: list[Program], spec: Spec, ids: Tensor, failed: dict[str, str]
 ) -> dict[str, Measurements]:
-    """All rounds of all programs, in turn; one that fails is left out from then on, with the reason in `skipped`."""
+    """All rounds of all programs, in turn; one that fails is left out from then on, with the reason in `failed`."""
     measured = {program.name: Measurements() for program in runnable}
     for step in [*range(args.rounds), *(["profile"] if args.profile else [])]:
         for program in runnable:
-            if program.name in skipped:
+            if program.name in failed:
                 continue
             try:
                 if step == "profile":
@@ -153,8 +153,8 @@ def run_all(
                 else:
                     run_round(program, spec, measured[program.name], ids, keep_model=args.work is not None)
             except ProgramFailed as error:
-                skipped[program.name] = str(error)
-    return {name: runs for name, runs in measured.items() if name not in skipped}
+                failed[program.name] = str(error)
+    return {name: runs for name, runs in measured.items() if runs.results}
 
 
 def benchmark(args: argparse.Namespace, work: Path) -> bool:
@@ -164,31 +164,19 @@ def benchmark(args: argparse.Namespace, work: Path) -> bool:
         raise ValueError(f"--model={args.model}: no such directory; all programs must find the model there")
     asked = find_programs(args, str(source.directory))
     skipped = {program.name: program.missing for program in asked if program.missing}
-    runnable = [program for program in asked if not program.missing]
+    failed: dict[str, str] = {}
     if args.threads:
         torch.set_num_threads(args.threads)
     spec, ids = make_spec(args, source, work)
     dense_perplexity, _, layers = measure_model(spec.model, spec, ids)
-    flops = useful_flops(layers, args.method, args.num_samples, args.seq_len)
     largest = max((shape for layer in layers for shape in layer.linears), key=lambda shape: shape[0] * shape[1])
     rates = matrix_rates(min(args.num_samples * args.seq_len, GEMM_TOKENS), largest, spec.torch_dtype, args.device)
-    failed_before = set(skipped)
-    measured = run_all(args, runnable, spec, ids, skipped)
-    total = sum(flops.values())
+    flops = useful_flops(layers, args.method, args.num_samples, args.seq_len)
+    measured = run_all(args, [program for program in asked if not program.missing], spec, ids, failed)
     machine = description(args.device, args.threads)
     print(f"{source.name}, {args.method}, {args.pattern}, {args.num_samples} x {args.seq_len} tokens, {spec.dtype}")
     print(f"{machine['device']}, {machine['threads']} threads; rounds: {args.rounds}")
-    print("matrix products: " + "; ".join(f"{size}: {rate / 1e9:.0f} GFLOP/s" for size, rate in rates.items()))
-    parts = ", ".join(f"{part} {value / 1e9:.0f}" for part, value in flops.items())
-    print(f"useful GFLOP: {total / 1e9:.0f} ({parts})\n")
-    print(table(measured, total, max(rates.values()), dense_perplexity))
-    if args.profile:
-        print(f"\n{profile_table(measured)}")
-    for name, runs in measured.items():
-        if runs.results[0].note:
-            print(f"\n{name}: {runs.results[0].note}")
-    for name, reason in skipped.items():
-        print(f"\n{name} {'skipped' if name in failed_before else 'failed'}: {reason}")
+    print(report(measured, flops, rates, dense_perplexity, skipped, failed))
     if args.json:
         everything = {
             "settings": {**vars(args), "json": str(args.json), "work": args.work and str(args.work)},
@@ -198,11 +186,12 @@ def benchmark(args: argparse.Namespace, work: Path) -> bool:
             "matrix_flops_per_second": rates,
             "useful_flops": flops,
             "dense_perplexity": dense_perplexity,
-            "programs": {name: runs.as_dict(total) for name, runs in measured.items()},
+            "programs": {name: runs.as_dict(sum(flops.values())) for name, runs in measured.items()},
             "skipped": skipped,
+            "failed": failed,
         }
         args.json.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-    return set(skipped) == failed_before
+    return not failed
 
 
 def main() -> None:

@@ -44,6 +44,28 @@ class Measurements:
         }
 
 
+def report(
+    programs: dict[str, Measurements],
+    flops: dict[str, float],
+    rates: dict[str, float],
+    dense_perplexity: float,
+    skipped: dict[str, str],
+    failed: dict[str, str],
+) -> str:
+    """All that a benchmark prints but its settings: operations by part, FLOP/s by product, and why programs are missing."""
+    total = sum(flops.values())
+    products = "; ".join(f"{size}: {rate / 1e9:.0f} GFLOP/s" for size, rate in rates.items())
+    parts = ", ".join(f"{part} {value / 1e9:.0f}" for part, value in flops.items())
+    sections = [f"matrix products: {products}\nuseful GFLOP: {total / 1e9:.0f} ({parts})"]
+    sections.append(table(programs, total, max(rates.values()), dense_perplexity))
+    if any(runs.profile for runs in programs.values()):
+        sections.append(profile_table(programs))
+    sections += [f"{name}: {runs.results[0].note}" for name, runs in programs.items() if runs.results[0].note]
+    sections += [f"{name} skipped: {reason}" for name, reason in skipped.items()]
+    sections += [f"{name} failed: {reason}" for name, reason in failed.items()]
+    return "\n\n".join(sections)
+
+
 def table(programs: dict[str, Measurements], flops: float, machine_rate: float, dense_perplexity: float) -> str:
     """One row a program. Ratios are of medians, to nnprune's; `flops` are those of one pruning, rates FLOP/s."""
     has_device = any(result.peak_device_bytes for runs in programs.values() for result in runs.results)
