@@ -112,20 +112,21 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("saved", type=Path, metavar="DIR", help="the pruned model")
     parser.add_argument("--dense", type=Path, required=True, metavar="DENSE_DIR")
     parser.add_argument("--pattern", type=parse_pattern, required=True, help="such as 2:4 or 0.5")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         check = SavedCheck(args.saved, args.dense, args.pattern)
     except ValueError as error:
-        sys.exit(f"check_saved.py: {error}")
+        print(f"check_saved.py: {error}", file=sys.stderr)
+        return 1
     faults = list(check.faults())
     print("\n".join(faults) or check.summary())
-    sys.exit(1 if faults else 0)
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

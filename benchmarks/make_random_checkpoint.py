@@ -194,7 +194,7 @@ def make_checkpoint(config: PreTrainedConfig, target: Path, seed: int, shard_byt
     print(f"{target}: {architecture}, {sum(p.numel() for p in parameters.values()) / 1e9:.2f}e9 parameters")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", type=Path, metavar="DIR", help="folder to make")
     parser.add_argument("--preset", choices=PRESETS, default="opt-1.3b", help="the shape to start from (default: %(default)s)")
@@ -203,14 +203,16 @@ def main() -> None:
         parser.add_argument(f"--{option.replace('_', '-')}", type=int, metavar="N", help=" or ".join(fields))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard-gb", type=float, default=5, help="largest shard, in 1e9 bytes (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     values = json.loads(args.config.read_text()) if args.config else PRESETS[args.preset]
     shape = {option: getattr(args, option) for option in FIELDS if getattr(args, option) is not None}
     try:
         make_checkpoint(make_config(values, shape), args.target, args.seed, int(args.shard_gb * 1e9))
     except (ValueError, OSError) as error:
-        sys.exit(f"make_random_checkpoint.py: {error}")
+        print(f"make_random_checkpoint.py: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
