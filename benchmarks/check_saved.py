@@ -24,6 +24,9 @@ from nnprune.decoder import Decoder
 from nnprune.loading import Checkpoint, ModelSource
 from nnprune.patterns import PatternError, SparsityPattern, parse_pattern
 
+CHUNK = 1 << 24
+"""Values looked at together."""
+
 
 class SavedCheck:
     """One comparison of two folders.
@@ -80,7 +83,7 @@ class SavedCheck:
         if (saved.shape, saved.dtype) != (dense.shape, dense.dtype):
             yield f"{name}: {tuple(saved.shape)} {saved.dtype}, in the dense model {tuple(dense.shape)} {dense.dtype}"
             return
-        if not saved.isfinite().all():
+        if not all(chunk.isfinite().all() for chunk in _chunks(saved)):
             yield f"{name}: holds NaN or infinite values"
         if name in self.linears:
             weight_OI = saved.t() if isinstance(self.linears[name], Conv1D) else saved
@@ -90,7 +93,7 @@ class SavedCheck:
                 self.pattern.check(weight_OI)
             except PatternError as error:
                 yield f"{name}: {error}"
-        elif not torch.equal(_bits(saved), _bits(dense)):
+        elif not all(torch.equal(*map(_bits, pair)) for pair in zip(_chunks(saved), _chunks(dense), strict=True)):
             yield f"{name}: is no linear of a decoder layer, and differs from the dense model's"
 
     def summary(self) -> str:
@@ -108,8 +111,13 @@ def _read(place: tuple[Path, str]) -> Tensor:
         return file.get_tensor(key)
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
+    """All values in flat pieces: what is computed of an embedding's need not fit in memory at once."""
+    return tensor.reshape(-1).split(CHUNK)
+
+
+def _bits(chunk: Tensor) -> Tensor:
+    return chunk.view(torch.uint8)
 
 
 def main(argv: list[str] | None = None) -> int:
