@@ -1,0 +1,206 @@
+"""The tools that show that a model larger than memory can be pruned."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, compose_config
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nnprune.run import run
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import check_saved
+import make_random_checkpoint
+
+SHAPE = ["--hidden=32", "--layers=3", "--heads=4", "--ffn=64", "--vocab=4096", "--positions=64"]
+HOG = "blocks = [bytearray(b'x' * 2**20) for _ in range({})]; print('survived')"
+MAPPED = """
+import mmap, sys
+with open(sys.argv[1], "rb") as file:
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    print(sum(mapped[i] for i in range(0, len(mapped), 4096)))
+"""
+
+
+def memory_limit(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "benchmarks" / "memory_limit.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def make_checkpoint(folder: Path, *arguments: str) -> Path:
+    assert make_random_checkpoint.main([str(folder), *SHAPE, *arguments]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "opt", "--shard-gb=0.0003")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def test_a_random_checkpoint_is_an_ordinary_one(checkpoint):
+    model, info = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.dtype == torch.bfloat16
+    ids = AutoTokenizer.from_pretrained(checkpoint)("A few words.", return_tensors="pt").input_ids
+    assert model(ids).logits.isfinite().all()
+    layer = model.model.decoder.layers[1]
+    assert float(layer.fc1.weight.detach().float().std()) == pytest.approx(0.02, rel=0.1)
+    assert torch.equal(layer.fc1.bias, torch.zeros(64, dtype=torch.bfloat16))
+    assert torch.equal(layer.final_layer_norm.weight, torch.ones(32, dtype=torch.bfloat16))
+    tensors = list(weights(checkpoint).values())
+    matrices = [tensor for tensor in tensors if tensor.ndim == 2]
+    assert len({tensor.float().sum().item() for tensor in matrices}) == len(matrices)  # no two from the same random numbers
+    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == len(list(checkpoint.glob("*.safetensors"))) > 1
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_a_random_checkpoint_depends_on_its_seed_and_not_on_its_shards(checkpoint, tmp_path):
+    first = weights(checkpoint)
+    same, other = weights(make_checkpoint(tmp_path / "same")), weights(make_checkpoint(tmp_path / "other", "--seed=1"))
+    assert first.keys() == same.keys() == other.keys()
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first if first[name].ndim == 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hidden=30"], "divisible"),
+        (["--vocab=100"], "the tokenizer has 4096 tokens"),
+        (["--preset=llama-3-8b"], "key-value heads; give --kv-heads too"),
+        ([], "exists already"),
+    ],
+)
+def test_a_random_checkpoint_that_cannot_be_made_says_why(checkpoint, tmp_path, capsys, arguments, message):
+    target = tmp_path / "new" if arguments else checkpoint
+    assert make_random_checkpoint.main([str(target), *SHAPE, *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def pruned(checkpoint, tmp_path_factory) -> Path:
+    """`checkpoint` pruned to 2:4, as a run of nnprune saves it."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    data = ["calibration=random", "calibration.num_samples=4", "calibration.seq_len=32", "evaluation=none"]
+    method = ["pruner=wanda", "sparsity=2:4", "runtime=low_memory", "save=true"]
+    run(compose_config("model=local", f"model.path={checkpoint}", *data, *method, f"outputs={outputs}"))
+    [folder] = outputs.rglob("model")
+    return folder
+
+
+def check(folder: Path, dense: Path) -> int:
+    return check_saved.main([str(folder), "--dense", str(dense), "--pattern", "2:4"])
+
+
+def test_check_saved_accepts_what_was_pruned_and_refuses_what_was_not(checkpoint, pruned, capsys):
+    assert check(pruned, checkpoint) == 0
+    assert "18 linears have 2:4 (50.0000% zeros), 34 other tensors equal the dense model's" in capsys.readouterr().out
+    assert check(checkpoint, checkpoint) == 1
+    assert capsys.readouterr().out.count("more than 2:4 allows") == 18
+    assert check(checkpoint.parent, checkpoint) == 1
+    assert "has no safetensors files" in capsys.readouterr().err
+
+
+LAYER = "model.decoder.layers.1"
+
+
+def negative_zero(state):  # equal by value, another bit
+    state[f"{LAYER}.fc1.bias"][3] = -0.0
+
+
+def one_more_weight(state):
+    state[f"{LAYER}.fc1.weight"][5, :4] = 1
+
+
+def not_a_number(state):
+    state[f"{LAYER}.fc2.weight"][0, 0] = float("nan")
+
+
+def another_dtype(state):
+    state[f"{LAYER}.fc2.bias"] = state[f"{LAYER}.fc2.bias"].float()
+
+
+def missing(state):
+    del state[f"{LAYER}.fc2.bias"]
+
+
+def another_name(state):
+    state[f"{LAYER}.fc3.bias"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("tamper", "name", "message"),
+    [
+        (negative_zero, "fc1.bias", "differs from the dense model's"),
+        (one_more_weight, "fc1.weight", "keeps 4 weights in a group of 4"),
+        (not_a_number, "fc2.weight", "holds NaN or infinite values"),
+        (another_dtype, "fc2.bias", "torch.float32, in the dense model (32,) torch.bfloat16"),
+        (missing, "fc2.bias", "missing"),
+        (another_name, "fc3.bias", "the dense model has no such weight"),
+    ],
+)
+def test_check_saved_refuses_a_tampered_model(checkpoint, pruned, tmp_path, capsys, tamper, name, message):
+    tampered = shutil.copytree(pruned, tmp_path / "model")
+    path = tampered / "model-00003-of-00004.safetensors"
+    state = load_file(path)
+    tamper(state)
+    save_file(state, path, {"format": "pt"})
+    assert check(tampered, checkpoint) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"{LAYER}.{name}: ") and message in line for line in lines), lines
+
+
+def test_memory_limit_kills_what_passes_it_and_nothing_else(tmp_path):
+    if not Path("/proc/self/status").exists():
+        pytest.skip("no mechanism works without /proc")
+    report = tmp_path / "report.json"
+    limit = ["--limit=150MiB", f"--json={report}", "--", sys.executable, "-c"]
+    # The pause is for the watchdog, which may get no time of a busy machine before the hog has ended.
+    killed = memory_limit(*limit, HOG.format(300).replace("; print", "; import time; time.sleep(30); print"))
+    assert killed.returncode == 137
+    assert "survived" not in killed.stdout
+    found = json.loads(report.read_text())
+    assert found["killed_by"] in ("watchdog", "kernel")
+    assert found["seconds"] < 20
+    small = memory_limit(*limit, HOG.format(80))
+    assert (small.returncode, small.stdout) == (0, "survived\n"), small.stderr
+    file = tmp_path / "large"
+    file.write_bytes(b"\1" * (200 * 2**20))
+    mapped = memory_limit(*limit, MAPPED, file)
+    assert (mapped.returncode, mapped.stdout) == (0, f"{200 * 256}\n"), mapped.stderr
+    found = json.loads(report.read_text())
+    assert found["killed_by"] is None
+    assert found["peak_anon_bytes"] < 100 * 2**20
+    file.unlink()
+
+
+def test_memory_limit_passes_the_exit_status_on_and_measures():
+    assert memory_limit("--", "sh", "-c", "exit 3").returncode == 3
+    assert memory_limit("--", "sh", "-c", "kill -9 $$").returncode == 137
+    missing = memory_limit("--", "no-such-command")
+    assert missing.returncode == 1
+    assert "No such file" in missing.stderr
+    unlimited = memory_limit("--", sys.executable, "-c", HOG.format(100) + "; import time; time.sleep(0.3)")
+    assert "no limit; exit status 0" in unlimited.stderr
+    anonymous = int(unlimited.stderr.split("anonymous ")[1].split(" MiB")[0])
+    assert 100 <= anonymous < 200
+
+
+@pytest.mark.parametrize("size", ["5X", "iB", "5iB", "-1", ""])
+def test_memory_limit_refuses_what_is_no_size(size):
+    refused = memory_limit(f"--limit={size}", "--", "true")
+    assert refused.returncode == 2
+    assert "invalid parse_size value" in refused.stderr
