@@ -61,7 +61,8 @@ def prune_block_nm(weight_CO: Tensor, U_CC: Tensor, n: int, m: int) -> Tensor:
         weight_CO: weights of the block, float32, contiguous, C a multiple of m; on return the dropped ones are zero.
         U_CC: the block's part of U, where H^-1 = U^T U: float32, upper triangular, of any strides.
         n: weights kept of each group, 0 < n < m.
-        m: columns of a group. The kernel's code grows with its square: above 16 it takes a minute to compile, once.
+        m: columns of a group, best up to 16: the code grows with its square, and above takes a minute to compile and
+            has more values than registers.
 
     Returns:
         The errors (C, O), float32, that columns after the block have yet to absorb.
