@@ -114,7 +114,7 @@ def test_ties_keep_exactly_n_the_earlier_ones(kernel, n, m):
 def test_a_row_that_is_not_finite_stays_so(kernel, bad):
     module, device = kernel
     weight, U = block(32, 9)
-    weight[6, 4] = bad
+    weight[7, 4] = bad  # the last of its group: dropped, it would make NaN of all later groups, dropped like it
     pruned = weight.clone().to(device)
     module.prune_block_nm(pruned, U.to(device), 2, 4)
     assert pruned.isfinite().all(0).tolist() == [row != 4 for row in range(9)]
