@@ -14,6 +14,9 @@ from nnprune.inputs import InputCollector, check_weight
 from nnprune.patterns import PatternError, SparsityPattern
 from nnprune.pruners.base import Pruner
 
+ROWS_AT_ONCE = 1024
+"""Output features whose float32 copies are needed at the same time to measure an error."""
+
 
 def prune_linears(
     pruner: Pruner, plan: dict[str, SparsityPattern], collector: InputCollector, linears: dict[str, nn.Module]
@@ -79,9 +82,11 @@ def _checked(pruner: Pruner, pruned: Tensor, W: Tensor, name: str, pattern: Spar
 
 def relative_error(W: Tensor, pruned: Tensor, X: Tensor) -> float:
     """||X (pruned - W)^T||^2 / ||X W^T||^2 for weights (O, I) and inputs X (tokens, I), as ALPS reports it (arXiv:2406.07831)."""
-    change = X @ (pruned.float() - W.float()).t()
-    output = X @ W.float().t()
-    return float(change.square().sum() / output.square().sum().clamp_min(torch.finfo(torch.float32).tiny))
+    changed = total = 0.0
+    for rows, pruned_rows in zip(W.split(ROWS_AT_ONCE), pruned.split(ROWS_AT_ONCE), strict=True):
+        changed = changed + (X @ (pruned_rows.float() - rows.float()).t()).square().sum()
+        total = total + (X @ rows.float().t()).square().sum()
+    return float(changed / total.clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def count_zeros(layer: nn.Module, linears: dict[str, nn.Module]) -> dict[str, int]:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 ComparisonGroup = Literal["row", "matrix"]
 
+SELECTED_AT_ONCE = 1 << 22
+"""Scores that are looked at together where groups allow it: indices take 8 bytes each."""
+
 
 class PatternError(ValueError):
     """A weight or a shape that does not satisfy its sparsity pattern."""
@@ -25,8 +28,13 @@ def keep_largest(score: Tensor, num_keep: int) -> Tensor:
     Selects by index and never by threshold, so that ties cannot change the count. Ties are broken as by the official
     SparseGPT and Wanda code, which asks for the smallest entries too: weights that were once quantised have many.
     """
-    index = score.topk(score.shape[-1] - num_keep, dim=-1, largest=False, sorted=False).indices
-    return torch.ones_like(score, dtype=torch.bool).scatter_(-1, index, False)
+    mask = torch.ones_like(score, dtype=torch.bool)
+    num_drop = score.shape[-1] - num_keep
+    groups_at_once = max(SELECTED_AT_ONCE // score.shape[-1], 1)
+    chunks = zip(score.flatten(0, -2).split(groups_at_once), mask.flatten(0, -2).split(groups_at_once), strict=True)
+    for scores, kept in chunks:
+        kept.scatter_(-1, scores.topk(num_drop, dim=-1, largest=False, sorted=False).indices, False)
+    return mask
 
 
 @dataclass(frozen=True)

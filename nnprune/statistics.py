@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 STRIP = 256
 """Rows of a strip of the Hessian: wide enough for the matrix units, narrow enough to leave out most of its upper half."""
 

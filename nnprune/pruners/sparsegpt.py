@@ -16,6 +16,7 @@ from torch import Tensor
 from nnprune.checks import check_count
 from nnprune.factors import factor_of_inverse
 from nnprune.patterns import NM, SparsityPattern
+from nnprune.pruners import sparsegpt_triton
 from nnprune.pruners.base import Pruner
 from nnprune.statistics import Hessian
 
@@ -110,6 +111,12 @@ class SparseGPT(Pruner):
         """
         num_columns = len(weight_CO)
         slab = self.mask_columns or (pattern.m if isinstance(pattern, NM) else num_columns)
+        if weight_CO.is_cuda and sparsegpt_triton.available():  # the same in one launch
+            if isinstance(pattern, NM) and slab == pattern.m <= sparsegpt_triton.MAX_M:
+                return sparsegpt_triton.prune_block_nm(weight_CO, U_CC, pattern.n, pattern.m)
+            if slab >= num_columns:
+                drop_CO = self._drop(weight_CO, U_CC.diagonal(), pattern, sizes)
+                return sparsegpt_triton.prune_block_masked(weight_CO, U_CC, drop_CO)
         width = _sub_block_width(slab, num_columns)
         drop_CO = torch.empty_like(weight_CO, dtype=torch.bool)
         errors_CO = torch.empty_like(weight_CO)

@@ -31,6 +31,9 @@ BLOCK_O = 32
 NUM_WARPS = 4
 """They share the work of step 1 and all do step 2, whose time is latency."""
 
+MAX_M = 16
+"""Largest group that is worth it: the code grows with its square, and above takes a minute to compile and spills."""
+
 
 def available() -> bool:
     """Whether Triton is installed and has a CUDA device, or is told by TRITON_INTERPRET=1 to interpret kernels on the CPU."""
@@ -61,8 +64,7 @@ def prune_block_nm(weight_CO: Tensor, U_CC: Tensor, n: int, m: int) -> Tensor:
         weight_CO: weights of the block, float32, contiguous, C a multiple of m; on return the dropped ones are zero.
         U_CC: the block's part of U, where H^-1 = U^T U: float32, upper triangular, of any strides.
         n: weights kept of each group, 0 < n < m.
-        m: columns of a group, best up to 16: the code grows with its square, and above takes a minute to compile and
-            has more values than registers.
+        m: columns of a group, best up to MAX_M.
 
     Returns:
         The errors (C, O), float32, that columns after the block have yet to absorb.
