@@ -10,6 +10,7 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 
 LITERAL = re.compile(r"[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?|-?\d+:-?\d+")
+GRID = ("pruner", "sparsity")
 FILES = {"0": "dense", "0.0": "dense", "0.5": "unstructured", "2:4": "2of4", "4:8": "4of8"}
 
 
@@ -20,6 +21,23 @@ def rewrite_sparsity(arguments: list[str]) -> list[str]:
     be is for `parse_pattern` to say. Everything else is left to Hydra.
     """
     return [_rewrite(argument) if argument.startswith("sparsity=") else argument for argument in arguments]
+
+
+def gather_grid(arguments: list[str]) -> list[str]:
+    """The command line with what `grid=true` sweeps over, pruners and sparsities, as data of one job.
+
+    `grid=true pruner=a,b sparsity=0.5,2:4` becomes `pruner=a sparsity=0.5 grid={pruner:[a,b],sparsity:['0.5','2:4']}`. Other
+    sweeps are left to Hydra: each of their jobs is a grid.
+    """
+    if "grid=true" not in arguments:
+        return arguments
+    kept = [argument for argument in arguments if argument.partition("=")[0] not in ("grid", *GRID)]
+    given = {key: [a.partition("=")[2] for a in arguments if a.startswith(f"{key}=")] for key in GRID}
+    choices = {
+        key: [choice.strip().strip("'\"") for choice in values[-1].split(",")] for key, values in given.items() if values
+    }
+    lists = ",".join(f"{key}:[{','.join(repr(choice) for choice in values)}]" for key, values in choices.items())
+    return [*kept, *(f"{key}={values[0]}" for key, values in choices.items()), f"grid={{{lists}}}"]
 
 
 def check_outputs_of_sweep(arguments: list[str]) -> None:

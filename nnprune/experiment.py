@@ -28,8 +28,8 @@ from nnprune.records import fingerprint
 from nnprune.runtime import Runtime
 
 GROUPS = ("pruner", "sparsity", "allocation", "calibration", "evaluation", "runtime", "model")
-SETTINGS = ("seed", "propagate", "label", "outputs", "overwrite", "save")
-NOT_SCIENCE = ("runtime", "label", "outputs", "overwrite", "save")
+SETTINGS = ("seed", "propagate", "label", "outputs", "overwrite", "save", "plan", "grid")
+NOT_SCIENCE = ("runtime", "label", "outputs", "overwrite", "save", "plan", "grid")
 
 
 @dataclass
@@ -138,7 +138,7 @@ def _check_settings(config: dict[str, Any]) -> None:
     if unknown := sorted(set(config) - {*GROUPS, *SETTINGS}):
         raise ValueError(f"{unknown[0]}={config[unknown[0]]}: no such setting; there are {', '.join((*GROUPS, *SETTINGS))}")
     check_count("seed", config["seed"], 0)
-    for key in ("overwrite", "save"):
+    for key in ("overwrite", "save", "plan"):
         if not isinstance(config[key], bool):
             raise ValueError(f"{key}={config[key]}: must be true or false")
     if config["outputs"] in (None, ""):

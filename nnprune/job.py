@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from nnprune.calibration import token_hash
 from nnprune.decoder import Decoder
@@ -17,6 +16,7 @@ from nnprune.finished import FinishedLayers
 from nnprune.folders import locked
 from nnprune.layerstore import LayerStore
 from nnprune.layerwise import LayerwiseEngine
+from nnprune.loading import quieten_transformers
 from nnprune.measuring import Measurement
 from nnprune.patterns import SparsityPattern
 from nnprune.provenance import commit, versions
@@ -36,16 +36,15 @@ class Job:
     """The work of one experiment in its folder, from the last finished layer on."""
 
     def __init__(self, experiment: Experiment) -> None:
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+        quieten_transformers()
         self.experiment = experiment
         self.watch = Stopwatch()
         experiment.runtime.start(experiment.config["seed"])
         _warn_of_demo_texts(experiment)
         with self.watch.stage("data"):
             config, self.tokenizer = experiment.source.config(), experiment.source.tokenizer()
-            self.plan = _plan(experiment, config)
-            self.calibration_ids, self.evaluation_ids = _token_ids(experiment, config, self.tokenizer)
+            self.plan = linear_plan(experiment, config)
+            self.calibration_ids, self.evaluation_ids = token_ids(experiment, config, self.tokenizer)
         with self.watch.stage("load"):
             self.engine = _engine(experiment, config)
             self.engine.check_model()
@@ -113,6 +112,8 @@ class Job:
             reports = [finished.reports[index] for index in range(self.engine.num_layers)]
             pruned.per_linear = [linear for report in reports for linear in report["linears"]]
             self._count(pruned, reports)
+            if (num_cells := max(report["num_cells"] for report in reports)) > 1:
+                pruned.notes.append(f"pruned in one pass with {num_cells - 1} other cells, which `seconds` do not tell of")
 
     def _count(self, record: RunRecord, layers: list[dict[str, int]]) -> None:
         """Fraction of zeros among the weights of linears, and among all parameters, tied ones counted once."""
@@ -158,7 +159,7 @@ def _warn_of_demo_texts(experiment: Experiment) -> None:
         )
 
 
-def _plan(experiment: Experiment, config: Any) -> dict[str, SparsityPattern]:
+def linear_plan(experiment: Experiment, config: Any) -> dict[str, SparsityPattern]:
     """Pattern by linear, from shapes alone. Raises ValueError for sequences or groups that the model can't have."""
     decoder = Decoder(experiment.source.skeleton(config), experiment.source.layers_path)
     positions = getattr(decoder.text_config, "max_position_embeddings", None)
@@ -172,7 +173,8 @@ def _plan(experiment: Experiment, config: Any) -> dict[str, SparsityPattern]:
     return experiment.allocation.plan(experiment.pattern, decoder.shapes())
 
 
-def _token_ids(experiment: Experiment, config: Any, tokenizer: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def token_ids(experiment: Experiment, config: Any, tokenizer: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Calibration ids (N, T), none for a dense run, and text name -> windows (N, T) of the evaluation."""
     vocab_size = config.get_text_config().vocab_size
     evaluation = experiment.evaluation.token_ids(tokenizer)
     if experiment.is_dense:

@@ -18,12 +18,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
 
 from nnprune.texts import DEMO_FOLDER
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SMALL_FILES = ["config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json"]
 CHECKPOINT_FILES = ["*.safetensors", "*.safetensors.index.json"]
+
+
+def quieten_transformers() -> None:
+    """Leave the screen to our own log."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 @dataclass
@@ -93,6 +100,10 @@ class ModelSource:
         """The model with its parameters on the meta device and its buffers real: shapes without weights."""
         with _parameters_on_meta():
             return AutoModelForCausalLM.from_config(config, dtype=self._dtype(config)).eval()
+
+    def random(self, config: Any) -> PreTrainedModel:
+        """A model of this configuration in host memory, with random weights."""
+        return AutoModelForCausalLM.from_config(config, dtype=self._dtype(config)).eval()
 
     def load(self, config: Any) -> PreTrainedModel:
         """The whole model in host memory. Raises ValueError when the checkpoint lacks weights."""

@@ -171,7 +171,8 @@ class PruningPass:
         """Write the layer as it is now as finished by a cell."""
         with self.watch.stage("prune"):
             counts = count_zeros(layer, self.engine.decoder.linears(index))
-            report = {"linears": reports, **counts, "seconds": time.perf_counter() - start}
+            seconds = time.perf_counter() - start
+            report = {"linears": reports, **counts, "seconds": seconds, "num_cells": len(self.cells)}
         with self.watch.stage("write"):
             cell.finished.write(index, layer.state_dict(), report)
         if len(self.cells) == 1:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 
-from nnprune.cli import check_outputs_of_sweep, rewrite_sparsity
+from nnprune.cli import GRID, check_outputs_of_sweep, gather_grid, rewrite_sparsity
 from nnprune.records import RESULT_FILE, RunRecord, fingerprint, read
 
 log = logging.getLogger("nnprune")
@@ -54,6 +55,47 @@ def run(cfg: DictConfig, pruner: Any = None) -> RunRecord:
         raise
 
 
+def run_grid(cfgs: Sequence[DictConfig]) -> list[RunRecord]:
+    """Prune with several methods and patterns in one pass over a model, then evaluate and record each as `run` does.
+
+    `cfgs` differ in pruner and sparsity only. Raises what `run` raises, for the first cell that fails, once the others are
+    done.
+    """
+    from nnprune.experiment import build
+    from nnprune.grid import check_grid, prune_grid
+
+    experiments = [build(cfg) for cfg in cfgs]
+    check_grid(experiments)
+    unfinished = [experiment for experiment in experiments if not (experiment.is_dense or _finished(experiment))]
+    if unfinished:
+        prune_grid(unfinished)
+    records, failures = [], []
+    for cfg in cfgs:
+        cfg.overwrite = False  # what there was is gone already, and the finished layers are new
+        try:
+            records.append(run(cfg))
+        except (ValueError, OSError) as error:
+            failures.append(error)
+            log.error("error: %s", error)
+    if failures:
+        raise failures[0]
+    return records
+
+
+def show_plan(cfg: DictConfig) -> None:
+    """Print what a run would take, without loading weights. Raises ValueError when it does not fit on this machine."""
+    from nnprune.experiment import build
+    from nnprune.planner import Plan
+
+    if cfg.grid:
+        raise ValueError("plan=true: predicts one run, not a grid; leave grid=true away")
+    plan = Plan(build(cfg))
+    for line in plan.lines():
+        log.info(line)
+    if plan.problems:
+        raise ValueError("; ".join(plan.problems))
+
+
 def prune(pruner: Any, model_name: str = "demo", sparsity: float | str = 0.5, overrides: Sequence[str] = ()) -> RunRecord:
     """Prune a model with a pruner object and return the record.
 
@@ -66,8 +108,6 @@ def prune(pruner: Any, model_name: str = "demo", sparsity: float | str = 0.5, ov
     Raises:
         ValueError: a setting that cannot be, with the remedy.
     """
-    from hydra import compose, initialize_config_dir
-
     is_demo = model_name == "demo"
     kind = "demo" if is_demo else "local" if Path(model_name).is_dir() else "hub"
     settings = rewrite_sparsity([f"model={kind}", "pruner=custom", *overrides])
@@ -84,14 +124,15 @@ def prune(pruner: Any, model_name: str = "demo", sparsity: float | str = 0.5, ov
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def _main(cfg: DictConfig) -> None:
-    if cfg.label is None:
-        choice = HydraConfig.get().runtime.choices["pruner"]
-        cfg.label = (
-            str(OmegaConf.select(cfg, "pruner._target_", default=choice)).split(".")[-1] if choice == "custom" else choice
-        )
     failure = None
     try:
-        run(cfg)
+        _set_label(cfg, HydraConfig.get().runtime.choices["pruner"])
+        if cfg.plan:
+            show_plan(cfg)
+        elif cfg.grid:
+            run_grid(_cells(cfg))
+        else:
+            run(cfg)
     except (ValueError, OSError) as error:  # what a user can mend
         failure = " ".join(_one_line(error).split())
         log.error("error: %s", failure)
@@ -102,10 +143,32 @@ def _main(cfg: DictConfig) -> None:
         raise RunFailed(failure)
 
 
+def _set_label(cfg: DictConfig, choice: str) -> None:
+    """Call the method as its option of `pruner`, unless the user has a name for it."""
+    if cfg.label is None:
+        target = str(OmegaConf.select(cfg, "pruner._target_", default=choice))
+        cfg.label = target.split(".")[-1] if choice == "custom" else choice
+
+
+def _cells(cfg: DictConfig) -> list[DictConfig]:
+    """The configs of the ordinary runs that a grid stands for."""
+    hydra_config = HydraConfig.get()
+    overrides = [entry for entry in hydra_config.overrides.task if entry.partition("=")[0] not in ("grid", *GRID)]
+    pruners = cfg.grid.get("pruner") or [hydra_config.runtime.choices["pruner"]]
+    patterns = cfg.grid.get("sparsity") or [cfg.sparsity.pattern]
+    cells = []
+    for pruner in pruners:
+        for pattern in patterns:
+            cell = compose("config", rewrite_sparsity([*overrides, f"pruner={pruner}", f"sparsity={pattern}"]))
+            _set_label(cell, pruner)
+            cells.append(cell)
+    return cells
+
+
 def main() -> None:
     """Run what the command line says."""
     sys.path.insert(0, os.getcwd())  # a user's own pruner is imported from the folder they are in
-    sys.argv[1:] = rewrite_sparsity(sys.argv[1:])
+    sys.argv[1:] = rewrite_sparsity(gather_grid(sys.argv[1:]))
     try:
         check_outputs_of_sweep(sys.argv[1:])
     except ValueError as error:

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import logging
+import os
 import re
 import resource
 from dataclasses import dataclass
@@ -80,9 +81,7 @@ class Runtime:
             torch.set_num_threads(self.threads)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak that VmHWM reports
+        forget_peaks()
 
 
 def give_back_freed_memory() -> None:
@@ -91,15 +90,45 @@ def give_back_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def forget_peaks() -> None:
+    """Let `peak_host_bytes`, where the system can do that, and `peak_device_bytes` start anew."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak that VmHWM reports
+
+
 def peak_host_bytes() -> int:
-    """Largest resident memory of this process since `Runtime.start`, where the system can tell, else since it began."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+    """Largest resident memory of this process since `forget_peaks`, where the system can tell, else since it began."""
+    return _status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_host_bytes() -> int:
+    """Resident memory of this process now, where the system can tell, else its peak."""
+    return _status_bytes("VmRSS") or peak_host_bytes()
+
+
+def available_host_bytes() -> int:
+    """Memory that this process could have in all: what it holds and what is free, or less where a cgroup limits it."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = [resident_host_bytes() + (_proc_bytes(Path("/proc/meminfo"), "MemAvailable") or free)]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no cgroup, or no limit ("max")
+            limits.append(int(Path(path).read_text()))
+    return min(limits)
+
+
+def _status_bytes(key: str) -> int:
+    return _proc_bytes(Path("/proc/self/status"), key)
+
+
+def _proc_bytes(path: Path, key: str) -> int:
+    """The value of `key` in a table of kilobytes of the kernel's; 0 where there is none."""
+    with contextlib.suppress(OSError):
+        for line in path.read_text().splitlines():
+            if line.startswith(f"{key}:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return 0
 
 
 def peak_device_bytes() -> int:

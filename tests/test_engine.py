@@ -256,3 +256,45 @@ def test_every_dtype(dtype, tiny_config):
     assert record.linear_sparsity == 0.5
     [folder] = Path(record.config["outputs"]).glob("*/2of4/*/model")
     assert str(AutoModelForCausalLM.from_pretrained(folder).dtype) == f"torch.{dtype}"
+
+
+def test_out_of_memory_halves_the_batch_and_counts_no_token_twice(tmp_path):
+    reference, witness = Witness(), Witness()
+    prune_model(tmp_path / "a", pruner=reference, batch_tokens=32)
+    model = FAMILIES["llama"]()
+
+    def small_device(module, args):
+        if len(args[0]) > 2:
+            raise torch.OutOfMemoryError
+
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(small_device)  # the other linears have been seen by then
+    prune_model(tmp_path / "b", pruner=witness, model=model, batch_tokens=64)
+    assert witness.seen.keys() == reference.seen.keys()
+    for name, hessian in reference.seen.items():
+        torch.testing.assert_close(witness.seen[name], hessian)
+
+
+def test_the_record_tells_of_halved_batches(tiny_config, monkeypatch):
+    from nnprune.streams import Stream
+
+    original = Stream.run
+
+    def small_device(self, index, layer, hidden):
+        if len(hidden) > 2:
+            raise torch.OutOfMemoryError
+        return original(self, index, layer, hidden)
+
+    monkeypatch.setattr(Stream, "run", small_device)
+    assert run(tiny_config("pruner=wanda")).notes == ["out of device memory: went on with runtime.batch_tokens=64"]
+
+
+def test_a_row_that_does_not_fit_is_an_error(tmp_path):
+    model = FAMILIES["llama"]()
+
+    def no_device(module, args):
+        raise torch.OutOfMemoryError
+
+    model.model.layers[0].register_forward_pre_hook(no_device)
+    with pytest.raises(torch.OutOfMemoryError):
+        prune_model(tmp_path, model=model)

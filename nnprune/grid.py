@@ -1,0 +1,48 @@
+"""Many cells of a results table in one pass over the model: `grid=true`.
+
+In dense propagation no method changes what another sees. So the calibration goes through the layers once, each statistic is
+accumulated once, each Hessian is factorised once a method, and every cell writes its finished layers into its own folder.
+What remains of a cell is an ordinary run that finds all its layers finished.
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from nnprune.experiment import Experiment
+from nnprune.finished import FinishedLayers
+from nnprune.folders import locked
+from nnprune.job import SCRATCH, Job
+from nnprune.pruning import Cell, PruningPass
+
+log = logging.getLogger(__name__)
+
+
+def check_grid(experiments: Sequence[Experiment]) -> None:
+    """Raise ValueError when the cells of a grid do not see the same inputs."""
+    propagate = experiments[0].config["propagate"]
+    if propagate != "dense":
+        raise ValueError(
+            f"propagate={propagate}: the cells of grid=true share what linears are fed, which holds for propagate=dense only; "
+            "set propagate=dense or leave grid=true away"
+        )
+
+
+def prune_grid(experiments: Sequence[Experiment]) -> None:
+    """Prune what the cells of a grid have not pruned yet, in one pass. All have the same model and calibration."""
+    first = experiments[0]
+    with ExitStack() as stack:
+        for folder in sorted({experiment.folder for experiment in experiments}):
+            stack.enter_context(locked(folder))
+        job = Job(first)
+        decoder = job.engine.decoder
+        cells = [
+            Cell(
+                experiment.pruner,
+                experiment.allocation.plan(experiment.pattern, decoder.shapes()),
+                FinishedLayers(experiment.folder / SCRATCH, decoder.path),
+            )
+            for experiment in experiments
+        ]
+        log.info("grid: %d cells in one pass", len(cells))
+        PruningPass(job.engine, cells, "dense").run(job.calibration_ids)

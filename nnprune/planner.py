@@ -1,0 +1,238 @@
+"""What a run will take, before it is started: `plan=true`.
+
+One decoder layer of the model's shape, with random weights, goes through the engine's own code on this machine: a forward, a
+forward that collects statistics, the pruning of its linears. The run is predicted from that and from what there is to do.
+
+Letters: N samples, T tokens, L decoder layers, D hidden, V vocabulary, I input features.
+"""
+
+import copy
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnprune.decoder import Decoder, weight_OI
+from nnprune.experiment import Experiment
+from nnprune.inputs import PROBE_TOKENS, InputCollector, input_groups, num_sampled_rows
+from nnprune.job import linear_plan, token_ids
+from nnprune.linears import prune_linears
+from nnprune.loading import quieten_transformers
+from nnprune.records import read
+from nnprune.runtime import available_host_bytes, forget_peaks, peak_device_bytes, peak_host_bytes, resident_host_bytes
+from nnprune.statistics import Hessian
+from nnprune.streams import Stream
+
+PROBE_VOCABULARY = 512
+LOGIT_BYTES = 10
+"""Of a logit while a window is measured: in bfloat16, in float32, and its log-softmax."""
+GIB = 1 << 30
+
+
+@dataclass
+class Probe:
+    """What one decoder layer takes on this machine: seconds and FLOPs of a batch of `num_tokens`, and peaks in bytes."""
+
+    num_tokens: int
+    forward_seconds: float
+    collect_seconds: float
+    prune_seconds: float
+    forward_flops: float
+    statistic_flops: float
+    num_groups: int
+    host_bytes: int
+    device_bytes: int
+
+
+@dataclass
+class Stage:
+    """One line of a plan."""
+
+    name: str
+    flops: float
+    seconds: float
+
+
+class Plan:
+    """The prediction of one run: `stages`, peaks in bytes, and `problems`: what does not fit, with the setting that would."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.runtime = experiment.runtime
+        quieten_transformers()
+        self.runtime.start(experiment.config["seed"])
+        config, tokenizer = experiment.source.config(), experiment.source.tokenizer()
+        linear_plan(experiment, config)  # for its checks
+        self.calibration, evaluation = token_ids(experiment, config, tokenizer)
+        self.evaluation = list(evaluation.values())
+        self.measures_dense = not experiment.is_dense and (read(experiment.dense().folder) is None)
+        base = resident_host_bytes()
+        self.decoder = Decoder(experiment.source.skeleton(config), experiment.source.layers_path)
+        self.probe = _probe(experiment, config, max(ids.shape[1] for ids in (self.calibration, *self.evaluation)))
+        self.stages = self._stages()
+        self.host_bytes, self.device_bytes, self.disk_bytes = self._bytes(base)
+        self.problems = self._problems()
+
+    def lines(self) -> list[str]:
+        """The plan as text."""
+        total = Stage("total", sum(stage.flops for stage in self.stages), sum(stage.seconds for stage in self.stages))
+        rows = [f"{'stage':<18}{'TFLOP':>12}{'seconds':>10}"]
+        rows += [f"{stage.name:<18}{stage.flops / 1e12:>12.3f}{stage.seconds:>10.1f}" for stage in (*self.stages, total)]
+        device = f", device {self.device_bytes / GIB:.2f} GiB" if self.device_bytes else ""
+        return [*rows, f"peak: host {self.host_bytes / GIB:.2f} GiB{device}; disk {self.disk_bytes / GIB:.2f} GiB"]
+
+    def _stages(self) -> list[Stage]:
+        experiment, probe, num_layers = self.experiment, self.probe, len(self.decoder.layers)
+        measured = self._evaluation_stage()
+        if experiment.is_dense:
+            return [Stage("dense_evaluation", *measured)]
+        rows = (
+            self.calibration
+            if experiment.pruner.needs_calibration
+            else self.calibration[: num_sampled_rows(self.calibration.shape[1])]
+        )
+        batches = num_layers * rows.numel() / probe.num_tokens
+        collects, forwards = {"pruned": (1, 1), "dense": (1, 0), "sequential": (probe.num_groups, 1)}[
+            experiment.config["propagate"]
+        ]
+        stages = [
+            Stage(
+                "calibration",
+                batches * ((collects + forwards) * probe.forward_flops + probe.statistic_flops),
+                batches * (collects * probe.collect_seconds + forwards * probe.forward_seconds),
+            ),
+            Stage("prune", 0.0, num_layers * probe.prune_seconds),
+            Stage("evaluation", *measured),
+        ]
+        return [*([Stage("dense_evaluation", *measured)] if self.measures_dense else []), *stages]
+
+    def _evaluation_stage(self) -> tuple[float, float]:
+        """FLOPs and seconds of taking all windows through the layers and the head."""
+        probe = self.probe
+        num_tokens = sum(ids.numel() for ids in self.evaluation)
+        batches = len(self.decoder.layers) * num_tokens / probe.num_tokens
+        head = 2 * num_tokens * self.decoder.vocab_size * self.decoder.text_config.hidden_size
+        rate = probe.forward_flops / probe.forward_seconds
+        return batches * probe.forward_flops + head, batches * probe.forward_seconds + head / rate
+
+    def _bytes(self, base: int) -> tuple[int, int, int]:
+        """Peak of the host, peak of the device, and largest size on disk."""
+        runtime, probe, decoder = self.runtime, self.probe, self.decoder
+        inside = set(decoder.layers.parameters())
+        layer = sum(parameter.nbytes for parameter in decoder.layers[0].parameters())
+        layers = sum(parameter.nbytes for parameter in inside)
+        shell = sum(parameter.nbytes for parameter in decoder.model.parameters() if parameter not in inside)
+        num_evaluations = (1 + self.measures_dense) * sum(ids.numel() for ids in self.evaluation)
+        width = decoder.text_config.hidden_size * decoder.model.dtype.itemsize
+        activations = (num_evaluations + (0 if self.experiment.is_dense else self.calibration.numel())) * width
+        window = max((ids.shape[1] for ids in self.evaluation), default=0)
+        logits = LOGIT_BYTES * window * decoder.vocab_size
+        on_disk = (0 if self.experiment.is_dense else layers) + shell * self.experiment.config["save"]
+        at_rest = {"host": 0, "device": 0, "disk": on_disk}
+        on_cuda = runtime.torch_device.type == "cuda"
+        at_rest["device" if runtime.activations == "auto" and on_cuda else runtime.activations.replace("auto", "host")] += (
+            activations
+        )
+        if runtime.layers != "disk":
+            at_rest[runtime.layers] += layers
+        if not on_cuda:
+            one_more = layer if runtime.layers == "disk" else -layer  # brought ahead; or the probe's own is one of them
+            return base + at_rest["host"] + at_rest["device"] + shell + logits + probe.host_bytes + one_more, 0, at_rest["disk"]
+        host = base + probe.host_bytes + at_rest["host"] + shell
+        return host, probe.device_bytes + at_rest["device"] + shell + logits + layer, at_rest["disk"]
+
+    def _problems(self) -> list[str]:
+        problems = []
+        runtime, outputs = self.runtime, Path(str(self.experiment.config["outputs"])).absolute()
+        there = next(folder for folder in (outputs, *outputs.parents) if folder.exists())
+        if self.host_bytes > (free := available_host_bytes()):
+            remedy = "a machine with more memory, or a lower calibration.num_samples"
+            if runtime.layers != "disk" or runtime.activations != "disk":
+                remedy = "runtime=low_memory, which keeps layers and activations on disk"
+            problems.append(f"host memory: needs {self.host_bytes / GIB:.1f} GiB, there are {free / GIB:.1f}; set {remedy}")
+        if self.device_bytes and self.device_bytes > (free := torch.cuda.mem_get_info(runtime.torch_device)[0]):
+            remedy = "runtime.layers=host runtime.activations=host, or a lower runtime.batch_tokens"
+            problems.append(f"device memory: needs {self.device_bytes / GIB:.1f} GiB, there are {free / GIB:.1f}; set {remedy}")
+        if self.disk_bytes > (free := shutil.disk_usage(there).free):
+            problems.append(
+                f"disk: needs {self.disk_bytes / GIB:.1f} GiB, {there} has {free / GIB:.1f}; set outputs to a larger disk"
+            )
+        return problems
+
+
+def _probe(experiment: Experiment, config: Any, seq_len: int) -> Probe:
+    """Do with one random layer what a run does with each."""
+    runtime, pruner, device = experiment.runtime, experiment.pruner, experiment.runtime.torch_device
+    decoder = Decoder(experiment.source.random(_one_layer(config)).to(device), experiment.source.layers_path)
+    linears, layer = decoder.linears(0), decoder.layers[0]
+    ids = torch.randint(
+        PROBE_VOCABULARY, (runtime.rows_per_batch(seq_len), seq_len), generator=torch.Generator().manual_seed(0)
+    )
+    layer_bytes = sum(parameter.nbytes for parameter in layer.parameters())
+    before = resident_host_bytes() - layer_bytes
+    forget_peaks()
+    collect_seconds = prune_seconds = 0.0
+    with torch.no_grad(), Stream(decoder, runtime, ids, experiment.folder / "activations-probe.bin") as stream:
+        hidden = stream.activations.get(slice(0, len(ids)))
+        groups = input_groups(linears, lambda: stream.run(0, layer, stream.probe(PROBE_TOKENS)))
+        _seconds(lambda: stream.run(0, layer, hidden), device)  # the first call of a kernel is slow
+        forward_seconds = _seconds(lambda: stream.run(0, layer, hidden), device)
+        if not experiment.is_dense:
+            collector = InputCollector([pruner], groups, linears, seq_len)
+
+            def collect() -> None:
+                with collector.rows(slice(0, len(ids))):
+                    stream.run(0, layer, hidden)
+
+            with collector.watching(stop=False):
+                collect_seconds = _seconds(collect, device)
+            collector.finish()
+            plan = experiment.allocation.plan(experiment.pattern, decoder.shapes())
+            prune_seconds = _seconds(lambda: prune_linears(pruner, plan, collector, linears), device)
+    widths = [weight_OI(linears[names[0]]).shape[1] for names in groups]
+    text = decoder.text_config
+    attention = (
+        2
+        * seq_len
+        * text.num_attention_heads
+        * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    )
+    per_token = 2 * sum(linear.weight.numel() for linear in linears.values()) + attention
+    statistic = (
+        sum(2 * width * (width if pruner.statistic is Hessian else 1) for width in widths) if pruner.needs_calibration else 0
+    )
+    return Probe(
+        num_tokens=ids.numel(),
+        forward_seconds=forward_seconds,
+        collect_seconds=collect_seconds,
+        prune_seconds=prune_seconds,
+        forward_flops=ids.numel() * per_token,
+        statistic_flops=ids.numel() * statistic,
+        num_groups=len(groups),
+        host_bytes=max(peak_host_bytes() - before, 0),
+        device_bytes=peak_device_bytes(),
+    )
+
+
+def _one_layer(config: Any) -> Any:
+    """The configuration of a model with one such layer and hardly any shell."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    num_layers = text.num_hidden_layers
+    for key, value in vars(text).items():
+        if isinstance(value, list) and len(value) == num_layers:  # such as layer_types
+            setattr(text, key, value[:1])
+    text.num_hidden_layers, text.vocab_size, text.pad_token_id = 1, PROBE_VOCABULARY, None
+    return config
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

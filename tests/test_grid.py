@@ -1,0 +1,98 @@
+"""grid=true: many cells in one pass, each the same as a run of its own."""
+
+import json
+
+import pytest
+
+from nnprune.cli import gather_grid
+from nnprune.pruning import PruningPass
+from nnprune.records import read_all
+from nnprune.run import run, run_grid
+from nnprune.streams import Stream
+
+CELLS = [(pruner, sparsity) for pruner in ("magnitude", "wanda", "sparsegpt") for sparsity in ("0.5", "2:4")]
+
+
+def configs(tiny_config, *overrides):
+    return [tiny_config(f"pruner={p}", f"sparsity={s}", "propagate=dense", *overrides) for p, s in CELLS]
+
+
+def stripped(linears):
+    return [{**linear, "seconds": 0} for linear in linears]
+
+
+def test_cells_equal_separate_runs(tiny_config, tmp_path):
+    separate = [run(cfg) for cfg in configs(tiny_config, f"outputs={tmp_path / 'separate'}")]
+    together = run_grid(configs(tiny_config))
+    assert len({record.metrics["text_perplexity"] for record in together}) == len(CELLS)
+    for one, other in zip(separate, together, strict=True):
+        assert one.metrics == other.metrics
+        assert one.dense_metrics == other.dense_metrics
+        assert one.fingerprint == other.fingerprint
+        assert [one.linear_sparsity, one.model_sparsity] == [other.linear_sparsity, other.model_sparsity]
+        for first, second in zip(stripped(one.per_linear), stripped(other.per_linear), strict=True):
+            assert first == second | {"relative_error": pytest.approx(second["relative_error"])}  # other batches of rows
+        assert not one.notes
+        assert "5 other cells" in other.notes[0]
+
+
+def test_the_calibration_goes_through_the_layers_once(tiny_config, monkeypatch):
+    run(tiny_config("sparsity=dense"))
+    calls = []
+    forward = Stream.run
+    monkeypatch.setattr(Stream, "run", lambda self, *a: calls.append(self.ids.shape[0]) or forward(self, *a))
+    run_grid(configs(tiny_config)[:1])
+    alone = len(calls)
+    calls.clear()
+    run_grid(configs(tiny_config, "seed=1"))
+    evaluation = 5  # windows; the calibration has 6 rows, or for magnitude's few tokens fewer
+    assert sum(rows != evaluation for rows in calls) <= 3 * alone
+    assert sum(rows == 6 for rows in calls) == 2 * (2 + 1)  # 2 layers, in 2 batches, and a probe of shared inputs
+
+
+def test_finished_cells_are_left_alone_and_interrupted_ones_go_on(tiny_config, monkeypatch):
+    cfgs = configs(tiny_config)
+    first = run(cfgs[0])
+    seen = []
+    original = PruningPass.__init__
+    monkeypatch.setattr(
+        PruningPass, "__init__", lambda self, engine, cells, *a: seen.append(len(cells)) or original(self, engine, cells, *a)
+    )
+    records = run_grid(cfgs)
+    assert records[0].finished == first.finished
+    assert seen[0] == len(CELLS) - 1
+    seen.clear()
+    run_grid(configs(tiny_config, "overwrite=true"))
+    assert seen[0] == len(CELLS)
+
+
+def test_grid_needs_dense_propagation(tiny_config):
+    with pytest.raises(ValueError, match=r"propagate=pruned: .*set propagate=dense"):
+        run_grid([tiny_config("pruner=wanda"), tiny_config("pruner=magnitude")])
+
+
+def test_command_line():
+    assert gather_grid(["pruner=a,b", "seed=1"]) == ["pruner=a,b", "seed=1"]
+    gathered = gather_grid(["-m", "grid=true", "pruner=a,b", "sparsity=0.5,2:4", "seed=1,2"])
+    assert gathered == ["-m", "seed=1,2", "pruner=a", "sparsity=0.5", "grid={pruner:['a','b'],sparsity:['0.5','2:4']}"]
+    assert gather_grid(["grid=true", "pruner=a"]) == ["pruner=a", "grid={pruner:['a']}"]
+
+
+def test_from_outside(run_cli, tiny_model_dir, small_text, tmp_path):
+    arguments = [
+        *("model=local", f"model.path={tiny_model_dir}", "calibration=text", f"calibration.path={small_text}"),
+        *("calibration.num_samples=2", "calibration.seq_len=32", "evaluation=text", f"evaluation.path={small_text}"),
+        *("evaluation.seq_len=32", "evaluation.max_windows=2", f"outputs={tmp_path}", "propagate=dense", "grid=true"),
+    ]
+    result = run_cli("-m", *arguments, "pruner=magnitude,wanda", "sparsity=0.7,2:4")
+    assert result.returncode == 0, result.stderr
+    records, problems = read_all(tmp_path)
+    assert not problems
+    cells = sorted((record["pruner"], record["sparsity"]) for record in records if record["pruner"] != "dense")
+    assert cells == [("magnitude", "0.7"), ("magnitude", "2:4"), ("wanda", "0.7"), ("wanda", "2:4")]
+    assert all(json.dumps(record["config"]["grid"]) == "null" for record in records)
+    again = run_cli(*arguments, "pruner=magnitude,wanda", "sparsity=0.7,2:4")
+    assert again.stdout.count("finished already, nothing to do") == 4
+    wrong = run_cli(*arguments, "pruner=magnitude", "sparsity=0.7", "propagate=pruned")
+    assert wrong.returncode
+    assert "propagate=pruned" in wrong.stdout
