@@ -122,8 +122,8 @@ class LayerStore:
                 state = self._at_rest[index] = {name: tensor.pin_memory() for name, tensor in state.items()}
         else:
             state = self._read_dense(index)
-        if self._copies is None:
-            return state, None
+        if self._copies is None:  # the files are mapped: a copy is what reads them, and lets go of them
+            return {name: tensor.clone() for name, tensor in state.items()}, None
         with torch.cuda.stream(self._copies):
             state = {name: tensor.to(self.device, non_blocking=True) for name, tensor in state.items()}
             return state, self._copies.record_event()

@@ -145,6 +145,7 @@ class PruningPass:
             for names in self._groups(index, layer, calibration):
                 with self.watch.stage("calibration"):
                     collector = self._collect(index, layer, calibration, [names], hand_on=False)
+                collector.finish()
                 with self.watch.stage("prune"):
                     reports += prune_linears(todo[0].pruner, todo[0].plan, collector, linears)
             self._finish(index, layer, todo[0], reports, start)
@@ -192,8 +193,6 @@ class PruningPass:
 
         with collector.watching(stop=not hand_on):
             calibration.each_batch(step)
-        if self.propagate == "sequential":
-            collector.finish()
         return collector
 
     def _hand_on(self, index: int, calibration: Stream) -> None:

@@ -126,7 +126,8 @@ def prune(pruner: Any, model_name: str = "demo", sparsity: float | str = 0.5, ov
 def _main(cfg: DictConfig) -> None:
     failure = None
     try:
-        _set_label(cfg, HydraConfig.get().runtime.choices["pruner"])
+        if cfg.label is None:
+            cfg.label = _label(cfg, HydraConfig.get().runtime.choices["pruner"])
         if cfg.plan:
             show_plan(cfg)
         elif cfg.grid:
@@ -143,11 +144,10 @@ def _main(cfg: DictConfig) -> None:
         raise RunFailed(failure)
 
 
-def _set_label(cfg: DictConfig, choice: str) -> None:
-    """Call the method as its option of `pruner`, unless the user has a name for it."""
-    if cfg.label is None:
-        target = str(OmegaConf.select(cfg, "pruner._target_", default=choice))
-        cfg.label = target.split(".")[-1] if choice == "custom" else choice
+def _label(cfg: DictConfig, choice: str) -> str:
+    """What to call the method: as its option of `pruner`, or as its class where that is the user's own."""
+    target = str(OmegaConf.select(cfg, "pruner._target_", default=choice))
+    return target.split(".")[-1] if choice == "custom" else choice
 
 
 def _cells(cfg: DictConfig) -> list[DictConfig]:
@@ -160,7 +160,7 @@ def _cells(cfg: DictConfig) -> list[DictConfig]:
     for pruner in pruners:
         for pattern in patterns:
             cell = compose("config", rewrite_sparsity([*overrides, f"pruner={pruner}", f"sparsity={pattern}"]))
-            _set_label(cell, pruner)
+            cell.label = cell.label or _label(cell, pruner)
             cells.append(cell)
     return cells
 
