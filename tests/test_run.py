@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -273,6 +274,27 @@ def test_a_dense_record_made_while_resuming_is_of_the_dense_model(tiny_config, t
     for key in ("metrics", "linear_sparsity", "model_sparsity"):
         assert after[key] == before[key]
     assert after["linear_sparsity"] < 0.01
+
+
+@pytest.mark.parametrize("runtime", ["cpu", "low_memory"])
+def test_a_dense_model_that_another_process_failed_to_measure(runtime, tiny_config, tmp_path, monkeypatch):
+    expected = run(tiny_config("pruner=wanda", f"outputs={tmp_path / 'alone'}"))
+    locked = nnprune.job.locked
+
+    @contextmanager
+    def busy(folder, wait=True):
+        if wait:
+            with locked(folder):
+                yield True
+        else:
+            yield False
+
+    monkeypatch.setattr(nnprune.job, "locked", busy)
+    record = run(tiny_config("pruner=wanda", f"runtime={runtime}"))
+    assert record.metrics == expected.metrics
+    assert record.dense_metrics == expected.dense_metrics
+    [dense] = tmp_path.glob("outputs/*/dense/*/result.json")
+    assert json.loads(dense.read_text())["metrics"] == record.dense_metrics
 
 
 def test_a_failed_run_of_a_sweep_does_not_keep_its_model(tiny_config, monkeypatch):
