@@ -21,12 +21,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> tuple[str | None, bool | None]:
-    """The commit of this checkout and whether tracked files differ from it; (None, None) outside a checkout."""
+    """The commit of this checkout and whether tracked files but records differ from it; (None, None) outside a checkout."""
     if not (REPOSITORY / ".git").exists():
         return None, None
     try:
         head = _git("rev-parse", "HEAD")
-        return head, bool(_git("status", "--porcelain", "--untracked-files=no"))
+        return head, bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!outputs"))
     except (OSError, subprocess.CalledProcessError):
         return None, None
 
