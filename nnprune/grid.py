@@ -28,8 +28,11 @@ def check_grid(experiments: Sequence[Experiment]) -> None:
         )
 
 
-def prune_grid(experiments: Sequence[Experiment]) -> None:
-    """Prune what the cells of a grid have not pruned yet, in one pass. All have the same model and calibration."""
+def prune_grid(experiments: Sequence[Experiment]) -> Job:
+    """Prune what the cells of a grid have not pruned yet, in one pass. All have the same model and calibration.
+
+    Returns a job whose data serve the cells' own runs.
+    """
     first = experiments[0]
     with ExitStack() as stack:
         for folder in sorted({experiment.folder for experiment in experiments}):
@@ -46,3 +49,5 @@ def prune_grid(experiments: Sequence[Experiment]) -> None:
         ]
         log.info("grid: %d cells in one pass", len(cells))
         PruningPass(job.engine, cells, "dense").run(job.calibration_ids)
+        del job.engine  # and its model
+        return job

@@ -18,7 +18,7 @@ from nnprune.layerstore import LayerStore
 from nnprune.layerwise import LayerwiseEngine
 from nnprune.loading import quieten_transformers
 from nnprune.measuring import Measurement
-from nnprune.patterns import SparsityPattern
+from nnprune.patterns import SparsityPattern, num_zeros
 from nnprune.provenance import commit, versions
 from nnprune.pruning import Cell, PruningPass
 from nnprune.records import RunRecord, read
@@ -33,21 +33,39 @@ SCRATCH = "unfinished"
 
 
 class Job:
-    """The work of one experiment in its folder, from the last finished layer on."""
+    """The work of one experiment in its folder, from the last finished layer on.
 
-    def __init__(self, experiment: Experiment) -> None:
+    Args:
+        experiment: what to do.
+        like: a job of the same model, calibration and evaluation, whose token ids and checks of the model hold here too.
+    """
+
+    def __init__(self, experiment: Experiment, like: "Job | None" = None) -> None:
         quieten_transformers()
         self.experiment = experiment
         self.watch = Stopwatch()
         experiment.runtime.start(experiment.config["seed"])
         _warn_of_demo_texts(experiment)
         with self.watch.stage("data"):
-            self.config, self.tokenizer = experiment.source.config(), experiment.source.tokenizer()
-            self.plan = linear_plan(experiment, self.config)
-            self.calibration_ids, self.evaluation_ids = token_ids(experiment, self.config, self.tokenizer)
+            self._read_data(like)
         with self.watch.stage("load"):
             self.engine = _engine(experiment, self.config)
-            self.engine.check_model()
+            if like is None:
+                self.engine.check_model()
+
+    def _read_data(self, like: "Job | None") -> None:
+        source = self.experiment.source
+        self.config = like.config if like else source.config()
+        self.plan = linear_plan(self.experiment, self.config)  # whose checks come before the texts are read
+        if like:
+            self.tokenizer, self.calibration_ids, self.evaluation_ids = (
+                like.tokenizer,
+                like.calibration_ids,
+                like.evaluation_ids,
+            )
+        else:
+            self.tokenizer = source.tokenizer()
+            self.calibration_ids, self.evaluation_ids = token_ids(self.experiment, self.config, self.tokenizer)
 
     def run(self) -> RunRecord:
         """Prune and measure, write the record and return it."""
@@ -122,7 +140,7 @@ class Job:
         inside = set(decoder.layers.parameters())
         shell = [parameter for parameter in decoder.model.parameters() if parameter not in inside]
         totals = {key: sum(counts[key] for counts in layers) for key in ("zeros", "size", "linear_zeros", "linear_size")}
-        zeros = totals["zeros"] + sum(parameter.numel() - int(parameter.count_nonzero()) for parameter in shell)
+        zeros = totals["zeros"] + sum(map(num_zeros, shell))
         record.linear_sparsity = totals["linear_zeros"] / totals["linear_size"]
         record.model_sparsity = zeros / (totals["size"] + sum(parameter.numel() for parameter in shell))
 

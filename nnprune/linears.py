@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nnprune.decoder import weight_OI
 from nnprune.inputs import InputCollector, check_weight
-from nnprune.patterns import PatternError, SparsityPattern
+from nnprune.patterns import PatternError, SparsityPattern, num_zeros
 from nnprune.pruners.base import Pruner
 
 ROWS_AT_ONCE = 1024
@@ -52,7 +52,7 @@ def _prune_group(
             {
                 "name": name,
                 "pattern": str(plan[name]),
-                "sparsity": 1 - int(weight.count_nonzero()) / weight.numel(),
+                "sparsity": num_zeros(weight) / weight.numel(),
                 "relative_error": error,
                 **pruner.notes.pop(name, {}),
             }
@@ -92,9 +92,12 @@ def relative_error(W: Tensor, pruned: Tensor, X: Tensor) -> float:
 def count_zeros(layer: nn.Module, linears: dict[str, nn.Module]) -> dict[str, int]:
     """Zeros and sizes of a fetched decoder layer and of its linears' weights."""
     weights = [linear.weight for linear in linears.values()]
+    inside = set(weights)
+    others = [parameter for parameter in layer.parameters() if parameter not in inside]
+    linear_zeros, linear_size = sum(map(num_zeros, weights)), sum(weight.numel() for weight in weights)
     return {
-        "zeros": sum(parameter.numel() - int(parameter.count_nonzero()) for parameter in layer.parameters()),
-        "size": sum(parameter.numel() for parameter in layer.parameters()),
-        "linear_zeros": sum(weight.numel() - int(weight.count_nonzero()) for weight in weights),
-        "linear_size": sum(weight.numel() for weight in weights),
+        "zeros": linear_zeros + sum(map(num_zeros, others)),
+        "size": linear_size + sum(parameter.numel() for parameter in others),
+        "linear_zeros": linear_zeros,
+        "linear_size": linear_size,
     }

@@ -37,6 +37,11 @@ def keep_largest(score: Tensor, num_keep: int) -> Tensor:
     return mask
 
 
+def num_zeros(weight: Tensor) -> int:
+    """Zeros of a tensor; `count_nonzero` takes four times as long in bfloat16."""
+    return weight.numel() - int((weight != 0).sum())
+
+
 @dataclass(frozen=True)
 class Unstructured:
     """A fraction of zeros, anywhere in the comparison group. `sparsity` is in [0, 1); 0 is the dense model."""
@@ -66,7 +71,7 @@ class Unstructured:
 
     def check(self, weight: Tensor) -> None:
         """Raise PatternError when `weight` (O, I) has fewer than ceil(sparsity x O x I) zeros."""
-        asked, found = self.num_zeros(weight.numel()), weight.numel() - int(weight.count_nonzero())
+        asked, found = self.num_zeros(weight.numel()), num_zeros(weight)
         if found < asked:
             raise PatternError(f"has {found} zeros, fewer than the {asked} that sparsity {self} asks for")
 

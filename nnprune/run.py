@@ -28,8 +28,10 @@ class RunFailed(CompactHydraException):
     """One line for the user instead of a traceback, which is in the run's log."""
 
 
-def run(cfg: DictConfig, pruner: Any = None) -> RunRecord:
+def run(cfg: DictConfig, pruner: Any = None, like: Any = None) -> RunRecord:
     """Prune and evaluate as `cfg` says, with `pruner` in place of the config's if given, and return the record.
+
+    `like` is a Job of the same model, calibration and evaluation, if there is one, whose data are then not read again.
 
     A finished run is not repeated, and an interrupted one goes on where it stopped. Whatever fails is recorded before it
     is raised.
@@ -44,7 +46,7 @@ def run(cfg: DictConfig, pruner: Any = None) -> RunRecord:
         with locked(experiment.folder), logged(experiment.folder):
             record = _finished(experiment)
             if record is None:
-                record = Job(experiment).run()
+                record = Job(experiment, like).run()
                 log.info(_summary(record))
             else:
                 log.info("finished already, nothing to do (overwrite=true runs it again): %s", _summary(record))
@@ -67,13 +69,12 @@ def run_grid(cfgs: Sequence[DictConfig]) -> list[RunRecord]:
     experiments = [build(cfg) for cfg in cfgs]
     check_grid(experiments)
     unfinished = [experiment for experiment in experiments if not (experiment.is_dense or _finished(experiment))]
-    if unfinished:
-        prune_grid(unfinished)
+    job = prune_grid(unfinished) if unfinished else None
     records, failures = [], []
     for cfg in cfgs:
         cfg.overwrite = False  # what there was is gone already, and the finished layers are new
         try:
-            records.append(run(cfg))
+            records.append(run(cfg, like=job))
         except (ValueError, OSError) as error:
             failures.append(error)
             log.error("error: %s", error)

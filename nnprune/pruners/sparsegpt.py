@@ -130,7 +130,7 @@ class SparseGPT(Pruner):
                 torch.mul(weight_CO[j], drop_CO[j], out=errors_CO[j]).div_(diagonal[j])
                 weight_CO[j + 1 : stop].addr_(U_CC[j, j + 1 : stop], errors_CO[j], alpha=-1)
             weight_CO[stop:].addmm_(U_CC[start:stop, stop:].t(), errors_CO[start:stop], alpha=-1)
-        weight_CO.masked_fill_(drop_CO, 0)
+        weight_CO.mul_(~drop_CO)
         return errors_CO
 
     def _drop(self, weight_CO: Tensor, diagonal_C: Tensor, pattern: SparsityPattern, sizes: list[int]) -> Tensor:
