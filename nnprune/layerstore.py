@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from nnprune.decoder import Decoder
 from nnprune.finished import FinishedLayers
 from nnprune.loading import Checkpoint
-from nnprune.runtime import give_back_freed_memory
 
 
 class LayerStore:
@@ -90,7 +89,6 @@ class LayerStore:
                 for name, parameter in module._parameters.items():
                     if parameter is not None:
                         module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-            give_back_freed_memory()
 
     def _wanted(self, index: int, pruned: bool) -> str:
         return "pruned" if pruned and index in self.finished else "dense"

@@ -16,6 +16,8 @@ from nnprune.checks import check_count
 
 log = logging.getLogger(__name__)
 
+M_MMAP_THRESHOLD = -3
+"""The number that malloc.h gives this setting."""
 RESTS = ("host", "device", "disk")
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 """Enough to keep the matrix units busy; on a CPU few enough for the activations of a linear to stay in its cache."""
@@ -76,6 +78,8 @@ class Runtime:
     def start(self, seed: int) -> None:
         """Set seeds and threads, and forget the peaks of an earlier run in this process."""
         gc.collect()  # the model of the run before, in a sweep
+        if self.layers == "disk":
+            _give_back_freed_memory()
         torch.manual_seed(seed)
         if self.threads:
             torch.set_num_threads(self.threads)
@@ -84,10 +88,13 @@ class Runtime:
         forget_peaks()
 
 
-def give_back_freed_memory() -> None:
-    """Let glibc return freed memory to the system: its heap keeps the holes between large blocks, more with every layer."""
+def _give_back_freed_memory() -> None:
+    """Let glibc return every larger block to the system once it is freed.
+
+    By default it keeps blocks of up to 32 MiB for later, in a heap whose holes grow with every decoder layer.
+    """
     with contextlib.suppress(AttributeError, OSError):  # other C libraries
-        ctypes.CDLL(None).malloc_trim(0)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
 
 
 def forget_peaks() -> None:
