@@ -38,9 +38,6 @@ class Activations:
         else:  # pinned: copies to and from a CUDA device then overlap with its work
             self.tensor = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
-    def __len__(self) -> int:
-        return len(self.tensor)
-
     def get(self, rows: slice) -> Tensor:
         """The hidden states (B, T, D) of `rows`, on the device."""
         return self.tensor[rows].to(self.device, non_blocking=True)

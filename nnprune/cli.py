@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
 
 LITERAL = re.compile(r"[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?|-?\d+:-?\d+")
 GRID = ("pruner", "sparsity")
@@ -38,6 +39,15 @@ def gather_grid(arguments: list[str]) -> list[str]:
     }
     lists = ",".join(f"{key}:[{','.join(repr(choice) for choice in values)}]" for key, values in choices.items())
     return [*kept, *(f"{key}={values[0]}" for key, values in choices.items()), f"grid={{{lists}}}"]
+
+
+def is_grid(cfg: DictConfig) -> bool:
+    """Whether a config is that of a grid. Raises ValueError for a value that `gather_grid` did not make."""
+    if cfg.grid is None or cfg.grid is False:
+        return False
+    if not isinstance(cfg.grid, DictConfig):
+        raise ValueError(f"grid={cfg.grid}: write grid=true, with pruner=A,B and sparsity=X,Y, or leave it away")
+    return True
 
 
 def check_outputs_of_sweep(arguments: list[str]) -> None:

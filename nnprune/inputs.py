@@ -128,6 +128,11 @@ def num_sampled_rows(seq_len: int) -> int:
     return -(-SAMPLED_TOKENS // seq_len)
 
 
+def rows_needed(pruners: Sequence[Pruner], ids: Tensor) -> Tensor:
+    """Rows of calibration ids (N, T) for these pruners: all, or just enough to measure errors where none looks at inputs."""
+    return ids if any(pruner.needs_calibration for pruner in pruners) else ids[: num_sampled_rows(ids.shape[1])]
+
+
 def check_weight(name: str, weight: Tensor) -> None:
     """Raise ValueError, naming the linear, for NaN or infinity in its weight."""
     if not weight.isfinite().all():

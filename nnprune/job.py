@@ -18,10 +18,10 @@ from nnprune.layerstore import LayerStore
 from nnprune.layerwise import LayerwiseEngine
 from nnprune.loading import quieten_transformers
 from nnprune.measuring import Measurement
-from nnprune.patterns import SparsityPattern, num_zeros
+from nnprune.patterns import SparsityPattern, zeros_in
 from nnprune.provenance import commit, versions
 from nnprune.pruning import Cell, PruningPass
-from nnprune.records import RunRecord, read
+from nnprune.records import RunRecord, read_completed
 from nnprune.runtime import peak_device_bytes, peak_host_bytes
 from nnprune.saving import save_model
 from nnprune.stopwatch import Stopwatch
@@ -88,7 +88,7 @@ class Job:
         dense = self.experiment.dense()
         # Where another process measures the same dense model, as in a parallel sweep, we ask for its record afterwards.
         with locked(dense.folder, wait=False) as ours:
-            dense_record = _completed(dense)
+            dense_record = read_completed(dense.folder)
             new = _new_record(dense) if ours and dense_record is None else None
             self._pass(record, new)
             if new:
@@ -96,7 +96,7 @@ class Job:
         if dense_record or new:
             return dense_record or new
         with locked(dense.folder):
-            dense_record = _completed(dense)
+            dense_record = read_completed(dense.folder)
             if dense_record is None:  # the other one failed
                 self.engine = _engine(self.experiment, self.config)  # dense weights, which may be in memory no more
                 dense_record = _new_record(dense)
@@ -140,7 +140,7 @@ class Job:
         inside = set(decoder.layers.parameters())
         shell = [parameter for parameter in decoder.model.parameters() if parameter not in inside]
         totals = {key: sum(counts[key] for counts in layers) for key in ("zeros", "size", "linear_zeros", "linear_size")}
-        zeros = totals["zeros"] + sum(map(num_zeros, shell))
+        zeros = totals["zeros"] + sum(map(zeros_in, shell))
         record.linear_sparsity = totals["linear_zeros"] / totals["linear_size"]
         record.model_sparsity = zeros / (totals["size"] + sum(parameter.numel() for parameter in shell))
 
@@ -155,10 +155,10 @@ class Job:
         """Write a record, after which the files of finished layers and texts are of no more use."""
         runtime = self.experiment.runtime
         record.evaluation_hashes = {name: token_hash(ids) for name, ids in self.evaluation_ids.items()}
-        record.seconds = self.watch.total()
-        if experiment is not self.experiment:  # the dense model, which travelled along
-            record.seconds = {"dense_evaluation": self.watch.seconds["dense_evaluation"]}
-            record.seconds["total"] = record.seconds["dense_evaluation"]
+        if experiment is self.experiment:
+            record.seconds = self.watch.total()
+        else:  # the dense model, which travelled along
+            record.seconds = dict.fromkeys(("dense_evaluation", "total"), self.watch.seconds["dense_evaluation"])
         record.peak_host_bytes = peak_host_bytes()
         record.peak_device_bytes = peak_device_bytes()
         if runtime.batch_tokens != self.experiment.config["runtime"]["batch_tokens"]:
@@ -166,11 +166,6 @@ class Job:
         record.finished = datetime.now(UTC).isoformat(timespec="seconds")
         record.write(experiment.folder)
         shutil.rmtree(experiment.folder / SCRATCH, ignore_errors=True)
-
-
-def _completed(experiment: Experiment) -> RunRecord | None:
-    record = read(experiment.folder)
-    return record if record and record.status == "completed" else None
 
 
 def _warn_of_demo_texts(experiment: Experiment) -> None:

@@ -64,13 +64,12 @@ class LayerStore:
             self._holds[index] = wanted
         return layer
 
-    def prefetch(self, index: int, pruned: bool = True) -> None:
-        """Begin to bring decoder layer `index`, if it exists and is not there yet, while something else computes."""
+    def prefetch(self, index: int) -> None:
+        """Begin to bring the dense weights of layer `index`, if it exists and they are not there, while something computes."""
         if index >= len(self.decoder.layers) or self._ahead is not None:
             return
-        wanted = self._wanted(index, pruned)
-        if self.moves or self._holds.get(index) != wanted:
-            self._ahead = (index, wanted, self._reader.submit(self._bring, index, wanted))
+        if self.moves or self._holds.get(index) != "dense":
+            self._ahead = (index, "dense", self._reader.submit(self._bring, index, "dense"))
 
     def adopt(self, index: int) -> None:
         """Decoder layer `index` was pruned where it is, and its finished file written: what it holds is pruned."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nnprune.decoder import weight_OI
 from nnprune.inputs import InputCollector, check_weight
-from nnprune.patterns import PatternError, SparsityPattern, num_zeros
+from nnprune.patterns import PatternError, SparsityPattern, zeros_in
 from nnprune.pruners.base import Pruner
 
 ROWS_AT_ONCE = 1024
@@ -40,8 +40,9 @@ def _prune_group(
         check_weight(name, W)
     asked = [name for name in weights if plan[name].sparsity]
     pruned = dict(weights)
-    # The clones are for pruners that work in place.
-    pruned |= pruner.prune_group({name: weights[name].clone() for name in asked}, {name: plan[name] for name in asked})
+    if asked:
+        # The clones are for pruners that work in place.
+        pruned |= pruner.prune_group({name: weights[name].clone() for name in asked}, {name: plan[name] for name in asked})
     reports = []
     for name, W in weights.items():
         pruner.clear_linear_activations(name)
@@ -52,7 +53,7 @@ def _prune_group(
             {
                 "name": name,
                 "pattern": str(plan[name]),
-                "sparsity": num_zeros(weight) / weight.numel(),
+                "sparsity": zeros_in(weight) / weight.numel(),
                 "relative_error": error,
                 **pruner.notes.pop(name, {}),
             }
@@ -94,9 +95,9 @@ def count_zeros(layer: nn.Module, linears: dict[str, nn.Module]) -> dict[str, in
     weights = [linear.weight for linear in linears.values()]
     inside = set(weights)
     others = [parameter for parameter in layer.parameters() if parameter not in inside]
-    linear_zeros, linear_size = sum(map(num_zeros, weights)), sum(weight.numel() for weight in weights)
+    linear_zeros, linear_size = sum(map(zeros_in, weights)), sum(weight.numel() for weight in weights)
     return {
-        "zeros": linear_zeros + sum(map(num_zeros, others)),
+        "zeros": linear_zeros + sum(map(zeros_in, others)),
         "size": linear_size + sum(parameter.numel() for parameter in others),
         "linear_zeros": linear_zeros,
         "linear_size": linear_size,

@@ -99,7 +99,7 @@ class ModelSource:
     def skeleton(self, config: Any) -> PreTrainedModel:
         """The model with its parameters on the meta device and its buffers real: shapes without weights."""
         with _parameters_on_meta():
-            return AutoModelForCausalLM.from_config(config, dtype=self._dtype(config)).eval()
+            return self.random(config)
 
     def random(self, config: Any) -> PreTrainedModel:
         """A model of this configuration in host memory, with random weights."""

@@ -37,7 +37,7 @@ def keep_largest(score: Tensor, num_keep: int) -> Tensor:
     return mask
 
 
-def num_zeros(weight: Tensor) -> int:
+def zeros_in(weight: Tensor) -> int:
     """Zeros of a tensor; `count_nonzero` takes four times as long in bfloat16."""
     return weight.numel() - int((weight != 0).sum())
 
@@ -71,7 +71,7 @@ class Unstructured:
 
     def check(self, weight: Tensor) -> None:
         """Raise PatternError when `weight` (O, I) has fewer than ceil(sparsity x O x I) zeros."""
-        asked, found = self.num_zeros(weight.numel()), num_zeros(weight)
+        asked, found = self.num_zeros(weight.numel()), zeros_in(weight)
         if found < asked:
             raise PatternError(f"has {found} zeros, fewer than the {asked} that sparsity {self} asks for")
 

@@ -18,11 +18,11 @@ import torch
 
 from nnprune.decoder import Decoder, weight_OI
 from nnprune.experiment import Experiment
-from nnprune.inputs import PROBE_TOKENS, InputCollector, input_groups, num_sampled_rows
+from nnprune.inputs import PROBE_TOKENS, InputCollector, input_groups, rows_needed
 from nnprune.job import linear_plan, token_ids
 from nnprune.linears import prune_linears
 from nnprune.loading import quieten_transformers
-from nnprune.records import read
+from nnprune.records import read_completed
 from nnprune.runtime import available_host_bytes, forget_peaks, peak_device_bytes, peak_host_bytes, resident_host_bytes
 from nnprune.statistics import Hessian
 from nnprune.streams import Stream
@@ -69,7 +69,7 @@ class Plan:
         linear_plan(experiment, config)  # for its checks
         self.calibration, evaluation = token_ids(experiment, config, tokenizer)
         self.evaluation = list(evaluation.values())
-        self.measures_dense = not experiment.is_dense and (read(experiment.dense().folder) is None)
+        self.measures_dense = not experiment.is_dense and read_completed(experiment.dense().folder) is None
         base = resident_host_bytes()
         self.decoder = Decoder(experiment.source.skeleton(config), experiment.source.layers_path)
         self.probe = _probe(experiment, config, max(ids.shape[1] for ids in (self.calibration, *self.evaluation)))
@@ -90,11 +90,7 @@ class Plan:
         measured = self._evaluation_stage()
         if experiment.is_dense:
             return [Stage("dense_evaluation", *measured)]
-        rows = (
-            self.calibration
-            if experiment.pruner.needs_calibration
-            else self.calibration[: num_sampled_rows(self.calibration.shape[1])]
-        )
+        rows = rows_needed([experiment.pruner], self.calibration)
         batches = num_layers * rows.numel() / probe.num_tokens
         collects, forwards = {"pruned": (1, 1), "dense": (1, 0), "sequential": (probe.num_groups, 1)}[
             experiment.config["propagate"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nnprune.finished import FinishedLayers
-from nnprune.inputs import PROBE_TOKENS, InputCollector, input_groups, num_sampled_rows
+from nnprune.inputs import PROBE_TOKENS, InputCollector, input_groups, rows_needed
 from nnprune.layerwise import LayerwiseEngine
 from nnprune.linears import count_zeros, prune_linears
 from nnprune.patterns import SparsityPattern
@@ -102,9 +102,7 @@ class PruningPass:
     def _calibration(self, ids: Tensor, last: int) -> AbstractContextManager[Stream | None]:
         if last < 0:
             return nullcontext()
-        if not any(cell.pruner.needs_calibration for cell in self.cells):
-            ids = ids[: num_sampled_rows(ids.shape[1])]  # just enough to measure relative errors
-        return self.engine.stream(ids, "calibration")
+        return self.engine.stream(rows_needed([cell.pruner for cell in self.cells], ids), "calibration")
 
     def _advance(self, index: int, streams: Sequence[Stream], stage: str, pruned: bool) -> nn.Module:
         with self.watch.stage(stage):
@@ -157,7 +155,7 @@ class PruningPass:
                 self._ahead = self._collect(index, layer, calibration, groups, hand_on)
         collector, self._ahead = self._ahead, None
         collector.finish()
-        self.store.prefetch(index + 1, pruned=False)
+        self.store.prefetch(index + 1)
         dense = {name: linear.weight.clone() for name, linear in linears.items()} if len(self.cells) > 1 else {}
         for cell in todo:
             with self.watch.stage("prune"):

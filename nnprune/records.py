@@ -96,6 +96,12 @@ def read(folder: Path) -> RunRecord | None:
         raise RecordError(f"{path}: {error}; delete it, or run again with overwrite=true") from None
 
 
+def read_completed(folder: Path) -> RunRecord | None:
+    """As `read`, but None too for a record of a run that failed."""
+    record = read(folder)
+    return record if record is not None and record.status == "completed" else None
+
+
 def read_all(root: Path) -> tuple[list[dict[str, Any]], list[tuple[Path, str]]]:
     """All records under `root`, each a dict with its `path` added, and (path, reason) of the files that are none."""
     records, problems = [], []

@@ -15,8 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 
-from nnprune.cli import GRID, check_outputs_of_sweep, gather_grid, rewrite_sparsity
-from nnprune.records import RESULT_FILE, RunRecord, fingerprint, read
+from nnprune.cli import GRID, check_outputs_of_sweep, gather_grid, is_grid, rewrite_sparsity
+from nnprune.records import RESULT_FILE, RunRecord, fingerprint, read_completed
 
 log = logging.getLogger("nnprune")
 
@@ -64,11 +64,16 @@ def run_grid(cfgs: Sequence[DictConfig]) -> list[RunRecord]:
     done.
     """
     from nnprune.experiment import build
+    from nnprune.folders import locked
     from nnprune.grid import check_grid, prune_grid
 
     experiments = [build(cfg) for cfg in cfgs]
     check_grid(experiments)
-    unfinished = [experiment for experiment in experiments if not (experiment.is_dense or _finished(experiment))]
+    unfinished = []
+    for experiment in experiments:
+        with locked(experiment.folder):
+            if not experiment.is_dense and _finished(experiment) is None:
+                unfinished.append(experiment)
     job = prune_grid(unfinished) if unfinished else None
     records, failures = [], []
     for cfg in cfgs:
@@ -88,7 +93,7 @@ def show_plan(cfg: DictConfig) -> None:
     from nnprune.experiment import build
     from nnprune.planner import Plan
 
-    if cfg.grid:
+    if is_grid(cfg):
         raise ValueError("plan=true: predicts one run, not a grid; leave grid=true away")
     plan = Plan(build(cfg))
     for line in plan.lines():
@@ -131,7 +136,7 @@ def _main(cfg: DictConfig) -> None:
             cfg.label = _label(cfg, HydraConfig.get().runtime.choices["pruner"])
         if cfg.plan:
             show_plan(cfg)
-        elif cfg.grid:
+        elif is_grid(cfg):
             run_grid(_cells(cfg))
         else:
             run(cfg)
@@ -186,8 +191,8 @@ def _finished(experiment: Any) -> RunRecord | None:
         shutil.rmtree(folder / SCRATCH, ignore_errors=True)
         (folder / RESULT_FILE).unlink(missing_ok=True)
         return None
-    record = read(folder)
-    if record is None or record.status != "completed" or (config["save"] and not (folder / "model").is_dir()):
+    record = read_completed(folder)
+    if record is None or (config["save"] and not (folder / "model").is_dir()):
         (folder / RESULT_FILE).unlink(missing_ok=True)
         return None
     return record

@@ -139,5 +139,5 @@ def _proc_bytes(path: Path, key: str) -> int:
 
 
 def peak_device_bytes() -> int:
-    """Largest memory allocated on the CUDA devices since `Runtime.start`; 0 without one."""
+    """Largest memory allocated on the CUDA devices since `forget_peaks`; 0 without one."""
     return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))

@@ -3,7 +3,6 @@
 Letters: N samples, B batch, T tokens, D hidden, V vocabulary.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,8 +12,6 @@ from torch import Tensor, nn
 from nnprune.activations import Activations
 from nnprune.decoder import Decoder, LayerCall, run_layer
 from nnprune.runtime import Runtime
-
-log = logging.getLogger(__name__)
 
 
 class Stream:

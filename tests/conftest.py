@@ -17,7 +17,7 @@ import transformers
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from nnprune.cli import rewrite_sparsity
 from nnprune.run import CONF
@@ -39,11 +39,18 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
+def save_random(config: PreTrainedConfig, folder: Path) -> Path:
+    """Write a random model of this configuration and the byte tokenizer, as a Hugging Face directory."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random OPT of 2 layers with a byte tokenizer, as a Hugging Face directory."""
     folder = tmp_path_factory.mktemp("models") / "tiny-opt"
-    torch.manual_seed(0)
     config = OPTConfig(
         vocab_size=264,
         hidden_size=32,
@@ -57,9 +64,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=2,
         init_std=0.2,
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return save_random(config, folder)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, byte_tokenizer
+from conftest import ROOT, save_random
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(ROOT))  # `benchmarks` is no part of the installed package
@@ -19,7 +19,6 @@ from benchmarks.products import ProductProfile
 def llama_dir(tmp_path_factory):
     """A random Llama of 2 layers whose weights are large enough for pruning to matter."""
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=264,
         hidden_size=32,
@@ -30,9 +29,7 @@ def llama_dir(tmp_path_factory):
         max_position_embeddings=64,
         initializer_range=0.3,
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return save_random(config, folder)
 
 
 def test_nnprune_and_the_official_loop_prune_alike(llama_dir, small_text, tmp_path):

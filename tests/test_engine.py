@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import compose_config
+from conftest import compose_config, save_random
 from families import FAMILIES
 from test_decoder import engine_of, prune, random_ids, through_layers
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
 
 from nnprune.decoder import run_layer, weight_OI
 from nnprune.linears import relative_error
-from nnprune.patterns import NM
+from nnprune.patterns import NM, Unstructured
 from nnprune.pruners.base import Pruner
 from nnprune.pruners.sparsegpt import SparseGPT
 from nnprune.pruners.wanda import Wanda
@@ -221,8 +221,7 @@ def test_at_most_two_layers_are_off_the_meta_device(tiny_config, tiny_model_dir,
     monkeypatch.setattr(LayerStore, "fetch", watched)
     config = OPTConfig(**json.loads((tiny_model_dir / "config.json").read_text()) | {"num_hidden_layers": 5})
     deep = tmp_path / "deep"
-    AutoModelForCausalLM.from_config(config).save_pretrained(deep)
-    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(deep)
+    save_random(config, deep)
     disk = run(tiny_config(f"model.path={deep}", "runtime=low_memory", "pruner=wanda"))
     assert set(resident) == {1, 2}
     monkeypatch.undo()
@@ -298,3 +297,12 @@ def test_a_row_that_does_not_fit_is_an_error(tmp_path):
     model.model.layers[0].register_forward_pre_hook(no_device)
     with pytest.raises(torch.OutOfMemoryError):
         prune_model(tmp_path, model=model)
+
+
+def test_linears_that_the_plan_leaves_dense_stay_as_they_are(tmp_path):
+    model, before = FAMILIES["llama"](), FAMILIES["llama"]().state_dict()
+    engine = engine_of(model, tmp_path)
+    plan = {name: NM(2, 4) if "mlp" in name else Unstructured(0.0) for name in engine.decoder.shapes()}
+    prune(engine, SparseGPT(), plan, IDS)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (".mlp." not in name), name

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nnprune.cli import gather_grid
+from nnprune.cli import gather_grid, is_grid
 from nnprune.pruning import PruningPass
 from nnprune.records import read_all
 from nnprune.run import run, run_grid
@@ -69,6 +69,14 @@ def test_finished_cells_are_left_alone_and_interrupted_ones_go_on(tiny_config, m
 def test_grid_needs_dense_propagation(tiny_config):
     with pytest.raises(ValueError, match=r"propagate=pruned: .*set propagate=dense"):
         run_grid([tiny_config("pruner=wanda"), tiny_config("pruner=magnitude")])
+
+
+@pytest.mark.parametrize("value", ["grid=yes", "grid=3"])
+def test_another_value_of_grid_is_an_error(value, tiny_config):
+    with pytest.raises(ValueError, match=r"grid=(yes|3|True): write grid=true"):
+        is_grid(tiny_config(value))
+    assert not is_grid(tiny_config("grid=false"))
+    assert is_grid(tiny_config("grid={}")), "without a sweep it is a grid of one cell, and needs propagate=dense"
 
 
 def test_command_line():
