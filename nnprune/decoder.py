@@ -71,7 +71,11 @@ class Decoder:
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Name -> (O, I) of every linear of every decoder layer."""
-        return {name: tuple(weight_OI(linear).shape) for group in self._linears for name, linear in group.items()}
+        return {name: shape for layer in self.shapes_by_layer() for name, shape in layer.items()}
+
+    def shapes_by_layer(self) -> list[dict[str, tuple[int, int]]]:
+        """A dict a decoder layer: name -> (O, I) of its linears."""
+        return [{name: tuple(weight_OI(linear).shape) for name, linear in group.items()} for group in self._linears]
 
     def embed(self, ids: Tensor) -> Tensor:
         """The hidden states (B, T, D) that enter the first decoder layer, for ids (B, T)."""

@@ -16,7 +16,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from nnprune.allocation import Uniform
+from nnprune.allocations.base import Allocation
 from nnprune.calibration import Calibration
 from nnprune.checks import check_count
 from nnprune.evaluation import Evaluation
@@ -39,7 +39,7 @@ class Experiment:
     config: dict[str, Any]
     pattern: SparsityPattern
     pruner: Pruner
-    allocation: Uniform
+    allocation: Allocation
     calibration: Calibration
     evaluation: Evaluation
     source: ModelSource
@@ -70,6 +70,7 @@ class Experiment:
             "evaluation": evaluation,
             "calibration": calibration,
             "sparsity": str(self.pattern),
+            "allocation": self.config["allocation"] | self.allocation.identity() | _named(_code_of(type(self.allocation))),
             "pruner_code": _code_of(type(self.pruner)),
         }
 
@@ -110,7 +111,7 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
         config=config,
         pattern=pattern,
         pruner=pruner,
-        allocation=_instantiate("allocation", config, Uniform),
+        allocation=_instantiate("allocation", config, Allocation),
         calibration=_instantiate("calibration", config, Calibration),
         evaluation=_instantiate("evaluation", config, Evaluation),
         source=_make("model", ModelSource, config),
@@ -180,11 +181,16 @@ def _science_of(source: Any) -> dict[str, Any]:
     return {**source.__dict__, **known, "key": None}
 
 
-def _code_of(pruner: type) -> str | None:
-    """A hash of the source file of a pruner that is not ours: an edited method is another method."""
-    if pruner.__module__.startswith("nnprune."):
+def _named(code: str | None) -> dict[str, str]:
+    """What the code of a user's own method adds to the settings of its group."""
+    return {"code": code} if code else {}
+
+
+def _code_of(method: type) -> str | None:
+    """A hash of the source file of a method that is not ours: an edited method is another method."""
+    if method.__module__.startswith("nnprune."):
         return None
     try:
-        return hashlib.sha256(Path(inspect.getfile(pruner)).read_bytes()).hexdigest()[:16]
+        return hashlib.sha256(Path(inspect.getfile(method)).read_bytes()).hexdigest()[:16]
     except (OSError, TypeError):
         return None

@@ -12,8 +12,9 @@ from contextlib import ExitStack
 from nnprune.experiment import Experiment
 from nnprune.finished import FinishedLayers
 from nnprune.folders import locked
-from nnprune.job import SCRATCH, Job
+from nnprune.job import SCRATCH, Job, check_shapes
 from nnprune.pruning import Cell, PruningPass
+from nnprune.survey import Planned, make_plans
 
 log = logging.getLogger(__name__)
 
@@ -37,15 +38,16 @@ def prune_grid(experiments: Sequence[Experiment]) -> Job:
     with ExitStack() as stack:
         for folder in sorted({experiment.folder for experiment in experiments}):
             stack.enter_context(locked(folder))
+        config = first.source.config()
+        for experiment in experiments:  # before the one model of all is loaded
+            check_shapes(experiment, config)
         job = Job(first)
         decoder = job.engine.decoder
+        wanted = [Planned(one.allocation, one.pattern, one.folder / SCRATCH) for one in experiments]
+        plans = make_plans(job.engine, job.calibration_ids, wanted, job.watch)
         cells = [
-            Cell(
-                experiment.pruner,
-                experiment.allocation.plan(experiment.pattern, decoder.shapes()),
-                FinishedLayers(experiment.folder / SCRATCH, decoder.path),
-            )
-            for experiment in experiments
+            Cell(experiment.pruner, plan, FinishedLayers(experiment.folder / SCRATCH, decoder.path))
+            for experiment, plan in zip(experiments, plans, strict=True)
         ]
         log.info("grid: %d cells in one pass", len(cells))
         PruningPass(job.engine, cells, "dense").run(job.calibration_ids)

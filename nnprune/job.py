@@ -4,11 +4,14 @@ import logging
 import shutil
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nnprune.allocations.base import Plan
+from nnprune.allocations.uniform import Uniform
 from nnprune.calibration import token_hash
 from nnprune.decoder import Decoder
 from nnprune.experiment import Experiment
@@ -18,13 +21,14 @@ from nnprune.layerstore import LayerStore
 from nnprune.layerwise import LayerwiseEngine
 from nnprune.loading import quieten_transformers
 from nnprune.measuring import Measurement
-from nnprune.patterns import SparsityPattern, zeros_in
+from nnprune.patterns import zeros_in
 from nnprune.provenance import commit, versions
 from nnprune.pruning import Cell, PruningPass
 from nnprune.records import RunRecord, read_completed
 from nnprune.runtime import peak_device_bytes, peak_host_bytes
 from nnprune.saving import save_model
 from nnprune.stopwatch import Stopwatch
+from nnprune.survey import Planned, make_plans
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +60,7 @@ class Job:
     def _read_data(self, like: "Job | None") -> None:
         source = self.experiment.source
         self.config = like.config if like else source.config()
-        self.plan = linear_plan(self.experiment, self.config)  # whose checks come before the texts are read
+        check_shapes(self.experiment, self.config)  # before the texts are read
         if like:
             self.tokenizer, self.calibration_ids, self.evaluation_ids = (
                 like.tokenizer,
@@ -66,6 +70,12 @@ class Job:
         else:
             self.tokenizer = source.tokenizer()
             self.calibration_ids, self.evaluation_ids = token_ids(self.experiment, self.config, self.tokenizer)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Linear name -> pattern, after a survey of the dense model where the allocation needs one."""
+        wanted = Planned(self.experiment.allocation, self.experiment.pattern, self.experiment.folder / SCRATCH)
+        return make_plans(self.engine, self.calibration_ids, [wanted], self.watch)[0]
 
     def run(self) -> RunRecord:
         """Prune and measure, write the record and return it."""
@@ -176,8 +186,8 @@ def _warn_of_demo_texts(experiment: Experiment) -> None:
         )
 
 
-def linear_plan(experiment: Experiment, config: Any) -> dict[str, SparsityPattern]:
-    """Pattern by linear, from shapes alone. Raises ValueError for sequences or groups that the model can't have."""
+def check_shapes(experiment: Experiment, config: Any) -> None:
+    """Raise ValueError for sequences, or patterns of linears, that a model of this configuration or the pruner can't have."""
     decoder = Decoder(experiment.source.skeleton(config), experiment.source.layers_path)
     positions = getattr(decoder.text_config, "max_position_embeddings", None)
     used = {"calibration": not experiment.is_dense, "evaluation": bool(experiment.evaluation.sources)}
@@ -187,7 +197,9 @@ def linear_plan(experiment: Experiment, config: Any) -> dict[str, SparsityPatter
             raise ValueError(
                 f"{key}.seq_len={seq_len}: {experiment.source.name} has {positions} positions; lower {key}.seq_len"
             )
-    return experiment.allocation.plan(experiment.pattern, decoder.shapes())
+    allocation = Uniform() if experiment.is_dense else experiment.allocation
+    for pattern in sorted(allocation.check(experiment.pattern, decoder.shapes_by_layer()), key=str):
+        experiment.pruner.validate(pattern)
 
 
 def token_ids(experiment: Experiment, config: Any, tokenizer: Any) -> tuple[Tensor, dict[str, Tensor]]:

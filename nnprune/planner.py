@@ -16,16 +16,18 @@ from typing import Any
 
 import torch
 
+from nnprune.allocations.uniform import Uniform
 from nnprune.decoder import Decoder, weight_OI
 from nnprune.experiment import Experiment
-from nnprune.inputs import PROBE_TOKENS, InputCollector, input_groups, rows_needed
-from nnprune.job import linear_plan, token_ids
+from nnprune.inputs import PROBE_TOKENS, SAMPLED_TOKENS, InputCollector, input_groups, rows_needed
+from nnprune.job import check_shapes, token_ids
 from nnprune.linears import prune_linears
 from nnprune.loading import quieten_transformers
 from nnprune.records import read_completed
 from nnprune.runtime import available_host_bytes, forget_peaks, peak_device_bytes, peak_host_bytes, resident_host_bytes
 from nnprune.statistics import Hessian
 from nnprune.streams import Stream
+from nnprune.survey import stand_in
 
 PROBE_VOCABULARY = 512
 LOGIT_BYTES = 10
@@ -41,6 +43,7 @@ class Probe:
     forward_seconds: float
     collect_seconds: float
     prune_seconds: float
+    measure_seconds: float
     forward_flops: float
     statistic_flops: float
     num_groups: int
@@ -66,7 +69,7 @@ class Plan:
         quieten_transformers()
         self.runtime.start(experiment.config["seed"])
         config, tokenizer = experiment.source.config(), experiment.source.tokenizer()
-        linear_plan(experiment, config)  # for its checks
+        check_shapes(experiment, config)
         self.calibration, evaluation = token_ids(experiment, config, tokenizer)
         self.evaluation = list(evaluation.values())
         self.measures_dense = not experiment.is_dense and read_completed(experiment.dense().folder) is None
@@ -104,7 +107,19 @@ class Plan:
             Stage("prune", 0.0, num_layers * probe.prune_seconds),
             Stage("evaluation", *measured),
         ]
-        return [*([Stage("dense_evaluation", *measured)] if self.measures_dense else []), *stages]
+        if self.measures_dense:
+            stages.insert(0, Stage("dense_evaluation", *measured))
+        if experiment.allocation.looks_at != "nothing":
+            stages.insert(0, self._survey_stage())
+        return stages
+
+    def _survey_stage(self) -> Stage:
+        """The look at the dense model that an allocation takes."""
+        probe, num_layers = self.probe, len(self.decoder.layers)
+        num_tokens = self.calibration.numel() if self.experiment.allocation.looks_at == "inputs" else 0
+        batches = num_layers * num_tokens / probe.num_tokens
+        seconds = batches * probe.forward_seconds + num_layers * probe.measure_seconds
+        return Stage("allocation", batches * probe.forward_flops, seconds)
 
     def _evaluation_stage(self) -> tuple[float, float]:
         """FLOPs and seconds of taking all windows through the layers and the head."""
@@ -171,7 +186,7 @@ def _probe(experiment: Experiment, config: Any, seq_len: int) -> Probe:
     layer_bytes = sum(parameter.nbytes for parameter in layer.parameters())
     before = resident_host_bytes() - layer_bytes
     forget_peaks()
-    collect_seconds = prune_seconds = 0.0
+    collect_seconds = prune_seconds = measure_seconds = 0.0
     with torch.no_grad(), Stream(decoder, runtime, ids, experiment.folder / "activations-probe.bin") as stream:
         hidden = stream.activations.get(slice(0, len(ids)))
         groups = input_groups(linears, lambda: stream.run(0, layer, stream.probe(PROBE_TOKENS)))
@@ -187,8 +202,11 @@ def _probe(experiment: Experiment, config: Any, seq_len: int) -> Probe:
             with collector.watching(stop=False):
                 collect_seconds = _seconds(collect, device)
             collector.finish()
-            plan = experiment.allocation.plan(experiment.pattern, decoder.shapes())
+            plan = Uniform().plan(experiment.pattern, decoder.shapes_by_layer())  # one layer can have no other
             prune_seconds = _seconds(lambda: prune_linears(pruner, plan, collector, linears), device)
+            if experiment.allocation.looks_at != "nothing":
+                dense = stand_in(linears, SAMPLED_TOKENS)
+                measure_seconds = _seconds(lambda: experiment.allocation.measure(dense, experiment.pattern), device)
     widths = [weight_OI(linears[names[0]]).shape[1] for names in groups]
     text = decoder.text_config
     attention = (
@@ -206,6 +224,7 @@ def _probe(experiment: Experiment, config: Any, seq_len: int) -> Probe:
         forward_seconds=forward_seconds,
         collect_seconds=collect_seconds,
         prune_seconds=prune_seconds,
+        measure_seconds=measure_seconds,
         forward_flops=ids.numel() * per_token,
         statistic_flops=ids.numel() * statistic,
         num_groups=len(groups),
