@@ -1,0 +1,43 @@
+"""Layers that pruning hurts more are pruned less: by errors that are measured. Our own."""
+
+import math
+from collections.abc import Sequence
+
+from nnprune.allocations.base import DenseLayer, LayerwiseAllocation, check_number, spread
+from nnprune.linears import relative_error
+from nnprune.patterns import SparsityPattern
+
+SMALLEST = 1e-12
+"""Errors below count as this one: a layer that loses nothing must not stretch the scale for all others."""
+
+
+class ByError(LayerwiseAllocation):
+    """Density by the logarithm of the error that the pattern itself leaves.
+
+    Each linear of the dense model is pruned to W' by Wanda's mask at the pattern asked for, with some of its inputs X:
+
+        e_l = mean over the linears of decoder layer l, weighted by size, of ||X (W' - W)^T||_F^2 / ||X W^T||_F^2
+        s_l = s + mean(d) - d_l,    d_l = 2 strength (log e_l - min log e) / (max log e - min log e)
+
+    Errors of layers differ by factors, hence the logarithm; the map is OWL's (arXiv:2310.05175). This is our own
+    method, from no paper.
+
+    Args:
+        strength: half the largest difference between the sparsities of two layers.
+    """
+
+    def __init__(self, strength: float = 0.08) -> None:
+        self.strength = check_number("allocation.strength", strength, below=1)
+
+    def key(self, pattern: SparsityPattern) -> str:
+        return f"{super().key(pattern)} at {pattern}"
+
+    def measure(self, layer: DenseLayer, pattern: SparsityPattern) -> float:
+        total = 0.0
+        for name, W in layer.weights.items():
+            pruned = W * pattern.mask(layer.score(name))
+            total += W.numel() * relative_error(W, pruned, layer.samples[name])
+        return total / layer.num_weights
+
+    def sparsities(self, measured: Sequence[float], sizes: Sequence[int], sparsity: float) -> list[float]:
+        return spread([math.log(max(error, SMALLEST)) for error in measured], sizes, sparsity, self.strength)
