@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import nsmallest
 from typing import Any, Literal
 
 from torch import Tensor
@@ -31,6 +32,9 @@ MAX_SPARSITY = 0.99
 
 DECIMALS = 12
 """Digits of a sparsity: without the noise beyond them 0.55 of 100 weights are 55, and not 56."""
+
+MAX_WAYS = 4096
+"""Ways of rounding that are followed up at a time, where decoder layers are of many sizes."""
 
 
 @dataclass
@@ -119,7 +123,10 @@ class LayerwiseAllocation(Allocation):
             if len(set(patterns)) == 1 and len(set(measured)) > 1:
                 log.warning("warning: no layer is moved away from %s; raise allocation.strength or choose a larger M", pattern)
         else:
-            kept = within(wanted, sizes, float(pattern.sparsity), 0, max(MAX_SPARSITY, float(pattern.sparsity)))
+            highest = max(MAX_SPARSITY, float(pattern.sparsity))
+            if max(wanted) > highest:
+                log.warning("warning: a layer would lose more than %g of its weights; lower allocation.strength", highest)
+            kept = within(wanted, sizes, float(pattern.sparsity), 0, highest)
             patterns = [Unstructured(round(sparsity, DECIMALS)) for sparsity in kept]
         return {name: pattern for layer, pattern in zip(shapes, patterns, strict=True) for name in layer}
 
@@ -158,25 +165,30 @@ def within(sparsities: Sequence[float], sizes: Sequence[int], target: float, low
 def mixed_nm(sparsities: Sequence[float], sizes: Sequence[int], pattern: NM) -> list[NM]:
     """n_l:M for each layer, 0 < n_l < M, near the wanted `sparsities` (L,), with a parameter-weighted mean of n_l that is N.
 
-    M (1 - s_l), clipped to [1, M - 1] with the mean kept, is rounded by largest remainder: all down first, then up in the
-    order of their remainders, the densest first among equal ones, while that many weights are left to be kept.
+    With d_l = M (1 - s_l), clipped to [1, M - 1] with the mean kept, each n_l is d_l rounded down or up: of all ways that give
+    the mean exactly, the one of least sum p_l (n_l - d_l)^2. For layers of equal size that is rounding by largest
+    remainder; the search is over the weights kept so far, of which there are few, as sizes repeat themselves.
 
-    Raises ValueError when layers of different size leave weights that none of them can take.
+    Raises ValueError when layers of different size leave no way that was found.
     """
     m = pattern.m
     wanted = [m * (1 - one) for one in within(sparsities, sizes, pattern.sparsity, 1 / m, 1 - 1 / m)]
-    kept = [min(max(math.floor(one), 1), m - 1) for one in wanted]
-    left = pattern.n * sum(sizes) - sum(n * size for n, size in zip(kept, sizes, strict=True))
-    for layer in sorted(range(len(kept)), key=lambda layer: (kept[layer] - wanted[layer], -wanted[layer])):
-        if sizes[layer] <= left and kept[layer] < m - 1:
-            kept[layer] += 1
-            left -= sizes[layer]
-    if left:
+    found: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # weights kept -> distance, and the n_l so far
+    for density, size in zip(wanted, sizes, strict=True):
+        lowest = min(max(math.floor(density), 1), m - 1)
+        longer: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for kept, (distance, chosen) in found.items():
+            for n in range(lowest, min(lowest + 2, m)):
+                further = distance + size * (n - density) ** 2
+                if kept + n * size not in longer or further < longer[kept + n * size][0]:
+                    longer[kept + n * size] = further, (*chosen, n)
+        found = dict(nsmallest(MAX_WAYS, longer.items(), key=lambda way: way[1][0]))
+    if pattern.n * sum(sizes) not in found:
         raise ValueError(
-            f"sparsity={pattern}: decoder layers of {min(sizes)} to {max(sizes)} weights cannot be given N:{m} with exactly "
+            f"sparsity={pattern}: decoder layers of {min(sizes)} to {max(sizes)} weights were not given N:{m} with exactly "
             f"that mean; use allocation=uniform, or an unstructured sparsity such as sparsity={pattern.sparsity:g}"
         )
-    return [NM(n, m) for n in kept]
+    return [NM(n, m) for n in found[pattern.n * sum(sizes)][1]]
 
 
 def check_widths(pattern: SparsityPattern, shapes: Shapes) -> None:
