@@ -61,7 +61,7 @@ def test_every_module_is_in_the_table_of_files():
 
 
 def test_every_option_is_in_the_table_of_options():
-    for group in ("pruner", "calibration", "evaluation", "runtime", "experiment"):
+    for group in ("pruner", "allocation", "calibration", "evaluation", "runtime", "experiment"):
         [row] = re.findall(rf"^\| `{group}` \|.*$", README, re.MULTILINE)
         for path in (ROOT / "conf" / group).glob("*.yaml"):
             assert f"`{path.stem}`" in row, (group, path.stem)
