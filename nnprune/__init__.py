@@ -11,6 +11,7 @@ _EXPORTS = {
     "ScorePruner": "nnprune.pruners.base",
     "BaseActAwareUnstructuredPruner": "nnprune.pruners.base",
     "SquaredNorm": "nnprune.statistics",
+    "Moments": "nnprune.statistics",
     "Hessian": "nnprune.statistics",
     "RunRecord": "nnprune.records",
 }

@@ -1,7 +1,15 @@
 """Checks of settings that several groups share."""
 
+import math
+
 
 def check_count(key: str, value: object, least: int) -> None:
     """Raise ValueError when `value` of a config's `key` is no whole number, or below `least`."""
     if type(value) is not int or not least <= value < 2**63:
         raise ValueError(f"{key}={value}: must be a whole number, at least {least}")
+
+
+def check_number(key: str, value: object, least: float) -> None:
+    """Raise ValueError when `value` of a config's `key` is no finite number, or below `least`."""
+    if type(value) not in (int, float) or not math.isfinite(value) or value < least:
+        raise ValueError(f"{key}={value}: must be a number, at least {least}")

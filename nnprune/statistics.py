@@ -72,6 +72,20 @@ class SquaredNorm(InputStatistic):
         total += X.float().square().sum(0)
 
 
+class Moments(InputStatistic):
+    """E[x_i] and E[x_i^2], shape (2, I): what a method needs that looks at an input's mean and variance."""
+
+    @staticmethod
+    def _shape(width: int) -> tuple[int, ...]:
+        return (2, width)
+
+    @staticmethod
+    def _accumulate(total: Tensor, X: Tensor) -> None:
+        X = X.float()
+        total[0] += X.sum(0)
+        total[1] += X.square().sum(0)
+
+
 class Hessian(InputStatistic):
     """E[x x^T], shape (I, I): half the Hessian of a linear's squared output error, per token.
 
