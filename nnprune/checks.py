@@ -13,3 +13,11 @@ def check_number(key: str, value: object, least: float) -> None:
     """Raise ValueError when `value` of a config's `key` is no finite number, or below `least`."""
     if type(value) not in (int, float) or not math.isfinite(value) or value < least:
         raise ValueError(f"{key}={value}: must be a number, at least {least}")
+
+
+def check_positive(key: str, value: object, below: float = math.inf) -> float:
+    """`value` of a config's `key` as a float. Raises ValueError unless it is a number, 0 < value < below."""
+    if type(value) not in (int, float) or not 0 < value < below:
+        limit = "" if below == math.inf else f" and less than {below:g}"
+        raise ValueError(f"{key}={value}: must be a number greater than 0{limit}")
+    return float(value)

@@ -6,11 +6,12 @@ A statistic is read, not consumed: `mean()` is a fresh tensor each time. Knows n
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from nnprune.precision import fast_products
 
 STRIP = 256
 """Rows of a strip of the Hessian: wide enough for the matrix units, narrow enough to leave out most of its upper half."""
@@ -24,13 +25,13 @@ class InputStatistic(ABC):
         self._sum: Tensor | None = None
         self._memo: dict[Any, Any] = {}
 
-    def add(self, X: Tensor) -> None:
-        """Accumulate inputs X (..., I) of any floating dtype."""
-        X = X.reshape(-1, X.shape[-1])
+    def add(self, X: Tensor, *others: Tensor) -> None:
+        """Accumulate inputs X (..., I) of any floating dtype, with `others` of the same tokens for a statistic of several."""
+        inputs = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (X, *others)]
         if self._sum is None:
             self._sum = torch.zeros(self._shape(X.shape[-1]), dtype=torch.float32, device=X.device)
-        self._accumulate(self._sum, X)
-        self.num_tokens += X.shape[0]
+        self._accumulate(self._sum, *inputs)
+        self.num_tokens += len(inputs[0])
         self._memo.clear()
 
     def mean(self) -> Tensor:
@@ -98,16 +99,10 @@ class Hessian(InputStatistic):
 
     @staticmethod
     def _accumulate(total: Tensor, X: Tensor) -> None:
-        on_matrix_units = X.is_cuda and X.dtype in (torch.bfloat16, torch.float16)
-        with _bf16_products(enabled=X.dtype == torch.bfloat16):
-            if not on_matrix_units:
-                X = X.float()
+        with fast_products(enabled=X.dtype == torch.bfloat16):
+            X = _factor(X)
             for strip in _strips(len(total)):
-                left, right, target = X[:, strip].t(), X[:, : strip.stop], total[strip, : strip.stop]
-                if on_matrix_units:
-                    target += torch.mm(left, right, out_dtype=torch.float32)
-                else:
-                    target.addmm_(left, right)
+                _add_product(total[strip, : strip.stop], X[:, strip], X[:, : strip.stop])
 
     def mean(self) -> Tensor:
         mean = super().mean()
@@ -116,21 +111,35 @@ class Hessian(InputStatistic):
         return mean
 
 
+class CrossProduct(InputStatistic):
+    """E[x_dense x^T], shape (I, I): what a linear of the dense model receives, against what it receives behind pruned ones.
+
+    `add(X, dense)` takes both inputs of the same tokens.
+    """
+
+    @staticmethod
+    def _shape(width: int) -> tuple[int, ...]:
+        return (width, width)
+
+    @staticmethod
+    def _accumulate(total: Tensor, X: Tensor, dense: Tensor) -> None:
+        with fast_products(enabled=X.dtype == torch.bfloat16):
+            _add_product(total, _factor(dense), _factor(X))
+
+
+def _factor(X: Tensor) -> Tensor:
+    """X (tokens, I) as `_add_product` wants it: float32, but for what the matrix units of a CUDA device sum up exactly."""
+    return X if X.is_cuda and X.dtype in (torch.bfloat16, torch.float16) else X.float()
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left^T right, summed in float32."""
+    if left.dtype == torch.float32:
+        total.addmm_(left.t(), right)
+    else:
+        total += torch.mm(left.t(), right, out_dtype=torch.float32)
+
+
 def _strips(width: int) -> Iterator[slice]:
     """Rows of the strips that cover a symmetric matrix's lower triangle, each from the left edge to its diagonal block."""
     return (slice(start, min(start + STRIP, width)) for start in range(0, width, STRIP))
-
-
-@contextmanager
-def _bf16_products(enabled: bool) -> Iterator[None]:
-    """Let the CPU multiply float32 matrices in bfloat16 with float32 sums.
-
-    Lossless for factors that hold bfloat16 values, and several times as fast; wrong for all others, hence the switch.
-    """
-    before = torch.get_float32_matmul_precision()
-    if enabled:
-        torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nnprune.allocations.base import DenseLayer, LayerwiseAllocation, check_number, mean
+from nnprune.allocations.base import DenseLayer, LayerwiseAllocation, mean
+from nnprune.checks import check_positive
 from nnprune.patterns import SparsityPattern
 
 NUM_BINS = 100
@@ -31,7 +32,7 @@ class AlphaPruning(LayerwiseAllocation):
     looks_at = "weights"
 
     def __init__(self, strength: float = 0.3) -> None:
-        self.strength = check_number("allocation.strength", strength, below=1)
+        self.strength = check_positive("allocation.strength", strength, below=1)
 
     def measure(self, layer: DenseLayer, pattern: SparsityPattern) -> float:
         alphas = []

@@ -203,11 +203,3 @@ def check_widths(pattern: SparsityPattern, shapes: Shapes) -> None:
                 raise ValueError(
                     f"sparsity={pattern}: {name} {error}; choose another N:M or an unstructured sparsity"
                 ) from None
-
-
-def check_number(key: str, value: object, below: float = math.inf) -> float:
-    """`value` of a config's `key` as a float. Raises ValueError unless it is a number, 0 < value < below."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < below:
-        limit = "" if below == math.inf else f" and less than {below:g}"
-        raise ValueError(f"{key}={value}: must be a number greater than 0{limit}")
-    return float(value)

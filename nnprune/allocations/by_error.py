@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from nnprune.allocations.base import DenseLayer, LayerwiseAllocation, check_number, spread
+from nnprune.allocations.base import DenseLayer, LayerwiseAllocation, spread
+from nnprune.checks import check_positive
 from nnprune.linears import relative_error
 from nnprune.patterns import SparsityPattern
 
@@ -27,7 +28,7 @@ class ByError(LayerwiseAllocation):
     """
 
     def __init__(self, strength: float = 0.08) -> None:
-        self.strength = check_number("allocation.strength", strength, below=1)
+        self.strength = check_positive("allocation.strength", strength, below=1)
 
     def key(self, pattern: SparsityPattern) -> str:
         return f"{super().key(pattern)} at {pattern}"

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from nnprune.allocations.base import DenseLayer, LayerwiseAllocation, check_number, spread
+from nnprune.allocations.base import DenseLayer, LayerwiseAllocation, spread
+from nnprune.checks import check_positive
 from nnprune.patterns import SparsityPattern
 
 
@@ -24,7 +25,7 @@ class DLP(LayerwiseAllocation):
     """
 
     def __init__(self, strength: float = 0.15) -> None:
-        self.strength = check_number("allocation.strength", strength, below=1)
+        self.strength = check_positive("allocation.strength", strength, below=1)
 
     def measure(self, layer: DenseLayer, pattern: SparsityPattern) -> float:
         """S_l."""

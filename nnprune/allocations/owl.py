@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from nnprune.allocations.base import DenseLayer, LayerwiseAllocation, check_number, spread
+from nnprune.allocations.base import DenseLayer, LayerwiseAllocation, spread
+from nnprune.checks import check_positive
 from nnprune.patterns import SparsityPattern
 
 
@@ -24,8 +25,8 @@ class OWL(LayerwiseAllocation):
     """
 
     def __init__(self, threshold: float = 5.0, strength: float = 0.08) -> None:
-        self.threshold = check_number("allocation.threshold", threshold)
-        self.strength = check_number("allocation.strength", strength, below=1)
+        self.threshold = check_positive("allocation.threshold", threshold)
+        self.strength = check_positive("allocation.strength", strength, below=1)
 
     def measure(self, layer: DenseLayer, pattern: SparsityPattern) -> float:
         # Scores are made twice, so that those of one linear at a time are in memory.

@@ -17,7 +17,7 @@ from nnprune.checks import check_count
 from nnprune.factors import factor_of_inverse
 from nnprune.patterns import NM, SparsityPattern
 from nnprune.pruners import sparsegpt_triton
-from nnprune.pruners.base import Pruner
+from nnprune.pruners.stacked import StackedPruner
 from nnprune.statistics import Hessian
 
 NUM_RETRIES = 2
@@ -27,7 +27,7 @@ SUB_BLOCK = 16
 """Columns of a block whose errors reach the block's later columns in one product."""
 
 
-class SparseGPT(Pruner):
+class SparseGPT(StackedPruner):
     """The official algorithm by default; the options reproduce variants of its mask.
 
     Args:
@@ -41,8 +41,6 @@ class SparseGPT(Pruner):
     Raises:
         ValueError: options that contradict each other, and in `prune_linear` a Hessian that cannot be factorised.
     """
-
-    statistic = Hessian
 
     def __init__(
         self,
@@ -73,25 +71,12 @@ class SparseGPT(Pruner):
                 f"pruner.mask_columns={self.mask_columns}: must be a multiple of {pattern.m} for sparsity {pattern}, or null"
             )
 
-    def prune_linear(self, W: Tensor, module_name: str, pattern: SparsityPattern) -> Tensor:
-        return self.prune_group({module_name: W}, {module_name: pattern})[module_name]
-
-    def prune_group(self, weights: dict[str, Tensor], patterns: dict[str, SparsityPattern]) -> dict[str, Tensor]:
-        names = list(weights)
+    def prune_stack(self, weight_IO: Tensor, sizes: list[int], pattern: SparsityPattern, names: list[str]) -> Tensor:
         statistic = self.statistics[names[0]]
         key = (self.damping, self.damp_inverse)
         U, dead, damping = statistic.memo(key, lambda: self._factorise(statistic, names[0]))
         if damping != self.damping:
             self.notes.update({name: {"damping": damping} for name in names})
-        pruned: dict[str, Tensor] = {}
-        for stack in _stacks(patterns):
-            pruned |= self._prune_stack({name: weights[name] for name in stack}, patterns[stack[0]], U, dead)
-        return pruned
-
-    def _prune_stack(self, weights: dict[str, Tensor], pattern: SparsityPattern, U: Tensor, dead: Tensor) -> dict[str, Tensor]:
-        """Prune linears of one input and one pattern in one sweep: their outputs stand side by side."""
-        sizes = [len(W) for W in weights.values()]
-        weight_IO = torch.cat([W.float().t() for W in weights.values()], dim=1)
         weight_IO[dead] = 0
         block_size = self.block_size
         if isinstance(pattern, NM):  # no group of M may lie across two blocks
@@ -100,8 +85,7 @@ class SparseGPT(Pruner):
             stop = min(start + block_size, len(weight_IO))
             errors_CO = self._prune_block(weight_IO[start:stop], U[start:stop, start:stop], pattern, sizes)
             weight_IO[stop:].addmm_(U[start:stop, stop:].t(), errors_CO, alpha=-1)
-        pieces = zip(weights.items(), weight_IO.split(sizes, dim=1), strict=True)
-        return {name: piece.t().to(W.dtype).contiguous() for (name, W), piece in pieces}
+        return weight_IO
 
     def _prune_block(self, weight_CO: Tensor, U_CC: Tensor, pattern: SparsityPattern, sizes: list[int]) -> Tensor:
         """Prune one column block in place; returns the errors (C, O) that later columns have yet to absorb.
@@ -160,14 +144,6 @@ class SparseGPT(Pruner):
             f"{module_name}: its Hessian from {statistic.num_tokens} tokens could not be factorised, even with damping "
             f"{damping / 10:g}; raise pruner.damping or calibration.num_samples"
         )
-
-
-def _stacks(patterns: dict[str, SparsityPattern]) -> list[list[str]]:
-    """Names of linears, those of one pattern together."""
-    stacks: dict[SparsityPattern, list[str]] = {}
-    for name, pattern in patterns.items():
-        stacks.setdefault(pattern, []).append(name)
-    return list(stacks.values())
 
 
 def _sub_block_width(slab: int, num_columns: int) -> int:

@@ -1,0 +1,73 @@
+"""ADMM: alternate between the best weights and the best mask (Boza 2024, arXiv:2401.02938).
+
+In scaled coordinates (nnprune/leastsquares.py) the loss of B is tr((B - B0)^T A (B - B0)), and B shall equal its own masked
+copy Z. With U the sum of their differences, one iteration is (section 3.1, algorithm 1)
+
+    B = (A + rho 1)^-1 (A B0 + rho (Z - U)),    Z = mask o (B + U),    U = U + B - Z,
+
+one product with a matrix that is inverted once. Gradual masks (section 3.3): the mask is chosen anew from |B + U| in each of
+the first iterations, at a sparsity that rises along a cubic curve, and then stays.
+
+Letters: O output features, I input features.
+"""
+
+import torch
+from torch import Tensor
+
+from nnprune.checks import check_count, check_positive
+from nnprune.leastsquares import ScaledProblem
+from nnprune.patterns import SparsityPattern
+from nnprune.precision import fast_products
+from nnprune.projection import Projection
+from nnprune.pruners.stacked import StackedPruner
+
+
+class ADMM(StackedPruner):
+    """Chooses a mask in scaled coordinates, whole linears compared, and updates the weights that it keeps.
+
+    Args:
+        num_iterations: all of them.
+        num_mask_iterations: those that raise the sparsity and choose the mask anew. 0: the mask of the dense weights, which is
+            Wanda's score, stays.
+        rho: weight of the agreement of B and Z.
+        damping: lambda, a fraction of the scaled Hessian's diagonal.
+
+    Raises:
+        ValueError: a setting out of range, and in `prune_stack` a Hessian that cannot be factorised.
+    """
+
+    def __init__(self, num_iterations: int = 20, num_mask_iterations: int = 15, rho: float = 1.0, damping: float = 0.1) -> None:
+        check_count("pruner.num_iterations", num_iterations, 1)
+        check_count("pruner.num_mask_iterations", num_mask_iterations, 0)
+        if num_mask_iterations > num_iterations:
+            raise ValueError(
+                f"pruner.num_mask_iterations={num_mask_iterations}: must not exceed pruner.num_iterations={num_iterations}"
+            )
+        self.num_iterations = num_iterations
+        self.num_mask_iterations = num_mask_iterations
+        self.rho = check_positive("pruner.rho", rho)
+        self.damping = check_positive("pruner.damping", damping)
+
+    def prune_stack(self, weight_IO: Tensor, sizes: list[int], pattern: SparsityPattern, names: list[str]) -> Tensor:
+        statistic = self.statistics[names[0]]
+        problem = ScaledProblem.of(statistic, self.damping, names[0])
+        inverse = statistic.memo((ADMM, self.damping, self.rho), lambda: problem.inverse(self.rho))
+        projection = Projection(pattern, sizes)
+        B = problem.scale[:, None] * weight_IO
+        constant = problem.A @ B
+        U = torch.zeros_like(B)
+        mask = projection.exact(B.abs()) if self.num_mask_iterations == 0 else None
+        with fast_products():
+            for iteration in range(1, self.num_iterations + 1):
+                total = B.add_(U)
+                if iteration < self.num_mask_iterations:
+                    share = 1 - (1 - iteration / self.num_mask_iterations) ** 3
+                    chosen = projection.fast(total.abs(), share * float(pattern.sparsity))
+                else:
+                    if mask is None:
+                        mask = projection.exact(total.abs())
+                    chosen = mask
+                Z = total * chosen.to(total.dtype)
+                U = total.sub_(Z)
+                B = inverse @ torch.add(constant, Z.sub_(U), alpha=self.rho)
+        return B.add_(U).mul_(mask).div_(problem.scale[:, None])
