@@ -42,6 +42,10 @@ class Activations:
         """The hidden states (B, T, D) of `rows`, on the device."""
         return self.tensor[rows].to(self.device, non_blocking=True)
 
+    def pick(self, rows: Tensor) -> Tensor:
+        """The hidden states (B, T, D) of `rows` (B,), in that order, on the device."""
+        return self.tensor[rows.to(self.tensor.device)].to(self.device)
+
     def put(self, rows: slice, hidden: Tensor) -> None:
         """Overwrite `rows`. On one CUDA stream a later `get` waits for it; the host must not look without synchronising."""
         self.tensor[rows].copy_(hidden, non_blocking=True)

@@ -21,13 +21,17 @@ from nnprune.calibration import Calibration
 from nnprune.checks import check_count
 from nnprune.evaluation import Evaluation
 from nnprune.loading import ModelSource
+from nnprune.method import Method
 from nnprune.patterns import SparsityPattern, Unstructured, parse_pattern
+from nnprune.propagation import PROPAGATE
 from nnprune.pruners.base import Pruner
-from nnprune.pruning import PROPAGATE
 from nnprune.records import fingerprint
+from nnprune.recovery import Recovery
 from nnprune.runtime import Runtime
+from nnprune.targets import Target
+from nnprune.updates import Update
 
-GROUPS = ("pruner", "sparsity", "allocation", "calibration", "evaluation", "runtime", "model")
+GROUPS = ("pruner", "sparsity", "allocation", "target", "update", "recover", "calibration", "evaluation", "runtime", "model")
 SETTINGS = ("seed", "propagate", "label", "outputs", "overwrite", "save", "plan", "grid")
 NOT_SCIENCE = ("runtime", "label", "outputs", "overwrite", "save", "plan", "grid")
 
@@ -38,13 +42,18 @@ class Experiment:
 
     config: dict[str, Any]
     pattern: SparsityPattern
-    pruner: Pruner
+    method: Method
     allocation: Allocation
     calibration: Calibration
     evaluation: Evaluation
     source: ModelSource
     runtime: Runtime
     label: str
+
+    @property
+    def pruner(self) -> Pruner:
+        """Who chooses the masks."""
+        return self.method.pruner
 
     @property
     def is_dense(self) -> bool:
@@ -107,10 +116,17 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
     runtime = _make("runtime", Runtime, config)
     pruner = pruner or _instantiate("pruner", config, Pruner)
     pruner.validate(pattern)
+    parts = {"target": Target, "update": Update, "recover": Recovery}
+    method = Method(pruner, *(_instantiate(key, config, expected) for key, expected in parts.items()))
+    if method.needs_reference and config["propagate"] == "dense":
+        key = "target" if method.pairs_inputs else "recover"
+        raise ValueError(
+            f"propagate=dense: hands on what {key} compares pruned layers with; set propagate=pruned or sequential, or leave {key} away"
+        )
     experiment = Experiment(
         config=config,
         pattern=pattern,
-        pruner=pruner,
+        method=method,
         allocation=_instantiate("allocation", config, Allocation),
         calibration=_instantiate("calibration", config, Calibration),
         evaluation=_instantiate("evaluation", config, Evaluation),

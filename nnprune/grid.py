@@ -46,7 +46,7 @@ def prune_grid(experiments: Sequence[Experiment]) -> Job:
         wanted = [Planned(one.allocation, one.pattern, one.folder / SCRATCH) for one in experiments]
         plans = make_plans(job.engine, job.calibration_ids, wanted, job.watch)
         cells = [
-            Cell(experiment.pruner, plan, FinishedLayers(experiment.folder / SCRATCH, decoder.path))
+            Cell(experiment.method, plan, FinishedLayers(experiment.folder / SCRATCH, decoder.path))
             for experiment, plan in zip(experiments, plans, strict=True)
         ]
         log.info("grid: %d cells in one pass", len(cells))

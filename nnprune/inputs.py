@@ -3,14 +3,16 @@
 Letters: N samples, B batch, T tokens, I input features.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
 
 from nnprune.decoder import StopForward
+from nnprune.method import Method
 from nnprune.pruners.base import Pruner
+from nnprune.statistics import CrossProduct, InputStatistic
 
 SAMPLED_TOKENS = 512
 """Tokens, from the first rows of the calibration, on which the relative error of each linear is measured."""
@@ -42,30 +44,46 @@ def input_groups(linears: dict[str, nn.Module], forward: Callable[[], object]) -
 
 
 class InputCollector:
-    """Shows pruners the inputs of groups of linears while forwards run.
+    """Sees the inputs of groups of linears while forwards run.
 
     One statistic of a kind and group serves all linears of the group and all pruners that ask for it. A pruner that
     collects on its own is shown every linear's input.
 
     Args:
-        pruners: who wants to know.
+        statistics: the kinds to accumulate.
+        own: pruners that collect by themselves.
         groups: as from `input_groups`; only these are looked at.
         linears: name -> linear, for at least the names in `groups`.
         seq_len: T.
+        reference: the same of the dense layer, where that is another module.
     """
 
-    def __init__(self, pruners: Sequence[Pruner], groups: list[list[str]], linears: dict[str, nn.Module], seq_len: int) -> None:
+    def __init__(
+        self,
+        statistics: Iterable[type[InputStatistic]],
+        own: Sequence[Pruner],
+        groups: list[list[str]],
+        linears: dict[str, nn.Module],
+        seq_len: int,
+        reference: dict[str, nn.Module] | None = None,
+    ) -> None:
         self.groups = groups
         self.linears = linears
         self.seq_len = seq_len
-        self._sharing = [pruner for pruner in pruners if pruner.shares_statistics and pruner.statistic]
-        self._own = [pruner for pruner in pruners if not pruner.shares_statistics]
-        kinds = {pruner.statistic for pruner in self._sharing}
-        self._statistics = {names[0]: {kind: kind() for kind in kinds} for names in groups}
+        self.statistics = {names[0]: {kind: kind() for kind in statistics} for names in groups}
+        self._own = [pruner for pruner in own if not pruner.shares_statistics]
+        self._reference = reference
+        self._reference_inputs: dict[str, Tensor] | None = None  # of the rows at hand
+        self._remembers = self._stops_reference = False
         self._samples: dict[str, list[Tensor]] = {names[0]: [] for names in groups}
         self._totals: dict[str, Tensor] = {}  # sums that show NaNs, where no statistic does
         self._rows = slice(0, 0)
         self._num_seen: dict[str, int] = {}
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a statistic compares inputs with those of the dense layer, so that `reference` comes before `rows`."""
+        return any(CrossProduct in kinds for kinds in self.statistics.values())
 
     @contextmanager
     def watching(self, stop: bool) -> Iterator[None]:
@@ -73,11 +91,19 @@ class InputCollector:
         watched = [name for names in self.groups for name in (names if self._own else names[:1])]
 
         def see(name: str, X: Tensor) -> None:
-            self._see(name, X)
-            if stop and name == watched[-1]:
-                raise StopForward
+            if self._remembers:
+                self._reference_inputs[name] = X.detach()
+                if self._stops_reference and name == watched[-1]:
+                    raise StopForward
+            else:
+                self._see(name, X)
+                if stop and name == watched[-1]:
+                    raise StopForward
 
-        with _hooks({name: self.linears[name] for name in watched}, see):
+        with ExitStack() as stack:
+            for linears in (self.linears, self._reference):
+                if linears is not None:
+                    stack.enter_context(_hooks({name: linears[name] for name in watched}, see))
             yield
 
     @contextmanager
@@ -88,15 +114,24 @@ class InputCollector:
         with suppress(StopForward):
             yield
 
+    @contextmanager
+    def reference(self, stop: bool) -> Iterator[None]:
+        """The forward within it, of the dense layer, shows the reference inputs of the rows to come; `stop` ends it once the
+        last group has been seen."""
+        self._remembers, self._stops_reference, self._reference_inputs = True, stop, {}
+        try:
+            with suppress(StopForward):
+                yield
+        finally:
+            self._remembers = False
+
     def finish(self) -> None:
-        """Hand the statistics to their pruners. Raises ValueError, naming a linear, for NaN or infinite inputs."""
-        for leader, *others in self.groups:
-            statistics = self._statistics[leader]
+        """To be called after the last row. Raises ValueError, naming a linear, for NaN or infinite inputs."""
+        self._reference_inputs = None
+        for leader, statistics in self.statistics.items():
             finite = all(statistic.is_finite() for statistic in statistics.values())
             if not finite or (leader in self._totals and not self._totals[leader].isfinite()):
                 raise ValueError(f"{leader}: its inputs hold NaN or infinite values; try model.dtype=float32 or bfloat16")
-            for pruner in self._sharing:
-                pruner.statistics.update(dict.fromkeys([leader, *others], statistics[pruner.statistic]))
 
     def sample(self, names: list[str]) -> Tensor:
         """Some inputs (tokens, I) of the group `names`, float32, the same tokens whatever the batch size and pruner."""
@@ -108,9 +143,10 @@ class InputCollector:
         X = X.detach().reshape(-1, self.seq_len, X.shape[-1])  # some layers flatten their tokens
         if name in self._samples:
             self._sample(name, X)
-            for statistic in self._statistics[name].values():
-                statistic.add(X)
-            if not self._statistics[name]:
+            for kind, statistic in self.statistics[name].items():
+                others = [self._reference_inputs[name]] if kind is CrossProduct else []
+                statistic.add(X, *others)
+            if not self.statistics[name]:
                 self._totals[name] = self._totals.get(name, 0) + X.sum(dtype=torch.float32)
         for pruner in self._own:
             pruner.add_linear_activations(name, X)
@@ -128,9 +164,9 @@ def num_sampled_rows(seq_len: int) -> int:
     return -(-SAMPLED_TOKENS // seq_len)
 
 
-def rows_needed(pruners: Sequence[Pruner], ids: Tensor) -> Tensor:
-    """Rows of calibration ids (N, T) for these pruners: all, or just enough to measure errors where none looks at inputs."""
-    return ids if any(pruner.needs_calibration for pruner in pruners) else ids[: num_sampled_rows(ids.shape[1])]
+def rows_needed(methods: Sequence[Method], ids: Tensor) -> Tensor:
+    """Rows of calibration ids (N, T) for these methods: all, or just enough to measure errors where none looks at inputs."""
+    return ids if any(method.needs_calibration for method in methods) else ids[: num_sampled_rows(ids.shape[1])]
 
 
 def check_weight(name: str, weight: Tensor) -> None:

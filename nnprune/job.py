@@ -119,7 +119,7 @@ class Job:
         cells, texts, finished = [], self.evaluation_ids, self.engine.store.finished
         dense_folder = self.experiment.dense().folder / SCRATCH
         if pruned:
-            cells.append(Cell(self.experiment.pruner, self.plan, finished))
+            cells.append(Cell(self.experiment.method, self.plan, finished))
         with ExitStack() as stack:
             with self.watch.stage("evaluation"):
                 measured = Measurement("pruned", texts if pruned else {}, self.experiment.folder / SCRATCH)

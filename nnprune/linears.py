@@ -11,38 +11,40 @@ from torch import Tensor, nn
 
 from nnprune.decoder import weight_OI
 from nnprune.inputs import InputCollector, check_weight
+from nnprune.method import Method
 from nnprune.patterns import PatternError, SparsityPattern, zeros_in
 from nnprune.pruners.base import Pruner
+from nnprune.statistics import InputStatistic
 
 ROWS_AT_ONCE = 1024
 """Output features whose float32 copies are needed at the same time to measure an error."""
 
 
 def prune_linears(
-    pruner: Pruner, plan: dict[str, SparsityPattern], collector: InputCollector, linears: dict[str, nn.Module]
+    method: Method, plan: dict[str, SparsityPattern], collector: InputCollector, linears: dict[str, nn.Module]
 ) -> list[dict[str, Any]]:
     """Prune in place all linears whose inputs were collected, and report on each. Raises ValueError, naming the linear,
     for a weight that is not finite and for a pruner that breaks its contract."""
-    return [
-        report
-        for names in collector.groups
-        for report in _prune_group(pruner, plan, {name: linears[name] for name in names}, collector.sample(names))
-    ]
+    return [report for names in collector.groups for report in _prune_group(method, plan, collector, linears, names)]
 
 
 def _prune_group(
-    pruner: Pruner, plan: dict[str, SparsityPattern], linears: dict[str, nn.Module], sample: Tensor
+    method: Method,
+    plan: dict[str, SparsityPattern],
+    collector: InputCollector,
+    linears: dict[str, nn.Module],
+    names: list[str],
 ) -> list[dict[str, Any]]:
-    """Prune linears that share an input, of which `sample` (tokens, I) are some."""
+    """Prune linears `names` that share an input."""
     start = time.perf_counter()
-    weights = {name: weight_OI(linear).contiguous() for name, linear in linears.items()}
+    pruner, sample = method.pruner, collector.sample(names)
+    weights = {name: weight_OI(linears[name]).contiguous() for name in names}
     for name, W in weights.items():
         check_weight(name, W)
-    asked = [name for name in weights if plan[name].sparsity]
-    pruned = dict(weights)
-    if asked:
-        # The clones are for pruners that work in place.
-        pruned |= pruner.prune_group({name: weights[name].clone() for name in asked}, {name: plan[name] for name in asked})
+    statistics = collector.statistics[names[0]]
+    if pruner.shares_statistics and pruner.statistic is not None:
+        pruner.statistics.update(dict.fromkeys(names, statistics[pruner.statistic]))
+    pruned = weights | _answers(method, {name: weights[name] for name in names if plan[name].sparsity}, plan, statistics)
     reports = []
     for name, W in weights.items():
         pruner.clear_linear_activations(name)
@@ -63,6 +65,28 @@ def _prune_group(
     for report in reports:  # the group's time, shared out by size
         report["seconds"] = seconds * weights[report["name"]].numel() / size
     return reports
+
+
+def _answers(
+    method: Method,
+    weights: dict[str, Tensor],
+    plan: dict[str, SparsityPattern],
+    statistics: dict[type[InputStatistic], InputStatistic],
+) -> dict[str, Tensor]:
+    """What a method makes of the weights (O, I) of linears that share an input, not yet checked."""
+    if not weights:
+        return {}
+    if method.is_plain:  # the clones are for pruners that work in place
+        return method.pruner.prune_group(
+            {name: W.clone() for name, W in weights.items()}, {name: plan[name] for name in weights}
+        )
+    # What one step rounded, the next could not mend: float32 until the end.
+    dense = {name: W.to(torch.float32, copy=True) for name, W in weights.items()}
+    targets = method.target.weights(dense, statistics)
+    shown = {name: W.clone() for name, W in targets.items()}
+    pruned = method.pruner.prune_group(shown, {name: plan[name] for name in weights})
+    pruned = {name: _checked(method.pruner, pruned[name], W, name, plan[name]) for name, W in dense.items()}
+    return method.update.update_group(pruned, targets, statistics.get(method.update.statistic))
 
 
 def _checked(pruner: Pruner, pruned: Tensor, W: Tensor, name: str, pattern: SparsityPattern) -> Tensor:

@@ -25,7 +25,7 @@ from nnprune.linears import prune_linears
 from nnprune.loading import quieten_transformers
 from nnprune.records import read_completed
 from nnprune.runtime import available_host_bytes, forget_peaks, peak_device_bytes, peak_host_bytes, resident_host_bytes
-from nnprune.statistics import Hessian
+from nnprune.statistics import CrossProduct, Hessian
 from nnprune.streams import Stream
 from nnprune.survey import stand_in
 
@@ -93,7 +93,7 @@ class Plan:
         measured = self._evaluation_stage()
         if experiment.is_dense:
             return [Stage("dense_evaluation", *measured)]
-        rows = rows_needed([experiment.pruner], self.calibration)
+        rows = rows_needed([experiment.method], self.calibration)
         batches = num_layers * rows.numel() / probe.num_tokens
         collects, forwards = {"pruned": (1, 1), "dense": (1, 0), "sequential": (probe.num_groups, 1)}[
             experiment.config["propagate"]
@@ -177,7 +177,7 @@ class Plan:
 
 def _probe(experiment: Experiment, config: Any, seq_len: int) -> Probe:
     """Do with one random layer what a run does with each."""
-    runtime, pruner, device = experiment.runtime, experiment.pruner, experiment.runtime.torch_device
+    runtime, method, device = experiment.runtime, experiment.method, experiment.runtime.torch_device
     decoder = Decoder(experiment.source.random(_one_layer(config)).to(device), experiment.source.layers_path)
     linears, layer = decoder.linears(0), decoder.layers[0]
     ids = torch.randint(
@@ -193,9 +193,12 @@ def _probe(experiment: Experiment, config: Any, seq_len: int) -> Probe:
         _seconds(lambda: stream.run(0, layer, hidden), device)  # the first call of a kernel is slow
         forward_seconds = _seconds(lambda: stream.run(0, layer, hidden), device)
         if not experiment.is_dense:
-            collector = InputCollector([pruner], groups, linears, seq_len)
+            collector = InputCollector(method.statistics, [method.pruner], groups, linears, seq_len)
 
             def collect() -> None:
+                if method.needs_reference:
+                    with collector.reference(stop=False):
+                        stream.run(0, layer, hidden)
                 with collector.rows(slice(0, len(ids))):
                     stream.run(0, layer, hidden)
 
@@ -203,7 +206,7 @@ def _probe(experiment: Experiment, config: Any, seq_len: int) -> Probe:
                 collect_seconds = _seconds(collect, device)
             collector.finish()
             plan = Uniform().plan(experiment.pattern, decoder.shapes_by_layer())  # one layer can have no other
-            prune_seconds = _seconds(lambda: prune_linears(pruner, plan, collector, linears), device)
+            prune_seconds = _seconds(lambda: prune_linears(method, plan, collector, linears), device)
             if experiment.allocation.looks_at != "nothing":
                 dense = stand_in(linears, SAMPLED_TOKENS)
                 measure_seconds = _seconds(lambda: experiment.allocation.measure(dense, experiment.pattern), device)
@@ -216,9 +219,7 @@ def _probe(experiment: Experiment, config: Any, seq_len: int) -> Probe:
         * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     )
     per_token = 2 * sum(linear.weight.numel() for linear in linears.values()) + attention
-    statistic = (
-        sum(2 * width * (width if pruner.statistic is Hessian else 1) for width in widths) if pruner.needs_calibration else 0
-    )
+    statistic = sum(2 * width * width for width in widths) * len(method.statistics & {Hessian, CrossProduct})
     return Probe(
         num_tokens=ids.numel(),
         forward_seconds=forward_seconds,

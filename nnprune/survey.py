@@ -24,8 +24,8 @@ from nnprune.decoder import weight_OI
 from nnprune.inputs import PROBE_TOKENS, InputCollector, check_weight, input_groups
 from nnprune.layerwise import LayerwiseEngine
 from nnprune.patterns import SparsityPattern
-from nnprune.pruners.wanda import Wanda
 from nnprune.records import write_atomically
+from nnprune.statistics import SquaredNorm
 from nnprune.stopwatch import Stopwatch
 from nnprune.streams import Stream
 
@@ -119,8 +119,7 @@ def _look(engine: LayerwiseEngine, index: int, module: nn.Module, stream: Stream
     if stream is None:
         return layer
     groups = input_groups(linears, lambda: stream.run(index, module, stream.probe(PROBE_TOKENS)))
-    witness = Wanda()  # asks for the statistic that scores are made of
-    collector = InputCollector([witness], groups, linears, stream.ids.shape[1])
+    collector = InputCollector([SquaredNorm], [], groups, linears, stream.ids.shape[1])
     is_last = index == engine.num_layers - 1
 
     def step(rows: slice, hidden: Tensor) -> Tensor | None:
@@ -133,7 +132,7 @@ def _look(engine: LayerwiseEngine, index: int, module: nn.Module, stream: Stream
         stream.each_batch(step)
     collector.finish()
     for names in groups:
-        layer.squared_norms |= dict.fromkeys(names, witness.statistics[names[0]].mean())
+        layer.squared_norms |= dict.fromkeys(names, collector.statistics[names[0]][SquaredNorm].mean())
         layer.samples |= dict.fromkeys(names, collector.sample(names))
     return layer
 

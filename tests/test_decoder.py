@@ -14,6 +14,7 @@ from nnprune.finished import FinishedLayers
 from nnprune.inputs import input_groups
 from nnprune.layerstore import LayerStore
 from nnprune.layerwise import LayerwiseEngine
+from nnprune.method import Method
 from nnprune.patterns import parse_pattern
 from nnprune.pruners.sparsegpt import SparseGPT
 from nnprune.pruning import Cell, PruningPass
@@ -33,7 +34,7 @@ def engine_of(model, folder, **runtime) -> LayerwiseEngine:
 def prune(engine, pruner, plan, ids, propagate="pruned") -> list[dict]:
     """Prune as a run does, and leave the model pruned; returns the reports of all layers."""
     finished = engine.store.finished
-    PruningPass(engine, [Cell(pruner, plan, finished)], propagate).run(ids)
+    PruningPass(engine, [Cell(Method(pruner), plan, finished)], propagate).run(ids)
     for index in range(engine.num_layers):
         engine.store.fetch(index)
     return [finished.reports[index] for index in range(engine.num_layers)]

@@ -1,0 +1,146 @@
+"""What is done to a whole decoder layer so that its outputs come closer to the dense model's: `recover`.
+
+Letters: N samples, B batch, T tokens, D hidden.
+"""
+
+import copy
+import logging
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnprune.activations import Activations
+from nnprune.checks import check_count, check_positive
+
+log = logging.getLogger(__name__)
+
+Run = Callable[[nn.Module, Tensor], Tensor]
+"""A decoder layer's outputs (B, T, D), for the layer and its inputs (B, T, D)."""
+
+
+class Recovery:
+    """Nothing: layers stay as the pruner left them."""
+
+    epochs_before: int = 0
+    epochs_after: int = 0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any layer is tuned."""
+        return self.epochs_before + self.epochs_after > 0
+
+    def tune(
+        self, index: int, layer: nn.Module, run: Run, inputs: Activations, targets: Activations, num_epochs: int
+    ) -> dict[str, Any]:
+        """Change the weights of decoder layer `index` in place; zeros stay zero. Returns a report."""
+        raise NotImplementedError
+
+
+class Reconstruction(Recovery):
+    """Adam on one decoder layer at a time, towards the outputs that the dense model has for the same tokens.
+
+    `epochs_after` tunes a layer once it is pruned, with its zeros fixed, on inputs that come from pruned layers (EBFT, Guo et
+    al. 2024, arXiv:2402.12419). `epochs_before` tunes it while it is still dense, so that it takes up the errors of all pruned
+    layers before it (ICP, "intermediate compensation pruning"); then it is pruned, from the tuned weights. Only ever one layer's gradients
+    and float32 weights are in memory.
+
+    Loss: the mean over tokens of ||y - y_dense||^2 / ||y_dense||^2; normalised, as a few tokens are a thousand times as loud
+    as the rest and the next layer's norm undoes that. Of all epochs, the one before the first included, the weights with the
+    least loss on the held-out sequences stay.
+
+    Args:
+        epochs_before, epochs_after: passes over the calibration.
+        lr: the learning rate, which falls to zero along a cosine.
+        batch_tokens: of a step; at least one sequence.
+        holdout: share of the sequences that choose the epoch.
+
+    Raises:
+        ValueError: a setting out of range; in `tune` fewer than two sequences.
+    """
+
+    def __init__(
+        self, epochs_before: int, epochs_after: int, lr: float = 2e-4, batch_tokens: int = 2048, holdout: float = 0.125
+    ) -> None:
+        check_count("recover.epochs_before", epochs_before, 0)
+        check_count("recover.epochs_after", epochs_after, 0)
+        if epochs_before + epochs_after == 0:
+            raise ValueError("recover.epochs_before=0, recover.epochs_after=0: nothing to do; set one of them, or recover=none")
+        check_count("recover.batch_tokens", batch_tokens, 1)
+        self.epochs_before = epochs_before
+        self.epochs_after = epochs_after
+        self.lr = check_positive("recover.lr", lr)
+        self.batch_tokens = batch_tokens
+        self.holdout = check_positive("recover.holdout", holdout, below=1)
+
+    def tune(
+        self, index: int, layer: nn.Module, run: Run, inputs: Activations, targets: Activations, num_epochs: int
+    ) -> dict[str, Any]:
+        num_rows, seq_len = inputs.tensor.shape[:2]
+        if num_rows < 2:
+            raise ValueError(f"calibration.num_samples={num_rows}: recover needs one sequence to tune on and one to hold out")
+        generator = torch.Generator().manual_seed(index)
+        order = torch.randperm(num_rows, generator=generator)
+        num_held = min(max(round(self.holdout * num_rows), 1), num_rows - 1)
+        held, used = order[:num_held], order[num_held:]
+        batch = max(self.batch_tokens // seq_len, 1)
+        tuned = copy.deepcopy(layer).float().requires_grad_(True)
+        parameters = list(tuned.parameters())
+        supports = [(parameter, parameter != 0) for parameter in parameters if parameter.ndim > 1]
+
+        def loss_of(rows: Tensor) -> Tensor:
+            return _loss(run, tuned, inputs, targets, rows)
+
+        def held_out() -> float:
+            with torch.no_grad():
+                return sum(float(loss_of(rows)) * len(rows) for rows in held.split(batch)) / num_held
+
+        first = best = held_out()
+        kept = [parameter.detach().clone() for parameter in parameters]
+        epoch_kept, step, num_steps = 0, 0, num_epochs * -(-len(used) // batch)
+        optimizer = torch.optim.Adam(parameters, lr=self.lr, betas=(0.9, 0.95))
+        with torch.enable_grad():
+            for epoch in range(1, num_epochs + 1):
+                for rows in used[torch.randperm(len(used), generator=generator)].split(batch):
+                    optimizer.param_groups[0]["lr"] = self.lr * _schedule(step, num_steps)
+                    optimizer.zero_grad()
+                    loss_of(rows).backward()
+                    optimizer.step()
+                    with torch.no_grad():
+                        for parameter, support in supports:
+                            parameter.mul_(support)
+                    step += 1
+                if (now := held_out()) < best:
+                    best, epoch_kept = now, epoch
+                    kept = [parameter.detach().clone() for parameter in parameters]
+        for parameter, value in zip(layer.parameters(), kept, strict=True):
+            parameter.data.copy_(value)
+        log.debug("layer %d: held-out loss %.3e -> %.3e at epoch %d of %d", index, first, best, epoch_kept, num_epochs)
+        return {"loss_before": first, "loss_after": best, "epoch": epoch_kept}
+
+
+def _loss(run: Run, layer: nn.Module, inputs: Activations, targets: Activations, rows: Tensor) -> Tensor:
+    """The normalised squared error of a layer with float32 weights on rows (B,) of the calibration."""
+    hidden, wanted = (activations.pick(rows) for activations in (inputs, targets))
+    with _autocast(hidden):
+        output = run(layer, hidden.float())
+    wanted = wanted.float()
+    return ((output - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)).mean()
+
+
+def _autocast(hidden: Tensor) -> AbstractContextManager:
+    """Products in bfloat16 where the model has 16 bits; its weights stay float32."""
+    if hidden.dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(hidden.device.type, dtype=torch.bfloat16)
+
+
+def _schedule(step: int, num_steps: int) -> float:
+    """Share of the learning rate: a tenth of the steps of warm-up, then a cosine to zero."""
+    warm = max(num_steps // 10, 1)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(num_steps - warm, 1)))
