@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,10 @@ log = logging.getLogger("nnprune")
 
 PACKAGE = Path(__file__).parent
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
+
+
+BESIDE = {"allocation": "uniform", "target": "dense", "update": "none", "recover": "none"}
+"""Groups that change a method, and what leaves it as it is."""
 
 
 class RunFailed(CompactHydraException):
@@ -133,7 +137,8 @@ def _main(cfg: DictConfig) -> None:
     failure = None
     try:
         if cfg.label is None:
-            cfg.label = _label(cfg, HydraConfig.get().runtime.choices["pruner"])
+            chosen = HydraConfig.get()
+            cfg.label = _label(cfg, chosen.runtime.choices, chosen.overrides.task)
         if cfg.plan:
             show_plan(cfg)
         elif is_grid(cfg):
@@ -150,10 +155,14 @@ def _main(cfg: DictConfig) -> None:
         raise RunFailed(failure)
 
 
-def _label(cfg: DictConfig, choice: str) -> str:
-    """What to call the method: as its option of `pruner`, or as its class where that is the user's own."""
-    target = str(OmegaConf.select(cfg, "pruner._target_", default=choice))
-    return target.split(".")[-1] if choice == "custom" else choice
+def _label(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str]) -> str:
+    """What to call the method: as its option of `pruner`, or as its class where that is the user's own, and with what was
+    asked for beside it: wanda+refit."""
+    name = choices["pruner"]
+    if name == "custom":
+        name = str(OmegaConf.select(cfg, "pruner._target_", default=name)).split(".")[-1]
+    asked = {entry.partition("=")[0] for entry in overrides}
+    return "+".join([name, *(choices[key] for key, plain in BESIDE.items() if key in asked and choices[key] != plain)])
 
 
 def _cells(cfg: DictConfig) -> list[DictConfig]:
@@ -166,7 +175,7 @@ def _cells(cfg: DictConfig) -> list[DictConfig]:
     for pruner in pruners:
         for pattern in patterns:
             cell = compose("config", rewrite_sparsity([*overrides, f"pruner={pruner}", f"sparsity={pattern}"]))
-            cell.label = cell.label or _label(cell, pruner)
+            cell.label = cell.label or _label(cell, {**hydra_config.runtime.choices, "pruner": pruner}, overrides)
             cells.append(cell)
     return cells
 

@@ -6,6 +6,7 @@ Letters: O output features, I input features.
 import torch
 from torch import Tensor
 
+from nnprune.checks import check_positive
 from nnprune.statistics import CrossProduct, Hessian, InputStatistic
 
 
@@ -41,10 +42,8 @@ class Asymmetric(Target):
     def __init__(self, alpha: float = 0.25, damping: float = 0.01) -> None:
         if not 0 < alpha <= 1:
             raise ValueError(f"target.alpha={alpha}: must be above 0 and at most 1; target=dense is alpha 0")
-        if not damping > 0:
-            raise ValueError(f"target.damping={damping}: must be greater than 0, such as 0.01")
         self.alpha = alpha
-        self.damping = damping
+        self.damping = check_positive("target.damping", damping)
 
     def weights(self, dense: dict[str, Tensor], statistics: dict[type[InputStatistic], InputStatistic]) -> dict[str, Tensor]:
         repair = statistics[CrossProduct].memo("repair", lambda: self._repair(statistics, next(iter(dense))))

@@ -6,7 +6,7 @@ Letters: O output features, I input features.
 import torch
 from torch import Tensor
 
-from nnprune.checks import check_count
+from nnprune.checks import check_count, check_positive
 from nnprune.leastsquares import ScaledProblem
 from nnprune.statistics import Hessian, InputStatistic
 
@@ -42,10 +42,8 @@ class Refit(Update):
 
     def __init__(self, num_steps: int = 7, damping: float = 0.01) -> None:
         check_count("update.num_steps", num_steps, 1)
-        if not damping > 0:
-            raise ValueError(f"update.damping={damping}: must be greater than 0, such as 0.01")
         self.num_steps = num_steps
-        self.damping = damping
+        self.damping = check_positive("update.damping", damping)
 
     def update_group(
         self, pruned: dict[str, Tensor], targets: dict[str, Tensor], statistic: InputStatistic | None

@@ -31,10 +31,11 @@ def engine_of(model, folder, **runtime) -> LayerwiseEngine:
     return LayerwiseEngine(decoder, store, runtime, folder)
 
 
-def prune(engine, pruner, plan, ids, propagate="pruned") -> list[dict]:
+def prune(engine, method, plan, ids, propagate="pruned") -> list[dict]:
     """Prune as a run does, and leave the model pruned; returns the reports of all layers."""
+    method = method if isinstance(method, Method) else Method(method)
     finished = engine.store.finished
-    PruningPass(engine, [Cell(Method(pruner), plan, finished)], propagate).run(ids)
+    PruningPass(engine, [Cell(method, plan, finished)], propagate).run(ids)
     for index in range(engine.num_layers):
         engine.store.fetch(index)
     return [finished.reports[index] for index in range(engine.num_layers)]

@@ -23,11 +23,12 @@ from nnprune.statistics import Hessian
 IDS = random_ids(rows=5, seq_len=16)
 
 
-def prune_model(folder, family="llama", pruner=None, propagate="pruned", model=None, **runtime):
+def prune_model(folder, family="llama", method=None, propagate="pruned", model=None, **runtime):
+    """The pruned model, and the reports of its layers; `method` may be a mere pruner."""
     model = model or FAMILIES[family]()
     engine = engine_of(model, folder, **runtime)
     plan = dict.fromkeys(engine.decoder.shapes(), NM(2, 4))
-    return model, prune(engine, pruner or SparseGPT(), plan, IDS, propagate)
+    return model, prune(engine, method or SparseGPT(), plan, IDS, propagate)
 
 
 class Witness(Pruner):
@@ -44,8 +45,8 @@ class Witness(Pruner):
 
 
 @torch.no_grad()
-def expected_hessians(dense, pruned, propagate):
-    """Hessians from full-model forwards: the reference for what each mode shows."""
+def expected_inputs(dense, pruned, propagate):
+    """Inputs (tokens, I) of each linear from full-model forwards: the reference for what each mode shows."""
     seen = {}
     for index in range(3):
         for group in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
@@ -71,8 +72,7 @@ def expected_hessians(dense, pruned, propagate):
                     linear.register_forward_pre_hook(lambda _, args, name=name, seen=captured: seen.__setitem__(name, args[0]))
             model(IDS)
             for name, X in captured.items():
-                X = X.reshape(-1, X.shape[-1])
-                seen[f"model.layers.{index}.{name}"] = X.T @ X / len(X)
+                seen[f"model.layers.{index}.{name}"] = X.reshape(-1, X.shape[-1])
     return seen
 
 
@@ -80,19 +80,19 @@ def expected_hessians(dense, pruned, propagate):
 def test_what_each_linear_sees(propagate, tmp_path):
     dense = FAMILIES["llama"]().state_dict()
     witness = Witness()
-    model, _ = prune_model(tmp_path, pruner=witness, propagate=propagate, batch_tokens=32)
-    expected = expected_hessians(dense, model.state_dict(), propagate)
+    model, _ = prune_model(tmp_path, method=witness, propagate=propagate, batch_tokens=32)
+    expected = expected_inputs(dense, model.state_dict(), propagate)
     assert witness.seen.keys() == expected.keys()
-    for name, hessian in expected.items():
+    for name, X in expected.items():
         torch.testing.assert_close(
-            witness.seen[name], hessian, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            witness.seen[name], X.T @ X / len(X), rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
 @pytest.mark.parametrize("runtime", [{"batch_tokens": 16}, {"batch_tokens": 80, "activations": "disk"}, {"layers": "device"}])
 def test_where_things_rest_does_not_change_the_result(runtime, tmp_path):
-    first, _ = prune_model(tmp_path / "a", pruner=Wanda(), batch_tokens=80)
-    second, _ = prune_model(tmp_path / "b", pruner=Wanda(), **runtime)
+    first, _ = prune_model(tmp_path / "a", method=Wanda(), batch_tokens=80)
+    second, _ = prune_model(tmp_path / "b", method=Wanda(), **runtime)
     for (name, one), two in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
         assert torch.equal(one, two), name  # Wanda keeps weights as they are, so that equal masks are equal weights
     assert not list((tmp_path / "b").glob("activations*"))
@@ -146,12 +146,12 @@ class Counting(Wanda):
 
 @pytest.mark.parametrize("propagate", ["pruned", "dense", "sequential"])
 def test_an_interrupted_run_goes_on_to_the_same_bits(propagate, tmp_path):
-    whole, expected = prune_model(tmp_path / "whole", pruner=Wanda(), propagate=propagate, batch_tokens=32)
+    whole, expected = prune_model(tmp_path / "whole", method=Wanda(), propagate=propagate, batch_tokens=32)
     with pytest.raises(Interrupted):
-        prune_model(tmp_path / "cut", pruner=Failing("model.layers.1.mlp.down_proj"), propagate=propagate, batch_tokens=32)
+        prune_model(tmp_path / "cut", method=Failing("model.layers.1.mlp.down_proj"), propagate=propagate, batch_tokens=32)
     (tmp_path / "cut" / "layers" / ".layer-0001.safetensors.1.tmp").write_bytes(b"half")
     counting = Counting()
-    resumed, reports = prune_model(tmp_path / "cut", pruner=counting, propagate=propagate, batch_tokens=32)
+    resumed, reports = prune_model(tmp_path / "cut", method=counting, propagate=propagate, batch_tokens=32)
     assert all(name.startswith(("model.layers.1.", "model.layers.2.")) for name in counting.names)
     assert len(counting.names) == 14
     for (name, one), two in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
@@ -161,9 +161,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(propagate, tmp_path):
 
 
 def test_a_finished_pruning_is_only_read_again(tmp_path):
-    whole, _ = prune_model(tmp_path, pruner=Wanda())
+    whole, _ = prune_model(tmp_path, method=Wanda())
     counting = Counting()
-    again, _ = prune_model(tmp_path, pruner=counting)
+    again, _ = prune_model(tmp_path, method=counting)
     assert counting.names == []
     engine = engine_of(again, tmp_path)
     with through_layers(engine, IDS[:1]) as stream:
@@ -243,7 +243,7 @@ def test_a_layer_that_returns_something_else_is_refused():
 
 
 def test_files_have_the_users_permissions(tmp_path):
-    prune_model(tmp_path, pruner=Wanda())
+    prune_model(tmp_path, method=Wanda())
     (tmp_path / "ordinary").touch()
     for path in (tmp_path / "layers").iterdir():
         assert path.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
@@ -259,7 +259,7 @@ def test_every_dtype(dtype, tiny_config):
 
 def test_out_of_memory_halves_the_batch_and_counts_no_token_twice(tmp_path):
     reference, witness = Witness(), Witness()
-    prune_model(tmp_path / "a", pruner=reference, batch_tokens=32)
+    prune_model(tmp_path / "a", method=reference, batch_tokens=32)
     model = FAMILIES["llama"]()
 
     def small_device(module, args):
@@ -268,7 +268,7 @@ def test_out_of_memory_halves_the_batch_and_counts_no_token_twice(tmp_path):
 
     for layer in model.model.layers:
         layer.mlp.down_proj.register_forward_pre_hook(small_device)  # the other linears have been seen by then
-    prune_model(tmp_path / "b", pruner=witness, model=model, batch_tokens=64)
+    prune_model(tmp_path / "b", method=witness, model=model, batch_tokens=64)
     assert witness.seen.keys() == reference.seen.keys()
     for name, hessian in reference.seen.items():
         torch.testing.assert_close(witness.seen[name], hessian)

@@ -1,0 +1,184 @@
+"""What targets, updates and the solvers behind them promise, each method by a property of its own."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nnprune.leastsquares import ScaledProblem
+from nnprune.patterns import NM, Unstructured, parse_pattern
+from nnprune.projection import Projection
+from nnprune.pruners.admm import ADMM
+from nnprune.pruners.alps import ALPS
+from nnprune.pruners.base import Pruner
+from nnprune.pruners.sparsegpt import SparseGPT
+from nnprune.pruners.wanda import Wanda
+from nnprune.statistics import CrossProduct, Hessian
+from nnprune.targets import Asymmetric
+from nnprune.updates import Refit
+
+
+def problem(rows: int, width: int, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, Hessian]:
+    """A weight (rows, width), correlated inputs (tokens, width) of very different loudness, and their Hessian."""
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(rows, width, generator=generator)
+    mixing = torch.randn(width, width, generator=generator) / width**0.5 + torch.eye(width)
+    X = torch.randn(tokens, width, generator=generator) @ mixing * torch.rand(width, generator=generator).mul(5).exp()
+    X[:, 1] = 0
+    statistic = Hessian()
+    statistic.add(X)
+    return W, X, statistic
+
+
+def prune(pruner: Pruner, W: torch.Tensor, X: torch.Tensor, spec: str) -> torch.Tensor:
+    pruner.add_linear_activations("l", X)
+    return pruner.prune_linear(W, "l", parse_pattern(spec))
+
+
+def error(W: torch.Tensor, pruned: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+    """(rows,): squared error of each output feature, in float64."""
+    return ((pruned.double() - W.double()) @ X.double().t()).square().sum(1)
+
+
+def best_on_support(W: torch.Tensor, pruned: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+    """Exact least squares on the nonzeros of `pruned`, row by row, in float64."""
+    answer = torch.zeros_like(W, dtype=torch.float64)
+    for row in range(len(W)):
+        kept = pruned[row] != 0
+        wanted = X.double() @ W[row].double()
+        answer[row, kept] = torch.linalg.lstsq(X[:, kept].double(), wanted[:, None], driver="gelsd").solution[:, 0]
+    return answer
+
+
+@given(
+    rows=st.integers(1, 8),
+    width=st.integers(2, 60),
+    tokens=st.integers(1, 200),
+    steps=st.integers(1, 30),
+    kept=st.floats(0.1, 0.9),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_refit_never_raises_the_layer_error(rows, width, tokens, steps, kept, seed):
+    W, _, statistic = problem(rows, width, tokens, seed)
+    mask = torch.rand(rows, width, generator=torch.Generator().manual_seed(seed)) < kept
+    refitted = Refit(steps).update_group({"l": W * mask}, {"l": W}, statistic)["l"]
+    assert torch.equal((refitted != 0) & ~mask, torch.zeros_like(mask))
+    damped = ScaledProblem(statistic, 0.01, "l")
+    A = damped.A.double()
+
+    def loss(weight: torch.Tensor) -> torch.Tensor:
+        difference = (weight.double() - W.double()) * damped.scale.double()
+        return (difference @ A * difference).sum(1)
+
+    assert (loss(refitted) <= loss(W * mask) * (1 + 1e-4) + 1e-9).all()
+
+
+def test_many_steps_reach_the_least_squares_solution():
+    W, X, statistic = problem(6, 32, 500)
+    mask = torch.rand(6, 32, generator=torch.Generator().manual_seed(1)) < 0.5
+    mask[:, 1] = False  # a dead input has no best weight
+    refitted = Refit(200, damping=1e-6).update_group({"l": W * mask}, {"l": W}, statistic)["l"]
+    exact = error(W, best_on_support(W, W * mask, X), X).sum()
+    assert error(W, refitted, X).sum() < 1.02 * exact < 0.8 * error(W, W * mask, X).sum()
+
+
+@pytest.mark.parametrize("pruner", [Wanda, SparseGPT, ADMM])
+@pytest.mark.parametrize("spec", ["0.5", "2:4"])
+def test_a_refit_helps_any_mask(pruner, spec):
+    W, X, statistic = problem(32, 64, 1000)
+    pruned = prune(pruner(), W, X, spec)
+    refitted = Refit().update_group({"l": pruned}, {"l": W}, statistic)["l"]
+    parse_pattern(spec).check(refitted)
+    assert error(W, refitted, X).sum() < error(W, pruned, X).sum()
+
+
+@pytest.mark.parametrize("spec", ["0.5", "0.7", "2:4", "4:8"])
+def test_the_support_of_alps_beats_that_of_sparsegpt(spec):
+    W, X, _ = problem(48, 64, 1000)
+    errors = [error(W, best_on_support(W, prune(pruner, W, X, spec), X), X).sum() for pruner in (SparseGPT(), ALPS())]
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_a_longer_search_finds_better_supports():
+    W, X, _ = problem(48, 64, 1000)
+    short, long = (error(W, prune(pruner, W, X, "2:4"), X).sum() for pruner in (ALPS(), ALPS(0.03, 3.0, 20, 5, 10)))
+    assert long < short
+
+
+def test_gradual_masks_beat_wandas():
+    W, X, _ = problem(48, 64, 1000)
+    for spec in ("0.6", "2:4", "4:8"):
+        gradual, fixed = (prune(ADMM(num_mask_iterations=count), W, X, spec) for count in (15, 0))
+        assert error(W, gradual, X).sum() < error(W, fixed, X).sum()
+
+
+def test_admm_uses_all_of_its_freedom():
+    """4:8 must not be 2:4 in disguise."""
+    W, X, _ = problem(16, 64, 1000)
+    pruned = prune(ADMM(), W, X, "4:8")
+    assert (pruned.unflatten(1, (-1, 4)) != 0).sum(-1).max() > 2
+
+
+@given(n=st.integers(1, 7), m=st.integers(2, 8), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_a_fast_projection_onto_groups_is_exact(n, m, seed):
+    if n < m:
+        score = torch.rand(4 * m, 7, generator=torch.Generator().manual_seed(seed))
+        projection = Projection(NM(n, m), [3, 4])
+        assert torch.equal(projection.fast(score), projection.exact(score))
+
+
+def test_a_fast_projection_without_structure_is_near():
+    score = torch.rand(96, 600, generator=torch.Generator().manual_seed(0))
+    projection = Projection(Unstructured(0.7), [400, 200])
+    for piece in projection.fast(score).split([400, 200], dim=1):
+        assert float(piece.float().mean()) == pytest.approx(0.3, abs=0.01)
+    assert int((~projection.exact(score)).sum()) == 280 * 96 + 140 * 96
+
+
+def test_a_projection_on_its_way_keeps_the_best_of_each_group_and_more():
+    score = torch.rand(64, 50, generator=torch.Generator().manual_seed(0))
+    projection = Projection(NM(2, 4), [50])
+    mask = projection.fast(score, 0.3)
+    assert (mask | ~projection.fast(score)).all()
+    assert float(mask.float().mean()) == pytest.approx(0.7, abs=0.02)
+
+
+def pair(W: torch.Tensor, X: torch.Tensor, X_dense: torch.Tensor, **options: float) -> torch.Tensor:
+    hessian, cross = Hessian(), CrossProduct()
+    hessian.add(X)
+    cross.add(X, X_dense)
+    return Asymmetric(**options).weights({"l": W}, {Hessian: hessian, CrossProduct: cross})["l"]
+
+
+def test_the_asymmetric_target_is_the_regression_on_the_dense_outputs():
+    W, X_dense, _ = problem(8, 24, 800)
+    X = X_dense + 0.3 * torch.randn(X_dense.shape, generator=torch.Generator().manual_seed(1))
+    wanted = X_dense.double() @ W.double().t()
+    exact = torch.linalg.lstsq(X.double(), wanted).solution.t()
+    whole = pair(W, X, X_dense, alpha=1.0, damping=1e-7)
+    assert torch.allclose(whole.double(), exact, atol=1e-2 * float(exact.abs().max()))
+    assert torch.allclose(pair(W, X, X_dense, alpha=0.25, damping=1e-7), 0.75 * W + 0.25 * whole, atol=1e-4)
+
+
+def test_without_upstream_errors_the_target_is_the_dense_weight():
+    W, X, _ = problem(8, 24, 800)
+    assert torch.allclose(pair(W, X, X, alpha=1.0), W, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Asymmetric(alpha=0), "target.alpha=0: must be above 0"),
+        (lambda: Asymmetric(damping=0), "target.damping=0: must be a number greater"),
+        (lambda: Refit(num_steps=0), "update.num_steps=0: must be a whole number"),
+        (lambda: Refit(damping=-1), "update.damping=-1: must be a number greater"),
+        (lambda: ADMM(num_iterations=3), "pruner.num_mask_iterations=15: must not exceed pruner.num_iterations=3"),
+        (lambda: ALPS(first_rho=2.0), "pruner.last_rho=1.0: must not be less than pruner.first_rho=2.0"),
+        (lambda: ALPS(num_levels=0), "pruner.num_levels=0: must be a whole number"),
+    ],
+)
+def test_settings_out_of_range(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
