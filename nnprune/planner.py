@@ -6,49 +6,24 @@ forward that collects statistics, the pruning of its linears. The run is predict
 Letters: N samples, T tokens, L decoder layers, D hidden, V vocabulary, I input features.
 """
 
-import copy
 import shutil
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from nnprune.allocations.uniform import Uniform
-from nnprune.decoder import Decoder, weight_OI
+from nnprune.decoder import Decoder
 from nnprune.experiment import Experiment
-from nnprune.inputs import PROBE_TOKENS, SAMPLED_TOKENS, InputCollector, input_groups, rows_needed
+from nnprune.inputs import rows_needed
 from nnprune.job import check_shapes, token_ids
-from nnprune.linears import prune_linears
 from nnprune.loading import quieten_transformers
+from nnprune.probing import measure_layer
 from nnprune.records import read_completed
-from nnprune.runtime import available_host_bytes, forget_peaks, peak_device_bytes, peak_host_bytes, resident_host_bytes
-from nnprune.statistics import CrossProduct, Hessian
-from nnprune.streams import Stream
-from nnprune.survey import stand_in
+from nnprune.runtime import available_host_bytes, resident_host_bytes
 
-PROBE_VOCABULARY = 512
 LOGIT_BYTES = 10
 """Of a logit while a window is measured: in bfloat16, in float32, and its log-softmax."""
 GIB = 1 << 30
-
-
-@dataclass
-class Probe:
-    """What one decoder layer takes on this machine: seconds and FLOPs of a batch of `num_tokens`, and peaks in bytes."""
-
-    num_tokens: int
-    forward_seconds: float
-    collect_seconds: float
-    prune_seconds: float
-    measure_seconds: float
-    forward_flops: float
-    statistic_flops: float
-    num_groups: int
-    host_bytes: int
-    device_bytes: int
 
 
 @dataclass
@@ -75,7 +50,7 @@ class Plan:
         self.measures_dense = not experiment.is_dense and read_completed(experiment.dense().folder) is None
         base = resident_host_bytes()
         self.decoder = Decoder(experiment.source.skeleton(config), experiment.source.layers_path)
-        self.probe = _probe(experiment, config, max(ids.shape[1] for ids in (self.calibration, *self.evaluation)))
+        self.probe = measure_layer(experiment, config, max(ids.shape[1] for ids in (self.calibration, *self.evaluation)))
         self.stages = self._stages()
         self.host_bytes, self.device_bytes, self.disk_bytes = self._bytes(base)
         self.problems = self._problems()
@@ -98,15 +73,21 @@ class Plan:
         collects, forwards = {"pruned": (1, 1), "dense": (1, 0), "sequential": (probe.num_groups, 1)}[
             experiment.config["propagate"]
         ]
+        streams = 1 + experiment.method.needs_reference
         stages = [
             Stage(
                 "calibration",
-                batches * ((collects + forwards) * probe.forward_flops + probe.statistic_flops),
+                batches * ((collects * streams + forwards) * probe.forward_flops + probe.statistic_flops),
                 batches * (collects * probe.collect_seconds + forwards * probe.forward_seconds),
             ),
             Stage("prune", 0.0, num_layers * probe.prune_seconds),
             Stage("evaluation", *measured),
         ]
+        if experiment.method.recovery.is_on:
+            recovery = experiment.method.recovery
+            passes = batches * (recovery.epochs_before + recovery.epochs_after)
+            # Backwards costs two forwards.
+            stages.insert(1, Stage("recover", 3 * passes * probe.forward_flops, passes * probe.tune_seconds))
         if self.measures_dense:
             stages.insert(0, Stage("dense_evaluation", *measured))
         if experiment.allocation.looks_at != "nothing":
@@ -139,7 +120,8 @@ class Plan:
         shell = sum(parameter.nbytes for parameter in decoder.model.parameters() if parameter not in inside)
         num_evaluations = (1 + self.measures_dense) * sum(ids.numel() for ids in self.evaluation)
         width = decoder.text_config.hidden_size * decoder.model.dtype.itemsize
-        activations = (num_evaluations + (0 if self.experiment.is_dense else self.calibration.numel())) * width
+        streams = 1 + self.experiment.method.needs_reference
+        activations = (num_evaluations + (0 if self.experiment.is_dense else self.calibration.numel() * streams)) * width
         window = max((ids.shape[1] for ids in self.evaluation), default=0)
         logits = LOGIT_BYTES * window * decoder.vocab_size
         on_disk = (0 if self.experiment.is_dense else layers) + shell * self.experiment.config["save"]
@@ -173,82 +155,3 @@ class Plan:
                 f"disk: needs {self.disk_bytes / GIB:.1f} GiB, {there} has {free / GIB:.1f}; set outputs to a larger disk"
             )
         return problems
-
-
-def _probe(experiment: Experiment, config: Any, seq_len: int) -> Probe:
-    """Do with one random layer what a run does with each."""
-    runtime, method, device = experiment.runtime, experiment.method, experiment.runtime.torch_device
-    decoder = Decoder(experiment.source.random(_one_layer(config)).to(device), experiment.source.layers_path)
-    linears, layer = decoder.linears(0), decoder.layers[0]
-    ids = torch.randint(
-        PROBE_VOCABULARY, (runtime.rows_per_batch(seq_len), seq_len), generator=torch.Generator().manual_seed(0)
-    )
-    layer_bytes = sum(parameter.nbytes for parameter in layer.parameters())
-    before = resident_host_bytes() - layer_bytes
-    forget_peaks()
-    collect_seconds = prune_seconds = measure_seconds = 0.0
-    with torch.no_grad(), Stream(decoder, runtime, ids, experiment.folder / "activations-probe.bin") as stream:
-        hidden = stream.activations.get(slice(0, len(ids)))
-        groups = input_groups(linears, lambda: stream.run(0, layer, stream.probe(PROBE_TOKENS)))
-        _seconds(lambda: stream.run(0, layer, hidden), device)  # the first call of a kernel is slow
-        forward_seconds = _seconds(lambda: stream.run(0, layer, hidden), device)
-        if not experiment.is_dense:
-            collector = InputCollector(method.statistics, [method.pruner], groups, linears, seq_len)
-
-            def collect() -> None:
-                if method.needs_reference:
-                    with collector.reference(stop=False):
-                        stream.run(0, layer, hidden)
-                with collector.rows(slice(0, len(ids))):
-                    stream.run(0, layer, hidden)
-
-            with collector.watching(stop=False):
-                collect_seconds = _seconds(collect, device)
-            collector.finish()
-            plan = Uniform().plan(experiment.pattern, decoder.shapes_by_layer())  # one layer can have no other
-            prune_seconds = _seconds(lambda: prune_linears(method, plan, collector, linears), device)
-            if experiment.allocation.looks_at != "nothing":
-                dense = stand_in(linears, SAMPLED_TOKENS)
-                measure_seconds = _seconds(lambda: experiment.allocation.measure(dense, experiment.pattern), device)
-    widths = [weight_OI(linears[names[0]]).shape[1] for names in groups]
-    text = decoder.text_config
-    attention = (
-        2
-        * seq_len
-        * text.num_attention_heads
-        * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    )
-    per_token = 2 * sum(linear.weight.numel() for linear in linears.values()) + attention
-    statistic = sum(2 * width * width for width in widths) * len(method.statistics & {Hessian, CrossProduct})
-    return Probe(
-        num_tokens=ids.numel(),
-        forward_seconds=forward_seconds,
-        collect_seconds=collect_seconds,
-        prune_seconds=prune_seconds,
-        measure_seconds=measure_seconds,
-        forward_flops=ids.numel() * per_token,
-        statistic_flops=ids.numel() * statistic,
-        num_groups=len(groups),
-        host_bytes=max(peak_host_bytes() - before, 0),
-        device_bytes=peak_device_bytes(),
-    )
-
-
-def _one_layer(config: Any) -> Any:
-    """The configuration of a model with one such layer and hardly any shell."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    num_layers = text.num_hidden_layers
-    for key, value in vars(text).items():
-        if isinstance(value, list) and len(value) == num_layers:  # such as layer_types
-            setattr(text, key, value[:1])
-    text.num_hidden_layers, text.vocab_size, text.pad_token_id = 1, PROBE_VOCABULARY, None
-    return config
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nnprune.planner
+import nnprune.probing
 from nnprune.experiment import build
 from nnprune.planner import Plan
 from nnprune.run import run, show_plan
@@ -41,8 +42,9 @@ def test_no_weights_are_read(tiny_config, tiny_model_dir, tmp_path):
 
 
 def test_memory_counts_what_rests_there(tiny_config, monkeypatch):
-    monkeypatch.setattr(nnprune.planner, "peak_host_bytes", lambda: 0)  # the probe then counts its layer alone
-    monkeypatch.setattr(nnprune.planner, "resident_host_bytes", lambda: 0)
+    monkeypatch.setattr(nnprune.probing, "peak_host_bytes", lambda: 0)  # the probe then counts its layer alone
+    for module in (nnprune.planner, nnprune.probing):
+        monkeypatch.setattr(module, "resident_host_bytes", lambda: 0)
     host = Plan(build(tiny_config("runtime=cpu")))
     disk = Plan(build(tiny_config("runtime=low_memory", "save=true")))
     layer = sum(parameter.nbytes for parameter in host.decoder.layers[0].parameters())
@@ -78,3 +80,12 @@ def test_from_outside(run_cli, tiny_model_dir, small_text, tmp_path):
     assert "calibration" in result.stdout
     assert "peak: host" in result.stdout
     assert not (tmp_path / "outputs").exists(), "a plan leaves nothing behind"
+
+
+def test_a_plan_tells_of_recovery_and_the_reference(tiny_config):
+    plain, tuned = (Plan(build(tiny_config("pruner=alps", f"recover={recover}"))) for recover in ("none", "layer"))
+    stages = {stage.name: stage for stage in tuned.stages}
+    assert stages["recover"].seconds > 0 and stages["recover"].flops > 0
+    calibration = next(stage for stage in plain.stages if stage.name == "calibration")
+    assert stages["calibration"].flops > 1.3 * calibration.flops  # the reference goes along
+    assert "recover" not in {stage.name for stage in plain.stages}

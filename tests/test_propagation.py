@@ -75,7 +75,9 @@ def outputs(model, index, hidden):
 @torch.no_grad()
 def test_a_tuned_layer_is_nearer_to_the_dense_one_and_keeps_its_zeros(tmp_path):
     plain, _ = prune_model(tmp_path / "a", propagate="pruned")
-    tuned, reports = prune_model(tmp_path / "b", method=Method(SparseGPT(), recovery=recover(0, 30, lr=3e-3)), propagate="pruned")
+    tuned, reports = prune_model(
+        tmp_path / "b", method=Method(SparseGPT(), recovery=recover(0, 30, lr=3e-3)), propagate="pruned"
+    )
     dense = FAMILIES["llama"]()
     hidden = Decoder(dense).embed(IDS)
     wanted = outputs(dense, 0, hidden)
