@@ -54,7 +54,8 @@ class Reconstruction(Recovery):
 
     Args:
         epochs_before, epochs_after: passes over the calibration.
-        lr: the learning rate, which falls to zero along a cosine.
+        lr: the learning rate, relative to the root mean square of each tensor's nonzeros, so that one value serves models
+            of any scale; it falls to zero along a cosine.
         batch_tokens: of a step; at least one sequence.
         holdout: share of the sequences that choose the epoch.
 
@@ -63,7 +64,7 @@ class Reconstruction(Recovery):
     """
 
     def __init__(
-        self, epochs_before: int, epochs_after: int, lr: float = 2e-4, batch_tokens: int = 2048, holdout: float = 0.125
+        self, epochs_before: int, epochs_after: int, lr: float = 0.03, batch_tokens: int = 2048, holdout: float = 0.125
     ) -> None:
         check_count("recover.epochs_before", epochs_before, 0)
         check_count("recover.epochs_after", epochs_after, 0)
@@ -101,11 +102,15 @@ class Reconstruction(Recovery):
         first = best = held_out()
         kept = [parameter.detach().clone() for parameter in parameters]
         epoch_kept, step, num_steps = 0, 0, num_epochs * -(-len(used) // batch)
-        optimizer = torch.optim.Adam(parameters, lr=self.lr, betas=(0.9, 0.95))
+        loudness = [_rms(parameter) for parameter in parameters]
+        least = min(filter(None, loudness), default=1.0)  # for what is all zeros, such as the biases of an untrained model
+        groups = [{"params": [parameter], "scale": own or least} for parameter, own in zip(parameters, loudness, strict=True)]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         with torch.enable_grad():
             for epoch in range(1, num_epochs + 1):
                 for rows in used[torch.randperm(len(used), generator=generator)].split(batch):
-                    optimizer.param_groups[0]["lr"] = self.lr * _schedule(step, num_steps)
+                    for group in optimizer.param_groups:
+                        group["lr"] = self.lr * group["scale"] * _schedule(step, num_steps)
                     optimizer.zero_grad()
                     loss_of(rows).backward()
                     optimizer.step()
@@ -136,6 +141,11 @@ def _autocast(hidden: Tensor) -> AbstractContextManager:
     if hidden.dtype == torch.float32:
         return nullcontext()
     return torch.autocast(hidden.device.type, dtype=torch.bfloat16)
+
+
+def _rms(parameter: Tensor) -> float:
+    """Root mean square of the nonzeros; 0 where there are none."""
+    return math.sqrt(float(parameter.detach().square().sum()) / max(int((parameter != 0).sum()), 1))
 
 
 def _schedule(step: int, num_steps: int) -> float:
