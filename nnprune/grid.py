@@ -32,7 +32,7 @@ def check_grid(experiments: Sequence[Experiment]) -> None:
 def prune_grid(experiments: Sequence[Experiment]) -> Job:
     """Prune what the cells of a grid have not pruned yet, in one pass. All have the same model and calibration.
 
-    Returns a job whose data serve the cells' own runs.
+    Returns a job whose data and model serve the cells' own runs.
     """
     first = experiments[0]
     with ExitStack() as stack:
@@ -51,5 +51,4 @@ def prune_grid(experiments: Sequence[Experiment]) -> Job:
         ]
         log.info("grid: %d cells in one pass", len(cells))
         PruningPass(job.engine, cells, "dense").run(job.calibration_ids)
-        del job.engine  # and its model
         return job

@@ -41,7 +41,7 @@ class Job:
 
     Args:
         experiment: what to do.
-        like: a job of the same model, calibration and evaluation, whose token ids and checks of the model hold here too.
+        like: a job of the same model, calibration and evaluation, whose token ids, model and checks of it serve here too.
     """
 
     def __init__(self, experiment: Experiment, like: "Job | None" = None) -> None:
@@ -53,14 +53,13 @@ class Job:
         with self.watch.stage("data"):
             self._read_data(like)
         with self.watch.stage("load"):
-            self.engine = _engine(experiment, self.config)
+            self.engine = self._engine_of(like) if like else _engine(experiment, self.config)
             if like is None:
                 self.engine.check_model()
 
     def _read_data(self, like: "Job | None") -> None:
         source = self.experiment.source
         self.config = like.config if like else source.config()
-        check_shapes(self.experiment, self.config)  # before the texts are read
         if like:
             self.tokenizer, self.calibration_ids, self.evaluation_ids = (
                 like.tokenizer,
@@ -68,8 +67,23 @@ class Job:
                 like.evaluation_ids,
             )
         else:
+            check_shapes(self.experiment, self.config)  # before the texts are read
             self.tokenizer = source.tokenizer()
             self.calibration_ids, self.evaluation_ids = token_ids(self.experiment, self.config, self.tokenizer)
+
+    def _engine_of(self, like: "Job") -> LayerwiseEngine:
+        """The engine of another job with this one's finished layers, or a new one for both, where that job has pruned the
+        weights that this one still needs."""
+        experiment, shared = self.experiment, like.engine
+        finished = FinishedLayers(experiment.folder / SCRATCH, shared.decoder.path)
+        is_pruned = all(index in finished for index in range(shared.num_layers))
+        if shared.store.has_dense or (is_pruned and read_completed(experiment.dense().folder) is not None):
+            shared.store.serve(finished)
+        else:
+            like.engine = None  # the model before the next one
+            del shared
+            like.engine = shared = _engine(experiment, self.config)
+        return LayerwiseEngine(shared.decoder, shared.store, experiment.runtime, experiment.folder)
 
     @cached_property
     def plan(self) -> Plan:

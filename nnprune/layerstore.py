@@ -34,7 +34,7 @@ class LayerStore:
         self.finished = finished
         self.checkpoint = checkpoint
         self.moves = device.type == "cuda" and rest == "host"
-        self._holds: dict[int, str] = {}  # index -> "dense" or "pruned", for layers that hold weights
+        self._holds: dict[int, str] = {}  # index -> "dense", "pruned" or "foreign", for layers that hold weights
         self._at_rest: dict[int, dict[str, Tensor]] = {}  # pinned host tensors of layers that move
         self._ahead: tuple[int, str, Future] | None = None
         self._reader = ThreadPoolExecutor(1, "prefetch")
@@ -50,6 +50,16 @@ class LayerStore:
         else:
             self._load_shell()
         self._move_shell()
+
+    @property
+    def has_dense(self) -> bool:
+        """Whether the dense weights of all layers can still be had."""
+        return self.checkpoint is not None or set(self._holds.values()) == {"dense"}
+
+    def serve(self, finished: FinishedLayers) -> None:
+        """Go on with the finished layers of another run of the same model."""
+        self.finished = finished
+        self._holds = {index: held if held == "dense" else "foreign" for index, held in self._holds.items()}
 
     def fetch(self, index: int, pruned: bool = True) -> nn.Module:
         """Decoder layer `index` on the device: its finished weights if there are any and `pruned`, else its dense ones.

@@ -1,12 +1,16 @@
 """grid=true: many cells in one pass, each the same as a run of its own."""
 
 import json
+import shutil
 
 import pytest
 
 from nnprune.cli import gather_grid, is_grid
+from nnprune.experiment import build
+from nnprune.job import Job
+from nnprune.loading import ModelSource
 from nnprune.pruning import PruningPass
-from nnprune.records import read_all
+from nnprune.records import read_all, read_completed
 from nnprune.run import run, run_grid
 from nnprune.streams import Stream
 
@@ -104,3 +108,29 @@ def test_from_outside(run_cli, tiny_model_dir, small_text, tmp_path):
     wrong = run_cli(*arguments, "pruner=magnitude", "sparsity=0.7", "propagate=pruned")
     assert wrong.returncode
     assert "propagate=pruned" in wrong.stdout
+
+
+def test_the_model_is_loaded_once(tiny_config, monkeypatch):
+    loads, load = [], ModelSource.load
+    monkeypatch.setattr(ModelSource, "load", lambda self, config: loads.append(1) or load(self, config))
+    run_grid(configs(tiny_config))
+    assert len(loads) == 1
+
+
+def test_a_dense_model_that_failed_to_be_measured_is_measured_by_the_next_cell(tiny_config, monkeypatch):
+    """Its weights are not those of the cell before."""
+    cfgs = configs(tiny_config, "evaluation.max_windows=4")[:3]
+    expected = run(tiny_config("sparsity=dense", "evaluation.max_windows=4", "seed=7")).metrics
+    finish, failed = Job._finish, []
+
+    def fail_once(self, record, experiment):
+        if experiment.is_dense and not failed:
+            failed.append(1)
+            raise OSError("disk full")
+        finish(self, record, experiment)
+
+    monkeypatch.setattr(Job, "_finish", fail_once)
+    shutil.rmtree(build(cfgs[0]).dense().folder)
+    with pytest.raises(OSError, match="disk full"):
+        run_grid(cfgs)
+    assert read_completed(build(cfgs[0]).dense().folder).metrics == expected
