@@ -20,9 +20,7 @@ import argparse
 import difflib
 import json
 import math
-import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,11 +32,9 @@ except ModuleNotFoundError:
     sys.exit("collect.py: pandas is missing; pip install pandas")
 
 from nnprune import plots, records, tables  # noqa: E402
-
-START = re.compile(r"<!--\s*nnprune:table\b(.*?)-->\s*")
-END = re.compile(r"<!--\s*/nnprune:table\s*-->\s*")
-EXAMPLE = "<!-- nnprune:table metric=NAME --> and, on a later line, <!-- /nnprune:table -->"
-LISTS = ("models", "pruners", "sparsities")
+from nnprune.cells import to_frame  # noqa: E402
+from nnprune.markers import LISTS, Block, MarkerError, find_blocks  # noqa: E402
+from nnprune.names import normal_sparsity  # noqa: E402
 
 
 class UsageError(Exception):
@@ -78,7 +74,7 @@ def load(folder: Path | None) -> pd.DataFrame:
         raise UsageError(f"--records {folder}: no such folder; name one that holds result.json files")
     folder = folder or ROOT / "outputs"
     found, broken = records.read_all(folder) if folder.is_dir() else ([], [])
-    frame, problems = tables.to_frame(found)
+    frame, problems = to_frame(found)
     warn([f"{path}: skipped, {reason}" for path, reason in broken] + problems)
     if frame.empty:
         skipped = f" ({len(broken) + len(problems)} skipped)" if broken or problems else ""
@@ -98,56 +94,11 @@ def known_metric(frame: pd.DataFrame, name: str, where: str) -> str:
     return name
 
 
-@dataclass
-class Block:
-    """A marked table: lines[start] is its first marker, lines[end] its second."""
-
-    start: int
-    end: int
-    attributes: dict[str, str]
-
-
-def find_blocks(lines: list[str], name: str) -> list[Block]:
-    """The marked tables. Markers inside a code fence are an example, not a table."""
-    blocks, fence, opened = [], "", None
-    for i, line in enumerate(lines):
-        mark = re.match(r"\s{0,3}(```+|~~~+)", line)
-        if mark and (not fence or mark[1].startswith(fence)):
-            fence = "" if fence else mark[1]
-        if fence:
-            continue
-        start = START.fullmatch(line)
-        if start and opened is None:
-            opened = Block(i, i, parse_attributes(start[1], f"{name}:{i + 1}"))
-        elif END.fullmatch(line) and opened is not None:
-            opened.end = i
-            blocks.append(opened)
-            opened = None
-        elif start or END.fullmatch(line):
-            raise UsageError(f"{name}:{i + 1}: marker without its partner; a table needs {EXAMPLE}")
-    if opened is not None:
-        raise UsageError(f"{name}:{opened.start + 1}: table without an end; add <!-- /nnprune:table --> below it")
-    if not blocks:
-        raise UsageError(f"{name}: no marked table; add {EXAMPLE}")
-    return blocks
-
-
-def parse_attributes(text: str, where: str) -> dict[str, str]:
-    pairs = [item.partition("=") for item in text.split()]
-    attributes = {key: value for key, _, value in pairs}
-    for key, _, value in pairs:
-        if key not in ("metric", *LISTS) or not value:
-            raise UsageError(f"{where}: '{key}={value}' is not understood; use metric=NAME, {'=A,B, '.join(LISTS)}=A,B")
-    if "metric" not in attributes:
-        raise UsageError(f"{where}: the marker names no metric; write <!-- nnprune:table metric=NAME -->")
-    return attributes
-
-
 def render_block(frame: pd.DataFrame, block: Block, name: str) -> tables.Table:
     where = f"{name}:{block.start + 1}: metric="
     filters = {k: list(dict.fromkeys(v.split(","))) for k, v in block.attributes.items() if k in LISTS}
     if "sparsities" in filters:
-        filters["sparsities"] = [tables.normal_sparsity(value) for value in filters["sparsities"]]
+        filters["sparsities"] = [normal_sparsity(value) for value in filters["sparsities"]]
     return tables.build_table(frame, known_metric(frame, block.attributes["metric"], where), **filters)
 
 
@@ -229,9 +180,9 @@ def main(argv: list[str] | None = None) -> int:
             print_format(frame, args.format or "markdown", metrics)
         else:
             return update_readme(frame, args.readme or ROOT / "README.md", args.check)
-    except (UsageError, NoRecordsError) as error:
+    except (UsageError, MarkerError, NoRecordsError) as error:
         print(f"collect.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return 1 if isinstance(error, NoRecordsError) else 2
     return 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nnprune import tables
+from nnprune import cells, names
 from nnprune.records import RunRecord
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "collect.py"
@@ -187,19 +187,19 @@ def test_dense_comes_from_pruned_runs_too_and_disagreement_is_named(call, tmp_pa
 
 
 def test_order_of_models_and_patterns():
-    names = ["bloom-560m", "opt-13b", "opt-1.3b", "llama-2-7b", "opt-350m", "demo", "opt-125m", "Llama-3-8b"]
+    models = ["bloom-560m", "opt-13b", "opt-1.3b", "llama-2-7b", "opt-350m", "demo", "opt-125m", "Llama-3-8b"]
     ordered = ["demo", "bloom-560m", "llama-2-7b", "Llama-3-8b", "opt-125m", "opt-350m", "opt-1.3b", "opt-13b"]
-    assert sorted(names, key=tables.model_key) == ordered
+    assert sorted(models, key=names.model_key) == ordered
     labels = ["4:8", "2:4", "0.75", "3:4", "0.5", "odd", "0.625"]
-    assert sorted(labels, key=tables.sparsity_key) == ["0.5", "0.625", "0.75", "3:4", "2:4", "4:8", "odd"]
-    assert [tables.pretty_sparsity(s) for s in ("0.55", "0.625", "2:4")] == ["55%", "62.5%", "2:4"]
+    assert sorted(labels, key=names.sparsity_key) == ["0.5", "0.625", "0.75", "3:4", "2:4", "4:8", "odd"]
+    assert [names.pretty_sparsity(s) for s in ("0.55", "0.625", "2:4")] == ["55%", "62.5%", "2:4"]
 
 
 def test_csv_and_json_parse_back(call):
     rows = list(csv.DictReader(io.StringIO(call("--format", "csv")[1])))
     objects = json.loads(call("--format", "json")[1])
     assert len(rows) == len(objects) == 15
-    assert list(rows[0]) == list(objects[0]) == tables.COLUMNS
+    assert list(rows[0]) == list(objects[0]) == cells.COLUMNS
     for row, item in zip(rows, objects, strict=True):
         assert row["path"] == item["path"] and float(row["value"]) == item["value"]
     one = next(item for item in objects if (item["pruner"], item["model"]) == ("alps", "opt-125m"))
