@@ -1,5 +1,7 @@
 """Run records -> the README's tables, CSV, JSON, LaTeX, a plot. Formats what runs measured; computes no metric.
 
+Records that differ in nothing but the seed are shown as their mean and standard deviation, the only arithmetic here.
+
     python scripts/collect.py                               rewrite every marked table of README.md
     python scripts/collect.py --check                       write nothing; exit 1 if a table is out of date
     python scripts/collect.py --metric demo_perplexity      print one table over all models

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import io
 import json
+import math
 import re
 import struct
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nnprune import cells, names
+from nnprune import cells, names, tables
 from nnprune.records import RunRecord
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "collect.py"
@@ -154,6 +155,86 @@ def test_newest_wins_silently_within_an_experiment_and_aloud_between(call, runs)
     assert re.search(r"demo / wanda / 0.5: 2 experiments compete .*newest, aaaaaaaaaaaa: .*b.result.json", err)
 
 
+def config(seed, calibration_seed=None, **more):
+    calibration = {"num_samples": 8, "seed": seed if calibration_seed is None else calibration_seed}
+    return {"config": {"seed": seed, "calibration": calibration, **more}}
+
+
+def test_seeds_of_one_experiment_are_one_cell(call, tmp_path):
+    folder = tmp_path / "o"
+    for seed, value in enumerate((46.4, 46.8, 47.2)):  # how it was run does not count
+        write_record(folder / f"s{seed}", value=value, **config(seed, runtime={"device": f"cuda:{seed}"}, outputs=f"o{seed}"))
+    for seed, value in enumerate((46.81, 46.79)):
+        write_record(folder / f"m{seed}", pruner="magnitude", value=value, **config(seed))
+    write_record(folder / "one", pruner="sparsegpt", value=46.82, **config(0))
+    status, out, err = call("--metric", "demo_perplexity", records=folder)
+    assert (status, err) == (0, "")
+    assert "| **Magnitude** | 50% | **46.80 ± 0.01** |" in out  # a tie: means are the same to two decimals
+    assert "| **Wanda** | 50% | **46.8 ± 0.4** |" in out
+    assert "| **SparseGPT** | 50% | 46.82 |" in out
+    assert "demo_perplexity: 6 record(s) used" in out
+    latex = call("--metric", "demo_perplexity", "--format", "latex", records=folder)[1]
+    assert r"& \textbf{46.8 $\pm$ 0.4} \\" in latex
+    objects = json.loads(call("--format", "json", records=folder)[1])
+    wanda = [item for item in objects if item["pruner"] == "wanda"]
+    assert [(item["seed"], item["num_seeds"], item["value"]) for item in wanda] == [
+        ("0", 3, 46.4),
+        ("1", 3, 46.8),
+        ("2", 3, 47.2),
+    ]
+    assert {round(item["mean"], 9) for item in wanda} == {46.8} and {round(item["std"], 9) for item in wanda} == {0.4}
+    [single] = [item for item in objects if item["pruner"] == "sparsegpt"]
+    assert (single["num_seeds"], single["mean"], single["std"]) == (1, 46.82, None)
+
+
+def test_the_newest_record_of_a_seed_counts(call, tmp_path):
+    folder, times = tmp_path / "o", [f"2026-11-21T20:0{i}:00+00:00" for i in range(3)]
+    write_record(folder / "a", value=10.0, finished=times[0], **config(0))
+    write_record(folder / "b", value=20.0, finished=times[1], **config(1))
+    write_record(folder / "c", value=30.0, finished=times[2], fingerprint="cccccccccccc", **config(0))
+    _, out, err = call("--metric", "demo_perplexity", records=folder)
+    assert "| **Wanda** | 50% | 25.0 ± 7.1 |" in out
+    # One config and seed, but another fingerprint: something that no config shows has changed.
+    assert "2 experiments compete (000000000000, cccccccccccc); shown is the newest, cccccccccccc (2 seeds)" in err
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        config(2, pruner={"alpha": 0.7}),
+        {"config": {**config(2)["config"], "calibration": {"num_samples": 16, "seed": 2}}},
+        {**config(2), "evaluation_hashes": {"demo": "feedfeedfeedfeed"}},
+    ],
+)
+def test_what_differs_in_more_than_the_seed_is_not_averaged(call, tmp_path, other):
+    folder = tmp_path / "o"
+    for seed in (0, 1):
+        write_record(folder / f"s{seed}", value=20.0 + seed, finished="2026-11-21T20:01:00+00:00", **config(seed))
+    write_record(folder / "other", value=99.0, finished="2026-11-21T20:00:00+00:00", **other)
+    _, out, err = call("--metric", "demo_perplexity", records=folder)
+    assert "| **Wanda** | 50% | 20.5 ± 0.7 |" in out and "2 experiments compete" in err
+    write_record(folder / "other", value=99.0, finished="2026-11-21T20:02:00+00:00", **other)
+    assert "| **Wanda** | 50% | 99.00 |" in call("--metric", "demo_perplexity", records=folder)[1]
+
+
+def test_a_seed_without_a_figure_is_not_left_out_of_the_mean(call, tmp_path):
+    for seed, value in enumerate((20.0, "nan", 21.0)):
+        write_record(tmp_path / "o" / f"s{seed}", value=value, **config(seed))
+    assert "| **Wanda** | 50% | -- |" in call("--metric", "demo_perplexity", records=tmp_path / "o")[1]
+
+
+def test_settings_that_do_not_tell_experiments_apart_are_those_of_the_fingerprint():
+    from nnprune.experiment import NOT_SCIENCE
+
+    assert set(cells.NOT_SCIENCE) == {*NOT_SCIENCE, "seed"}
+
+
+def test_figures_with_a_spread():
+    texts = {(46.78, 0.43): "46.8 ± 0.4", (3.834, 0.0): "3.83 ± 0.00", (636.49, 12.3): "636 ± 12", (46.78, 1.44): "46.8 ± 1.4"}
+    texts |= {(1934.0, 120.0): "1.9e3 ± 0.1e3", (math.inf, math.nan): "inf", (46.784, math.nan): "46.78"}
+    assert {key: tables.format_mean(*key) for key in texts} == texts
+
+
 def test_unusable_files_are_reported_and_skipped(call, runs):
     whole = write_record(runs / "whole", value=5.0).read_text()
     for name, text in {
@@ -228,12 +309,17 @@ def test_latex(call, runs):
     assert body.count(r"\midrule") == 3
 
 
-@pytest.mark.parametrize("pruners", [None, ["dense"]])
-def test_plot(call, runs, tmp_path, pruners):
-    if pruners:  # a panel with nothing but the dense line
-        write_record(tmp_path / "o" / "a", pruner="dense", sparsity="dense", value=15.0)
+@pytest.mark.parametrize("content", ["runs", "nothing but the dense line", "seeds"])
+def test_plot(call, runs, tmp_path, content):
+    folder = runs if content == "runs" else tmp_path / "o"
+    if content == "seeds":
+        for seed, value in enumerate((1.0, 20.0, 90.0)):  # a spread below zero, which a logarithmic axis lacks
+            write_record(folder / f"s{seed}", value=value, **config(seed))
+            write_record(folder / f"p{seed}", sparsity="2:4", value=value + 5, **config(seed))
+    elif content != "runs":
+        write_record(folder / "a", pruner="dense", sparsity="dense", value=15.0)
     path = tmp_path / "figure.png"
-    assert call("--plot", path, records=tmp_path / "o" if pruners else runs)[0] == 0
+    assert call("--plot", path, records=folder)[0] == 0
     content = path.read_bytes()
     width, height = struct.unpack(">II", content[16:24])
     assert content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")
