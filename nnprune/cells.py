@@ -2,7 +2,7 @@
 
 A *cell* is one (model, pruner, sparsity) of one metric. An *experiment* is all records of a cell whose configs differ in
 nothing but the seed, the newest record of each seed. Where experiments compete for a cell, the one with the newest
-`finished` is shown: the mean over its seeds and their sample standard deviation. No other figure is computed here.
+`finished` is shown: the mean over its seeds and their sample standard deviation, which is all that is computed here.
 """
 
 from __future__ import annotations

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
+
+from nnprune.names import normal_sparsity
 
 START = re.compile(r"<!--\s*nnprune:table\b(.*?)-->\s*")
 END = re.compile(r"<!--\s*/nnprune:table\s*-->\s*")
 EXAMPLE = "<!-- nnprune:table metric=NAME --> and, on a later line, <!-- /nnprune:table -->"
 LISTS = ("models", "pruners", "sparsities")
+CHOICES = {"layout": ["models", "methods"], "seconds": ["true", "false"]}
 
 
 class MarkerError(ValueError):
@@ -21,7 +25,10 @@ class Block:
 
     start: int
     end: int
-    attributes: dict[str, str]
+    metric: str
+    filters: dict[str, list[str]]
+    layout: str
+    seconds: bool
 
 
 def find_blocks(lines: list[str], name: str) -> list[Block]:
@@ -35,7 +42,7 @@ def find_blocks(lines: list[str], name: str) -> list[Block]:
             continue
         start = START.fullmatch(line)
         if start and opened is None:
-            opened = Block(i, i, parse_attributes(start[1], f"{name}:{i + 1}"))
+            opened = Block(i, i, **parse_options(start[1], f"{name}:{i + 1}"))
         elif END.fullmatch(line) and opened is not None:
             opened.end = i
             blocks.append(opened)
@@ -44,17 +51,24 @@ def find_blocks(lines: list[str], name: str) -> list[Block]:
             raise MarkerError(f"{name}:{i + 1}: marker without its partner; a table needs {EXAMPLE}")
     if opened is not None:
         raise MarkerError(f"{name}:{opened.start + 1}: table without an end; add <!-- /nnprune:table --> below it")
-    if not blocks:
-        raise MarkerError(f"{name}: no marked table; add {EXAMPLE}")
     return blocks
 
 
-def parse_attributes(text: str, where: str) -> dict[str, str]:
-    pairs = [item.partition("=") for item in text.split()]
-    attributes = {key: value for key, _, value in pairs}
-    for key, _, value in pairs:
-        if key not in ("metric", *LISTS) or not value:
-            raise MarkerError(f"{where}: '{key}={value}' is not understood; use metric=NAME, {'=A,B, '.join(LISTS)}=A,B")
-    if "metric" not in attributes:
+def parse_options(text: str, where: str) -> dict[str, Any]:
+    """What a marker asks for: `metric`, `filters`, `layout` and `seconds`."""
+    given = dict(item.partition("=")[::2] for item in text.split())
+    for key, value in given.items():
+        if key not in ("metric", *LISTS, *CHOICES) or not value or value not in CHOICES.get(key, [value]):
+            known = ["metric=NAME", *(f"{name}=A,B" for name in LISTS), *(f"{k}={'|'.join(v)}" for k, v in CHOICES.items())]
+            raise MarkerError(f"{where}: '{key}={value}' is not understood; use {', '.join(known)}")
+    if "metric" not in given:
         raise MarkerError(f"{where}: the marker names no metric; write <!-- nnprune:table metric=NAME -->")
-    return attributes
+    filters = {key: list(dict.fromkeys(given[key].split(","))) for key in LISTS if key in given}
+    if "sparsities" in filters:
+        filters["sparsities"] = [normal_sparsity(value) for value in filters["sparsities"]]
+    layout, seconds = given.get("layout", "models"), given.get("seconds") == "true"
+    if layout == "methods" and len(filters.get("models", [])) != 1:
+        raise MarkerError(f"{where}: layout=methods shows one model; name it with models=NAME")
+    if layout != "methods" and seconds:
+        raise MarkerError(f"{where}: seconds=true is a column of layout=methods; add that, or leave it out")
+    return {"metric": given["metric"], "filters": filters, "layout": layout, "seconds": seconds}

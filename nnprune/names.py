@@ -10,10 +10,15 @@ PRETTY = {
     DENSE: "Dense",
     "magnitude": "Magnitude",
     "wanda": "Wanda",
+    "ria": "RIA",
+    "dsnot": "DSnoT",
+    "swaps": "Swaps",
     "sparsegpt": "SparseGPT",
+    "admm": "ADMM",
+    "alps": "ALPS",
     "sparsegpt_nnpruning": "SparseGPT (nn-pruning)",
 }
-FIRST_PRUNERS = [DENSE, "magnitude", "wanda", "sparsegpt"]
+FIRST_PRUNERS = [DENSE, "magnitude", "wanda", "ria", "dsnot", "swaps", "sparsegpt", "admm", "alps"]
 UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
@@ -41,8 +46,24 @@ def pretty_sparsity(label: str) -> str:
     return f"{100 * fraction:.4g}%" if kind == 0 else label
 
 
-def pruner_key(name: str) -> tuple[int, str]:
-    return (FIRST_PRUNERS.index(name), "") if name in FIRST_PRUNERS else (len(FIRST_PRUNERS), name.lower())
+def pretty_pruner(label: str) -> str:
+    """`Wanda + refit` for wanda+refit and wanda_refit."""
+    pruner, *beside = _parts(label)
+    return " + ".join([PRETTY.get(pruner, pruner), *beside])
+
+
+def pruner_key(label: str) -> tuple[int, list[str], str]:
+    """The known ones first, each before what it is with, refit foremost; then those that start with best; then others."""
+    pruner, *beside = _parts(label)
+    place = FIRST_PRUNERS.index(pruner) if pruner in FIRST_PRUNERS else len(FIRST_PRUNERS) + (not pruner.startswith("best"))
+    return place, [pruner.lower(), *("" if name == "refit" else name.lower() for name in beside)], label
+
+
+def _parts(label: str) -> list[str]:
+    """A label's pruner, then what was put beside it: update, target, recovery, allocation."""
+    pruner, *beside = label.split("+")
+    plain = pruner.removesuffix("_refit")
+    return [plain, "refit", *beside] if plain != pruner and plain in FIRST_PRUNERS else [pruner, *beside]
 
 
 def model_key(name: str) -> tuple[bool, list[str | float]]:

@@ -103,7 +103,7 @@ def _legend(styles: dict, shapes: dict, has_dense: bool) -> list[Any]:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=colour, linestyle=style, marker="o", markersize=4.5, label=names.PRETTY.get(name, name))
+        Line2D([], [], color=colour, linestyle=style, marker="o", markersize=4.5, label=names.pretty_pruner(name))
         for name, (colour, style) in styles.items()
     ]
     if has_dense:

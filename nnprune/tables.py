@@ -1,8 +1,9 @@
-"""The collector's frame -> tables. Pure formatting with pandas: the means and spreads over seeds that are shown were taken
-in cells.py, no figure is computed here, no file is read or written.
+"""The collector's frame -> tables. Pure formatting with pandas; no metric is computed and no file is read or written.
 
-The layout: rows are method x sparsity, columns are models, dense on top, one block a
-sparsity, the best of a block and column in bold.
+All arithmetic is a mean and a spread over seeds, in cells.py, and the mean of the seconds that runs took.
+
+Two layouts, dense on top in both and the best of a block and column in bold. Models: rows are method x sparsity, columns
+are models, one block a sparsity. Methods: rows are methods, columns are sparsities, for one model.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from nnprune.cells import dense_disagreements, dense_values, one_per_cell, shown
-from nnprune.names import DENSE, PRETTY, model_key, pretty_sparsity, pruner_key, sparsity_key
+from nnprune.names import DENSE, model_key, pretty_pruner, pretty_sparsity, pruner_key, sparsity_key
 
 MISSING = "--"
 
@@ -45,26 +46,65 @@ def format_mean(mean: float, std: float) -> str:
 
 @dataclass
 class Row:
-    method: str
-    sparsity: str
+    head: list[str]  # the method, and its sparsity where columns are models
     cells: list[str]
     best: list[bool]  # a cell of this row is the best of its block and column
 
 
 @dataclass
 class Table:
-    metric: str
-    models: list[str]
+    caption: str
+    head: list[str]
+    columns: list[str]
     blocks: list[list[Row]]  # the first block is the dense row
     num_records: int
     warnings: list[str] = field(default_factory=list)
 
 
 def build_table(frame: pd.DataFrame, metric: str, **filters: list[str] | None) -> Table:
-    """The table of one metric. Filters: `models` (gives their order too), `pruners`, `sparsities`.
+    """The table of one metric over models. Filters: `models` (gives their order too), `pruners`, `sparsities`.
 
     Filters never hide the dense row. A value that matches no record is warned of; a model still gets its column.
     """
+    rows, warnings = _select(frame, metric, filters)
+    models = filters.get("models") or sorted(rows["model"].unique(), key=model_key)
+    dense, sources = dense_values(rows)
+    blocks = [[_dense_row(["0%"], [dense.get(model) for model in models])]]
+    pruned = rows[rows["pruner"] != DENSE]
+    for sparsity in _sparsities(pruned):
+        of_block = pruned[pruned["sparsity"] == sparsity]
+        blocks.append(_block(of_block, "model", models, metric, [pretty_sparsity(sparsity)]))
+    return Table(metric, ["Method", "Sparsity"], models, blocks, len(set(pruned["path"]) | sources), warnings)
+
+
+def build_methods_table(
+    frame: pd.DataFrame, metric: str, model: str, seconds: bool = False, **filters: list[str] | None
+) -> Table:
+    """The table of one metric and model over methods. Filters: `pruners`, `sparsities`, as in `build_table`.
+
+    The dense figure stands in each column. `seconds` adds the mean over a row's runs of what a whole run took,
+    evaluation included.
+    """
+    rows, warnings = _select(frame, metric, {**filters, "models": [model]})
+    dense, sources = dense_values(rows)
+    pruned = rows[rows["pruner"] != DENSE]
+    sparsities = _sparsities(pruned)
+    blocks = [[_dense_row([], [dense.get(model)] * len(sparsities))]]
+    if sparsities:
+        blocks.append(_block(pruned, "sparsity", sparsities, metric, []))
+    columns = [pretty_sparsity(sparsity) for sparsity in sparsities]
+    if seconds:
+        columns.append("Seconds")
+        means = pruned.groupby("pruner")["seconds_total"].mean()
+        taken = [math.nan, *(means[pruner] for pruner in sorted(means.index, key=pruner_key))]  # a dense run prunes nothing
+        for row, value in zip([row for block in blocks for row in block], taken, strict=True):
+            row.cells.append(MISSING if math.isnan(value) else f"{value:.{0 if value >= 10 else 1}f}")
+            row.best.append(False)
+    return Table(f"{metric}, {model}", ["Method"], columns, blocks, len(set(pruned["path"]) | sources), warnings)
+
+
+def _select(frame: pd.DataFrame, metric: str, filters: dict[str, list[str] | None]) -> tuple[pd.DataFrame, list[str]]:
+    """The rows that a table shows, and the warnings about them."""
     rows, warnings = frame[frame["metric"] == metric], []
     for column, option in (("model", "models"), ("pruner", "pruners"), ("sparsity", "sparsities")):
         wanted = filters.get(option)
@@ -74,27 +114,28 @@ def build_table(frame: pd.DataFrame, metric: str, **filters: list[str] | None) -
         warnings += [f"{option}={value}: no record with {metric} has it" for value in unmatched]
         rows = rows[rows[column].isin(wanted) | ((rows["pruner"] == DENSE) & (column != "model"))]
     rows, competing = shown(rows)
-    models = filters.get("models") or sorted(rows["model"].unique(), key=model_key)
-    dense, sources = dense_values(rows)
-    blocks = [[Row(PRETTY[DENSE], "0%", [_text(dense.get(m)) for m in models], [False] * len(models))]]
-    pruned = rows[rows["pruner"] != DENSE]
-    for sparsity in sorted(pruned["sparsity"].unique(), key=lambda label: (sparsity_key(label), label)):
-        blocks.append(_block(pruned[pruned["sparsity"] == sparsity], sparsity, models, metric))
-    warnings += competing + dense_disagreements(rows, metric)
-    return Table(metric, models, blocks, len(set(pruned["path"]) | sources), warnings)
+    return rows, warnings + competing + dense_disagreements(rows, metric)
 
 
-def _block(rows: pd.DataFrame, sparsity: str, models: list[str], metric: str) -> list[Row]:
-    grid = one_per_cell(rows).pivot(index="pruner", columns="model", values=["mean", "std"])
-    means, stds = (grid[kind].reindex(columns=models) for kind in ("mean", "std"))
+def _sparsities(rows: pd.DataFrame) -> list[str]:
+    return sorted(rows["sparsity"].unique(), key=lambda label: (sparsity_key(label), label))
+
+
+def _dense_row(beside: list[str], values: list[float | None]) -> Row:
+    return Row([pretty_pruner(DENSE), *beside], [_text(value) for value in values], [False] * len(values))
+
+
+def _block(rows: pd.DataFrame, across: str, columns: list[str], metric: str, beside: list[str]) -> list[Row]:
+    """A row a pruner, with `beside` next to its name; columns are values of the frame's column `across`."""
+    grid = one_per_cell(rows).pivot(index="pruner", columns=across, values=["mean", "std"])
+    means, stds = (grid[kind].reindex(columns=columns) for kind in ("mean", "std"))
     best = means.max() if higher_is_better(metric) else means.min()
     contested = means.notna().sum() > 1  # alone in its column, a figure is the best of nothing
     block = []
     for pruner in sorted(means.index, key=pruner_key):
-        of_row = [(means.at[pruner, m], stds.at[pruner, m]) for m in models]
-        texts = [_text(mean, std) for mean, std in of_row]
-        bold = [bool(contested[m]) and _text(mean) == _text(best[m]) for m, (mean, _) in zip(models, of_row, strict=True)]
-        block.append(Row(PRETTY.get(pruner, pruner), pretty_sparsity(sparsity), texts, bold))
+        texts = [_text(means.at[pruner, c], stds.at[pruner, c]) for c in columns]
+        bold = [bool(contested[c]) and _text(means.at[pruner, c]) == _text(best[c]) for c in columns]
+        block.append(Row([pretty_pruner(pruner), *beside], texts, bold))
     return block
 
 
@@ -103,26 +144,28 @@ def _text(mean: float | None, std: float = math.nan) -> str:
 
 
 def to_markdown(table: Table) -> str:
-    lines = [["Method", "Sparsity", *(m.replace("|", r"\|") for m in table.models)], [":---"] * (2 + len(table.models))]
+    width = len(table.head) + len(table.columns)
+    lines = [[*table.head, *(name.replace("|", r"\|") for name in table.columns)], [":---"] * width]
     for i, block in enumerate(table.blocks):
-        lines += [[""] * (2 + len(table.models))] if i else []
+        lines += [[""] * width] if i else []
         for row in block:
             cells = [f"**{text}**" if best else text for text, best in zip(row.cells, row.best, strict=True)]
-            lines.append([f"**{row.method}**", row.sparsity, *cells])
+            lines.append([f"**{row.head[0]}**", *row.head[1:], *cells])
     return "".join("|" + "".join(f" {cell} |" if cell else " |" for cell in line) + "\n" for line in lines)
 
 
 def to_latex(table: Table) -> str:
     """A booktabs table; `\\usepackage{booktabs}` is all it needs."""
-    head = " & ".join(["Method", "Sparsity", *map(_escape_latex, table.models)])
-    lines = [r"\begin{table}", r"  \centering", rf"  \caption{{{_escape_latex(table.metric)}}}",
-             rf"  \begin{{tabular}}{{ll{'r' * len(table.models)}}}", r"    \toprule", rf"    {head} \\"]  # fmt: skip
+    alignment = "l" * len(table.head) + "r" * len(table.columns)
+    head = " & ".join(map(_escape_latex, [*table.head, *table.columns]))
+    lines = [r"\begin{table}", r"  \centering", rf"  \caption{{{_escape_latex(table.caption)}}}",
+             rf"  \begin{{tabular}}{{{alignment}}}", r"    \toprule", rf"    {head} \\"]  # fmt: skip
     for block in table.blocks:
         lines.append(r"    \midrule")
         for row in block:
             texts = [text.replace("±", r"$\pm$") for text in row.cells]
             cells = [rf"\textbf{{{t}}}" if best else t for t, best in zip(texts, row.best, strict=True)]
-            lines.append("    " + " & ".join([*map(_escape_latex, (row.method, row.sparsity)), *cells]) + r" \\")
+            lines.append("    " + " & ".join([*map(_escape_latex, row.head), *cells]) + r" \\")
     return "\n".join([*lines, r"    \bottomrule", r"  \end{tabular}", r"\end{table}", ""])
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from nnprune import cells, names, tables
-from nnprune.records import RunRecord
+from nnprune.records import RunRecord, read_all
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "collect.py"
 spec = importlib.util.spec_from_file_location("collect", SCRIPT)
@@ -44,7 +44,7 @@ TABLE = """\
 | | | | |
 | **Magnitude** | 2:4 | 1.6e3 | 1.0e3 |
 | **Wanda** | 2:4 | 79.65 | 113.17 |
-| **alps** | 2:4 | **60.00** | **60.00** |
+| **ALPS** | 2:4 | **60.00** | **60.00** |
 | **SparseGPT (nn-pruning)** | 2:4 | 61.00 | -- |
 """
 README = """\
@@ -124,6 +124,68 @@ def test_readme_is_rewritten_and_stays_put(call, readme):
     assert [path.name for path in sorted(readme.parent.iterdir())] == ["README.md", "outputs"]  # no temporary file
 
 
+@pytest.fixture
+def methods(tmp_path):
+    folder = tmp_path / "methods"
+    for seed, value in enumerate((20.0, 22.0)):
+        write_record(folder / f"r{seed}", pruner="wanda_refit", value=value, seconds={"total": 4.0 + seed}, **config(seed))
+    write_record(folder / "w", value=25.0, seconds={"total": 2.0})
+    write_record(folder / "w24", sparsity="2:4", value=50.0, seconds={"total": 3.0})
+    write_record(folder / "own", pruner="mine+layer", sparsity="2:4", value=40.0, seconds={"total": 1234.5})
+    write_record(folder / "b", pruner="best", sparsity="0.7", value=21.0, seconds={})
+    write_record(folder / "other", model="opt-125m", pruner="ria", value=1.0)
+    return folder
+
+
+def methods_table(call, tmp_path, folder, options):
+    path = tmp_path / "methods.md"
+    path.write_text(f"<!-- nnprune:table metric=demo_perplexity {options} -->\n<!-- /nnprune:table -->\n", encoding="utf-8")
+    status, out, err = call("--readme", path, records=folder)
+    assert status == 0
+    return out.split("\ndemo_perplexity")[0], err
+
+
+def test_layout_of_methods(call, tmp_path, methods):
+    table, err = methods_table(call, tmp_path, methods, "models=demo layout=methods seconds=true")
+    assert err == ""
+    assert (
+        table
+        == """\
+| Method | 50% | 70% | 2:4 | Seconds |
+| :--- | :--- | :--- | :--- | :--- |
+| **Dense** | 15.00 | 15.00 | 15.00 | -- |
+| | | | | |
+| **Wanda** | 25.00 | -- | 50.00 | 2.5 |
+| **Wanda + refit** | **21.0 ± 1.4** | -- | -- | 4.5 |
+| **best** | -- | 21.00 | -- | -- |
+| **mine + layer** | -- | -- | **40.00** | 1234 |
+"""
+    )
+
+
+def test_layout_of_methods_is_filtered(call, tmp_path, methods):
+    options = "layout=methods models=demo pruners=wanda,wanda_refit,ria sparsities=0.50,4:8"
+    table, err = methods_table(call, tmp_path, methods, options)
+    assert table.splitlines()[0] == "| Method | 50% |"
+    assert table.splitlines()[4:] == ["| **Wanda** | 25.00 |", "| **Wanda + refit** | **21.0 ± 1.4** |"]
+    assert err.splitlines() == [
+        "warning: pruners=ria: no record with demo_perplexity has it",
+        "warning: sparsities=4:8: no record with demo_perplexity has it",
+    ]
+
+
+def test_layout_of_methods_without_records(call, tmp_path, methods):
+    table, err = methods_table(call, tmp_path, methods, "layout=methods models=opt-13b seconds=true")
+    assert table.endswith("| **Dense** | -- |\n") and "models=opt-13b: no record" in err
+
+
+def test_layout_of_methods_in_latex(methods):
+    frame, _ = cells.to_frame(read_all(methods)[0])
+    latex = tables.to_latex(tables.build_methods_table(frame, "demo_perplexity", "demo", seconds=True))
+    assert r"\caption{demo\_perplexity, demo}" in latex and r"\begin{tabular}{lrrrr}" in latex
+    assert r"Wanda + refit & \textbf{21.0 $\pm$ 1.4} & -- & -- & 4.5 \\" in latex
+
+
 def test_check(call, readme):
     assert call("--readme", readme, "--check")[0] == 1
     assert readme.read_text(encoding="utf-8") == README
@@ -133,6 +195,28 @@ def test_check(call, readme):
     status, out, _ = call("--readme", readme, "--check")
     assert status == 1
     assert "-| **Magnitude** | 50% | 197.39 | 97.11 |\n+| **Magnitude** | 50% | 197.38 | 97.11 |" in out
+
+
+def test_default_files_are_updated_and_checked_together(call, readme, monkeypatch):
+    monkeypatch.setattr(collect, "ROOT", readme.parent)
+    assert call()[1].endswith("README.md: 2 table(s) rewritten\n")
+    methods = readme.parent / "docs" / "methods.md"
+    methods.parent.mkdir()
+    methods.write_text("nothing to fill yet\n", encoding="utf-8")
+    assert call("--check")[:2] == (0, "README.md: 2 table(s) match the records\n")
+    marker = "<!-- nnprune:table metric=demo_perplexity models=opt-125m layout=methods -->\n"
+    methods.write_text(marker, encoding="utf-8")
+    assert call()[2] == "collect.py: docs/methods.md:1: table without an end; add <!-- /nnprune:table --> below it\n"
+    methods.write_text(marker + "<!-- /nnprune:table -->\n", encoding="utf-8")
+    status, out, _ = call("--check")
+    assert status == 1 and out.startswith("--- docs/methods.md\n") and "README.md" not in out
+    out = call()[1]
+    assert out.endswith("docs/methods.md: 1 table(s) rewritten\nREADME.md: 2 table(s) already up to date\n")
+    assert "| **Wanda** | 38.78 | 79.65 |" in methods.read_text(encoding="utf-8")
+    assert call("--check")[:2] == (0, "README.md, docs/methods.md: 3 table(s) match the records\n")
+    readme.write_text(README.replace("metric=demo_perplexity -->", "metric=nothing -->"), encoding="utf-8")
+    methods.write_text(marker + "<!-- /nnprune:table -->\n", encoding="utf-8")
+    assert call()[0] == 2 and "Wanda" not in methods.read_text(encoding="utf-8")  # all files or none
 
 
 def test_line_ends_are_kept(call, readme):
@@ -276,6 +360,34 @@ def test_order_of_models_and_patterns():
     assert [names.pretty_sparsity(s) for s in ("0.55", "0.625", "2:4")] == ["55%", "62.5%", "2:4"]
 
 
+def test_order_and_names_of_methods():
+    ordered = {
+        "dense": "Dense",
+        "magnitude": "Magnitude",
+        "wanda": "Wanda",
+        "wanda+refit": "Wanda + refit",
+        "wanda_refit": "Wanda + refit",
+        "wanda+refit+layer": "Wanda + refit + layer",
+        "wanda+asymmetric": "Wanda + asymmetric",
+        "ria": "RIA",
+        "dsnot": "DSnoT",
+        "swaps": "Swaps",
+        "sparsegpt": "SparseGPT",
+        "sparsegpt_refit": "SparseGPT + refit",
+        "admm": "ADMM",
+        "alps": "ALPS",
+        "best": "best",
+        "best+owl": "best + owl",
+        "best_fast": "best_fast",
+        "Alpha": "Alpha",
+        "mine": "mine",
+        "mine_refit": "mine_refit",
+        "sparsegpt_nnpruning": "SparseGPT (nn-pruning)",
+    }
+    assert sorted(reversed(ordered), key=names.pruner_key) == list(ordered)
+    assert {label: names.pretty_pruner(label) for label in ordered} == ordered
+
+
 def test_csv_and_json_parse_back(call):
     rows = list(csv.DictReader(io.StringIO(call("--format", "csv")[1])))
     objects = json.loads(call("--format", "json")[1])
@@ -339,7 +451,7 @@ def test_plot_without_matplotlib(call, tmp_path, monkeypatch):
         (["--plot", "figure.docx"], "unknown suffix '.docx'; use one of .png"),
         (["--plot", "nowhere/figure.png"], "the folder nowhere does not exist"),
         (["--format", "xml"], "--format: invalid choice: 'xml'"),
-        (["--check", "--metric", "demo_perplexity"], "--check compares the whole README"),
+        (["--check", "--metric", "demo_perplexity"], "--check compares whole files"),
         (["--format", "csv", "--plot", "a.png"], "--format and --plot do not go together"),
         (["--metric", "demo_perplexity", "--readme", "a.md"], "--readme is for rewriting"),
         (["--readme", "nowhere.md"], "--readme nowhere.md: No such file"),
@@ -359,6 +471,11 @@ def test_usage_errors_are_one_line(call, argv, message):
         ("<!-- /nnprune:table -->\n", "README.md:1: marker without its partner"),
         ("<!-- nnprune:table -->\n<!-- /nnprune:table -->\n", "names no metric"),
         ("<!-- nnprune:table metric=x model=y -->\n<!-- /nnprune:table -->\n", "'model=y' is not understood"),
+        ("<!-- nnprune:table metric=x layout=rows -->\n", "'layout=rows' is not understood; use metric=NAME, models=A,B"),
+        ("<!-- nnprune:table metric=x seconds=1 -->\n", "'seconds=1' is not understood"),
+        ("<!-- nnprune:table metric=x seconds=true -->\n", "README.md:1: seconds=true is a column of layout=methods"),
+        ("<!-- nnprune:table metric=x layout=methods -->\n", "README.md:1: layout=methods shows one model"),
+        ("<!-- nnprune:table metric=x layout=methods models=a,b -->\n", "README.md:1: layout=methods shows one model"),
         ("\n<!-- nnprune:table metric=x -->\n<!-- /nnprune:table -->\n", "README.md:2: metric=x: no record has this"),
     ],
 )
