@@ -1,4 +1,4 @@
-"""Figures from the collector's frame (see tables.py). Matplotlib is imported only when a figure is asked for."""
+"""Figures from the collector's frame (see cells.py). Matplotlib is imported only when a figure is asked for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from nnprune import tables
+from nnprune import names
+from nnprune.cells import dense_values, one_per_cell, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,21 +26,23 @@ GREY = "#666666"
 def plot_sparsity(frame: pd.DataFrame, metric: str, path: Path) -> list[str]:
     """`metric` against sparsity, one panel a model, one line a pruner; returns the collector's warnings.
 
-    N:M patterns are hollow markers at their fraction of zeros, 1 - N/M; dense is a dashed line.
+    Points are means over seeds, bars their standard deviation. N:M patterns are hollow markers at their fraction of zeros,
+    1 - N/M; dense is a dashed line.
     """
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
-    cells, warnings = tables.newest_per_cell(frame[frame["metric"] == metric])
-    cells = cells[cells["value"].map(math.isfinite) & (cells["value"] > 0)]  # what a logarithmic axis can show
+    rows, warnings = shown(frame[frame["metric"] == metric])
+    cells = one_per_cell(rows)
+    cells = cells[cells["mean"].map(math.isfinite) & (cells["mean"] > 0)]  # what a logarithmic axis can show
+    dense, _ = dense_values(cells)
     if cells.empty:
         raise ValueError(f"no record has a positive, finite {metric} to draw; choose another with --metric")
-    models = sorted(cells["model"].unique(), key=tables.model_key)
-    pruned = cells[cells["pruner"] != tables.DENSE]
-    pruners = sorted(pruned["pruner"].unique(), key=tables.pruner_key)
+    models = sorted(cells["model"].unique(), key=names.model_key)
+    pruned = cells[cells["pruner"] != names.DENSE]
+    pruners = sorted(pruned["pruner"].unique(), key=names.pruner_key)
     styles = {p: (COLOURS[i % 8], LINE_STYLES[i // 8 % 3]) for i, p in enumerate(pruners)}
-    patterns = sorted((s for s in pruned["sparsity"].unique() if ":" in s), key=tables.sparsity_key)
+    patterns = sorted((s for s in pruned["sparsity"].unique() if ":" in s), key=names.sparsity_key)
     shapes = {pattern: PATTERN_MARKERS[i % len(PATTERN_MARKERS)] for i, pattern in enumerate(patterns)}
-    dense, _ = tables.dense_values(cells)
 
     columns = 2 if len(models) == 4 else min(len(models), 3)
     lines = math.ceil(len(models) / columns)
@@ -63,14 +66,21 @@ def _draw_panel(axes: Axes, panel: pd.DataFrame, styles: dict, shapes: dict, den
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     for pruner, group in panel.groupby("pruner"):
-        colour, style = styles[pruner]
-        points = [(*tables.sparsity_key(s), value, s) for s, value in zip(group["sparsity"], group["value"], strict=True)]
-        line = sorted((x, value) for kind, x, _, value, _ in points if kind == 0)
+        colour, dashes = styles[pruner]
+        line = []
+        for sparsity, mean, std in zip(group["sparsity"], group["mean"], group["std"], strict=True):
+            kind, x, _ = names.sparsity_key(sparsity)
+            if kind == 2:  # what is neither a fraction nor N:M has no place on this axis
+                continue
+            if kind == 0:
+                line.append((x, mean))
+            else:
+                axes.plot([x], [mean], color=colour, marker=shapes[sparsity], **HOLLOW)
+            if std > 0:
+                axes.errorbar([x], [mean], [std], color=colour, capsize=3, linewidth=1.2)
         if line:
-            axes.plot(*zip(*line, strict=True), color=colour, linestyle=style, marker="o", markersize=4.5, linewidth=1.6)
-        for kind, x, _, value, label in points:
-            if kind == 1:  # a kind that is neither a fraction nor N:M has no place on this axis
-                axes.plot([x], [value], color=colour, marker=shapes[label], **HOLLOW)
+            style = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": 4.5, "linewidth": 1.6}
+            axes.plot(*zip(*sorted(line), strict=True), **style)
     if dense is not None:
         axes.axhline(dense, color=GREY, linestyle="--", linewidth=1.2, zorder=1)
     axes.set_yscale("log")
@@ -93,9 +103,9 @@ def _legend(styles: dict, shapes: dict, has_dense: bool) -> list[Any]:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=colour, linestyle=style, marker="o", markersize=4.5, label=tables.PRETTY.get(name, name))
+        Line2D([], [], color=colour, linestyle=style, marker="o", markersize=4.5, label=names.pretty_pruner(name))
         for name, (colour, style) in styles.items()
     ]
     if has_dense:
-        handles.append(Line2D([], [], color=GREY, linestyle="--", label=tables.PRETTY[tables.DENSE]))
+        handles.append(Line2D([], [], color=GREY, linestyle="--", label=names.PRETTY[names.DENSE]))
     return handles + [Line2D([], [], color=GREY, marker=shape, label=label, **HOLLOW) for label, shape in shapes.items()]

@@ -1,17 +1,20 @@
 """Run records -> the README's tables, CSV, JSON, LaTeX, a plot. Formats what runs measured; computes no metric.
 
-    python scripts/collect.py                               rewrite every marked table of README.md
+All arithmetic is the mean and standard deviation of records that differ in nothing but the seed, and a mean of seconds.
+
+    python scripts/collect.py                               rewrite every marked table of README.md and docs/methods.md
     python scripts/collect.py --check                       write nothing; exit 1 if a table is out of date
     python scripts/collect.py --metric demo_perplexity      print one table over all models
     python scripts/collect.py --format csv > runs.csv       print all records (csv, json) or tables (latex, markdown)
     python scripts/collect.py --plot sparsity.png           perplexity against sparsity
 
-A table of the README stands between two lines, and is rewritten from the records each time:
+A table stands between two lines, and is rewritten from the records each time:
 
     <!-- nnprune:table metric=demo_perplexity models=demo,opt-125m pruners=wanda sparsities=0.5,2:4 -->
     <!-- /nnprune:table -->
 
-Only `metric` is needed. The rest are comma lists that filter; `models` gives the order of the columns as well.
+Only `metric` is needed. The next three are comma lists that filter; `models` gives the order of the columns as well.
+`layout=methods` is a table of one model, `models=demo`, with sparsities as columns; `seconds=true` adds what a run took.
 """
 
 from __future__ import annotations
@@ -20,7 +23,6 @@ import argparse
 import difflib
 import json
 import math
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +36,11 @@ except ModuleNotFoundError:
     sys.exit("collect.py: pandas is missing; pip install pandas")
 
 from nnprune import plots, records, tables  # noqa: E402
+from nnprune.cells import to_frame  # noqa: E402
+from nnprune.markers import EXAMPLE, Block, MarkerError, find_blocks  # noqa: E402
 
-START = re.compile(r"<!--\s*nnprune:table\b(.*?)-->\s*")
-END = re.compile(r"<!--\s*/nnprune:table\s*-->\s*")
-EXAMPLE = "<!-- nnprune:table metric=NAME --> and, on a later line, <!-- /nnprune:table -->"
-LISTS = ("models", "pruners", "sparsities")
+README = "README.md"
+DOCUMENTS = [README, "docs/methods.md"]  # those behind the first may be missing, or have no table
 
 
 class UsageError(Exception):
@@ -57,14 +59,16 @@ class Parser(argparse.ArgumentParser):
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--records", type=Path, metavar="DIR", help="folder of records (default: outputs/)")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="file with marked tables (default: README.md)")
-    parser.add_argument("--metric", metavar="NAME", help="this metric only; prints, and leaves the README alone")
-    parser.add_argument("--format", choices=["markdown", "csv", "latex", "json"], help="print; leave the README alone")
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help=f"file with marked tables (default: {', '.join(DOCUMENTS)})"
+    )
+    parser.add_argument("--metric", metavar="NAME", help="this metric only; prints, and leaves files alone")
+    parser.add_argument("--format", choices=["markdown", "csv", "latex", "json"], help="print; leave files alone")
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 when a table is out of date")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write a figure; leave the README alone")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write a figure; leave files alone")
     args = parser.parse_args(argv)
     if args.check and (args.metric or args.format or args.plot):
-        parser.error("--check compares the whole README: leave out --metric, --format and --plot")
+        parser.error("--check compares whole files: leave out --metric, --format and --plot")
     if args.format and args.plot:
         parser.error("--format and --plot do not go together: run them one after the other")
     if args.readme and (args.metric or args.format or args.plot):
@@ -78,7 +82,7 @@ def load(folder: Path | None) -> pd.DataFrame:
         raise UsageError(f"--records {folder}: no such folder; name one that holds result.json files")
     folder = folder or ROOT / "outputs"
     found, broken = records.read_all(folder) if folder.is_dir() else ([], [])
-    frame, problems = tables.to_frame(found)
+    frame, problems = to_frame(found)
     warn([f"{path}: skipped, {reason}" for path, reason in broken] + problems)
     if frame.empty:
         skipped = f" ({len(broken) + len(problems)} skipped)" if broken or problems else ""
@@ -98,88 +102,84 @@ def known_metric(frame: pd.DataFrame, name: str, where: str) -> str:
     return name
 
 
-@dataclass
-class Block:
-    """A marked table: lines[start] is its first marker, lines[end] its second."""
-
-    start: int
-    end: int
-    attributes: dict[str, str]
-
-
-def find_blocks(lines: list[str], name: str) -> list[Block]:
-    """The marked tables. Markers inside a code fence are an example, not a table."""
-    blocks, fence, opened = [], "", None
-    for i, line in enumerate(lines):
-        mark = re.match(r"\s{0,3}(```+|~~~+)", line)
-        if mark and (not fence or mark[1].startswith(fence)):
-            fence = "" if fence else mark[1]
-        if fence:
-            continue
-        start = START.fullmatch(line)
-        if start and opened is None:
-            opened = Block(i, i, parse_attributes(start[1], f"{name}:{i + 1}"))
-        elif END.fullmatch(line) and opened is not None:
-            opened.end = i
-            blocks.append(opened)
-            opened = None
-        elif start or END.fullmatch(line):
-            raise UsageError(f"{name}:{i + 1}: marker without its partner; a table needs {EXAMPLE}")
-    if opened is not None:
-        raise UsageError(f"{name}:{opened.start + 1}: table without an end; add <!-- /nnprune:table --> below it")
-    if not blocks:
-        raise UsageError(f"{name}: no marked table; add {EXAMPLE}")
-    return blocks
-
-
-def parse_attributes(text: str, where: str) -> dict[str, str]:
-    pairs = [item.partition("=") for item in text.split()]
-    attributes = {key: value for key, _, value in pairs}
-    for key, _, value in pairs:
-        if key not in ("metric", *LISTS) or not value:
-            raise UsageError(f"{where}: '{key}={value}' is not understood; use metric=NAME, {'=A,B, '.join(LISTS)}=A,B")
-    if "metric" not in attributes:
-        raise UsageError(f"{where}: the marker names no metric; write <!-- nnprune:table metric=NAME -->")
-    return attributes
-
-
 def render_block(frame: pd.DataFrame, block: Block, name: str) -> tables.Table:
-    where = f"{name}:{block.start + 1}: metric="
-    filters = {k: list(dict.fromkeys(v.split(","))) for k, v in block.attributes.items() if k in LISTS}
-    if "sparsities" in filters:
-        filters["sparsities"] = [tables.normal_sparsity(value) for value in filters["sparsities"]]
-    return tables.build_table(frame, known_metric(frame, block.attributes["metric"], where), **filters)
+    metric = known_metric(frame, block.metric, f"{name}:{block.start + 1}: metric=")
+    if block.layout == "methods":
+        options = {**block.filters, "model": block.filters["models"][0], "seconds": block.seconds}
+        del options["models"]
+        return tables.build_methods_table(frame, metric, **options)
+    return tables.build_table(frame, metric, **block.filters)
 
 
-def update_readme(frame: pd.DataFrame, readme: Path, check: bool) -> int:
+@dataclass
+class Document:
+    """A Markdown file as it is and as the records want it."""
+
+    path: Path
+    name: str
+    old: str
+    new: str
+    tables: list[tables.Table]
+
+
+def render(frame: pd.DataFrame, path: Path, name: str) -> Document:
     try:
-        with readme.open(encoding="utf-8", newline="") as file:  # newline="": line ends stay as they are
+        with path.open(encoding="utf-8", newline="") as file:  # newline="": line ends stay as they are
             old = file.read()
     except OSError as error:
-        raise UsageError(f"--readme {readme}: {error.strerror}; name a Markdown file") from error
+        raise UsageError(f"--readme {path}: {error.strerror}; name a Markdown file") from error
     end_of_line = "\r\n" if "\r\n" in old else "\n"
     lines = old.splitlines(keepends=True)
-    blocks = find_blocks(lines, readme.name)
-    rendered = [render_block(frame, block, readme.name) for block in blocks]
-    warn([line for table in rendered for line in table.warnings])
+    blocks = find_blocks(lines, name)
+    rendered = [render_block(frame, block, name) for block in blocks]
     for block, table in reversed(list(zip(blocks, rendered, strict=True))):  # from below: line numbers stay valid
         body = tables.to_markdown(table)
         lines[block.start + 1 : block.end] = [end_of_line.join(["", *body.split("\n"), ""])]
-    new = "".join(lines)
-    if check:
-        diff = difflib.unified_diff(old.splitlines(), new.splitlines(), readme.name, "records", n=1, lineterm="")
-        print("\n".join(diff) if old != new else f"{readme.name}: {len(blocks)} table(s) match the records")
-        return int(old != new)
-    for table in rendered:
+    return Document(path, name, old, "".join(lines), rendered)
+
+
+def render_all(frame: pd.DataFrame, readme: Path | None) -> list[Document]:
+    """The file named, or the default ones. Nothing is written before all of them are understood."""
+    if readme is None:
+        paths = {name: ROOT / name for name in DOCUMENTS}
+        documents = [render(frame, path, name) for name, path in paths.items() if name == README or path.is_file()]
+    else:
+        documents = [render(frame, readme, readme.name)]
+    if not documents[0].tables:
+        raise UsageError(f"{documents[0].name}: no marked table; add {EXAMPLE}")
+    documents = [document for document in documents if document.tables]
+    warn([line for document in documents for table in document.tables for line in table.warnings])
+    return documents
+
+
+def check(documents: list[Document]) -> int:
+    stale = [document for document in documents if document.old != document.new]
+    for document in stale:
+        old, new = document.old.splitlines(), document.new.splitlines()
+        print("\n".join(difflib.unified_diff(old, new, document.name, "records", n=1, lineterm="")))
+    if not stale:
+        print(f"{count(documents)} match the records")
+    return int(bool(stale))
+
+
+def rewrite(documents: list[Document]) -> None:
+    for table in [table for document in documents for table in document.tables]:
         print_table(table)
-    if old != new:
-        records.write_atomically(readme.resolve(), new)  # resolved: a link stays a link
-    print(f"{readme.name}: {len(blocks)} table(s) {'rewritten' if old != new else 'already up to date'}")
-    return 0
+    stale = [document for document in documents if document.old != document.new]
+    for document in stale:
+        records.write_atomically(document.path.resolve(), document.new)  # resolved: a link stays a link
+    if stale:
+        print(f"{count(stale)} rewritten")
+    if current := [document for document in documents if document not in stale]:
+        print(f"{count(current)} already up to date")
+
+
+def count(documents: list[Document]) -> str:
+    return f"{', '.join(d.name for d in documents)}: {sum(len(d.tables) for d in documents)} table(s)"
 
 
 def print_table(table: tables.Table) -> None:
-    print(tables.to_markdown(table), f"\n{table.metric}: {table.num_records} record(s) used\n", sep="")
+    print(tables.to_markdown(table), f"\n{table.caption}: {table.num_records} record(s) used\n", sep="")
 
 
 def print_format(frame: pd.DataFrame, style: str, metrics: list[str]) -> None:
@@ -228,10 +228,13 @@ def main(argv: list[str] | None = None) -> int:
         elif args.format or args.metric:
             print_format(frame, args.format or "markdown", metrics)
         else:
-            return update_readme(frame, args.readme or ROOT / "README.md", args.check)
-    except (UsageError, NoRecordsError) as error:
+            documents = render_all(frame, args.readme)
+            if args.check:
+                return check(documents)
+            rewrite(documents)
+    except (UsageError, MarkerError, NoRecordsError) as error:
         print(f"collect.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return 1 if isinstance(error, NoRecordsError) else 2
     return 0
 
 

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import io
 import json
+import math
 import re
 import struct
 import subprocess
@@ -12,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from nnprune import tables
-from nnprune.records import RunRecord
+from nnprune import cells, names, tables
+from nnprune.records import RunRecord, read_all
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "collect.py"
 spec = importlib.util.spec_from_file_location("collect", SCRIPT)
@@ -43,7 +44,7 @@ TABLE = """\
 | | | | |
 | **Magnitude** | 2:4 | 1.6e3 | 1.0e3 |
 | **Wanda** | 2:4 | 79.65 | 113.17 |
-| **alps** | 2:4 | **60.00** | **60.00** |
+| **ALPS** | 2:4 | **60.00** | **60.00** |
 | **SparseGPT (nn-pruning)** | 2:4 | 61.00 | -- |
 """
 README = """\
@@ -123,6 +124,68 @@ def test_readme_is_rewritten_and_stays_put(call, readme):
     assert [path.name for path in sorted(readme.parent.iterdir())] == ["README.md", "outputs"]  # no temporary file
 
 
+@pytest.fixture
+def methods(tmp_path):
+    folder = tmp_path / "methods"
+    for seed, value in enumerate((20.0, 22.0)):
+        write_record(folder / f"r{seed}", pruner="wanda_refit", value=value, seconds={"total": 4.0 + seed}, **config(seed))
+    write_record(folder / "w", value=25.0, seconds={"total": 2.0})
+    write_record(folder / "w24", sparsity="2:4", value=50.0, seconds={"total": 3.0})
+    write_record(folder / "own", pruner="mine+layer", sparsity="2:4", value=40.0, seconds={"total": 1234.5})
+    write_record(folder / "b", pruner="best", sparsity="0.7", value=21.0, seconds={})
+    write_record(folder / "other", model="opt-125m", pruner="ria", value=1.0)
+    return folder
+
+
+def methods_table(call, tmp_path, folder, options):
+    path = tmp_path / "methods.md"
+    path.write_text(f"<!-- nnprune:table metric=demo_perplexity {options} -->\n<!-- /nnprune:table -->\n", encoding="utf-8")
+    status, out, err = call("--readme", path, records=folder)
+    assert status == 0
+    return out.split("\ndemo_perplexity")[0], err
+
+
+def test_layout_of_methods(call, tmp_path, methods):
+    table, err = methods_table(call, tmp_path, methods, "models=demo layout=methods seconds=true")
+    assert err == ""
+    assert (
+        table
+        == """\
+| Method | 50% | 70% | 2:4 | Seconds |
+| :--- | :--- | :--- | :--- | :--- |
+| **Dense** | 15.00 | 15.00 | 15.00 | -- |
+| | | | | |
+| **Wanda** | 25.00 | -- | 50.00 | 2.5 |
+| **Wanda + refit** | **21.0 ± 1.4** | -- | -- | 4.5 |
+| **best** | -- | 21.00 | -- | -- |
+| **mine + layer** | -- | -- | **40.00** | 1234 |
+"""
+    )
+
+
+def test_layout_of_methods_is_filtered(call, tmp_path, methods):
+    options = "layout=methods models=demo pruners=wanda,wanda_refit,ria sparsities=0.50,4:8"
+    table, err = methods_table(call, tmp_path, methods, options)
+    assert table.splitlines()[0] == "| Method | 50% |"
+    assert table.splitlines()[4:] == ["| **Wanda** | 25.00 |", "| **Wanda + refit** | **21.0 ± 1.4** |"]
+    assert err.splitlines() == [
+        "warning: pruners=ria: no record with demo_perplexity has it",
+        "warning: sparsities=4:8: no record with demo_perplexity has it",
+    ]
+
+
+def test_layout_of_methods_without_records(call, tmp_path, methods):
+    table, err = methods_table(call, tmp_path, methods, "layout=methods models=opt-13b seconds=true")
+    assert table.endswith("| **Dense** | -- |\n") and "models=opt-13b: no record" in err
+
+
+def test_layout_of_methods_in_latex(methods):
+    frame, _ = cells.to_frame(read_all(methods)[0])
+    latex = tables.to_latex(tables.build_methods_table(frame, "demo_perplexity", "demo", seconds=True))
+    assert r"\caption{demo\_perplexity, demo}" in latex and r"\begin{tabular}{lrrrr}" in latex
+    assert r"Wanda + refit & \textbf{21.0 $\pm$ 1.4} & -- & -- & 4.5 \\" in latex
+
+
 def test_check(call, readme):
     assert call("--readme", readme, "--check")[0] == 1
     assert readme.read_text(encoding="utf-8") == README
@@ -132,6 +195,28 @@ def test_check(call, readme):
     status, out, _ = call("--readme", readme, "--check")
     assert status == 1
     assert "-| **Magnitude** | 50% | 197.39 | 97.11 |\n+| **Magnitude** | 50% | 197.38 | 97.11 |" in out
+
+
+def test_default_files_are_updated_and_checked_together(call, readme, monkeypatch):
+    monkeypatch.setattr(collect, "ROOT", readme.parent)
+    assert call()[1].endswith("README.md: 2 table(s) rewritten\n")
+    methods = readme.parent / "docs" / "methods.md"
+    methods.parent.mkdir()
+    methods.write_text("nothing to fill yet\n", encoding="utf-8")
+    assert call("--check")[:2] == (0, "README.md: 2 table(s) match the records\n")
+    marker = "<!-- nnprune:table metric=demo_perplexity models=opt-125m layout=methods -->\n"
+    methods.write_text(marker, encoding="utf-8")
+    assert call()[2] == "collect.py: docs/methods.md:1: table without an end; add <!-- /nnprune:table --> below it\n"
+    methods.write_text(marker + "<!-- /nnprune:table -->\n", encoding="utf-8")
+    status, out, _ = call("--check")
+    assert status == 1 and out.startswith("--- docs/methods.md\n") and "README.md" not in out
+    out = call()[1]
+    assert out.endswith("docs/methods.md: 1 table(s) rewritten\nREADME.md: 2 table(s) already up to date\n")
+    assert "| **Wanda** | 38.78 | 79.65 |" in methods.read_text(encoding="utf-8")
+    assert call("--check")[:2] == (0, "README.md, docs/methods.md: 3 table(s) match the records\n")
+    readme.write_text(README.replace("metric=demo_perplexity -->", "metric=nothing -->"), encoding="utf-8")
+    methods.write_text(marker + "<!-- /nnprune:table -->\n", encoding="utf-8")
+    assert call()[0] == 2 and "Wanda" not in methods.read_text(encoding="utf-8")  # all files or none
 
 
 def test_line_ends_are_kept(call, readme):
@@ -152,6 +237,86 @@ def test_newest_wins_silently_within_an_experiment_and_aloud_between(call, runs)
     status, out, err = call("--metric", "demo_perplexity")
     assert (status, err.count("\n")) == (0, 1) and "| **Wanda** | 50% | 3.00 |" in out
     assert re.search(r"demo / wanda / 0.5: 2 experiments compete .*newest, aaaaaaaaaaaa: .*b.result.json", err)
+
+
+def config(seed, calibration_seed=None, **more):
+    calibration = {"num_samples": 8, "seed": seed if calibration_seed is None else calibration_seed}
+    return {"config": {"seed": seed, "calibration": calibration, **more}}
+
+
+def test_seeds_of_one_experiment_are_one_cell(call, tmp_path):
+    folder = tmp_path / "o"
+    for seed, value in enumerate((46.4, 46.8, 47.2)):  # how it was run does not count
+        write_record(folder / f"s{seed}", value=value, **config(seed, runtime={"device": f"cuda:{seed}"}, outputs=f"o{seed}"))
+    for seed, value in enumerate((46.81, 46.79)):
+        write_record(folder / f"m{seed}", pruner="magnitude", value=value, **config(seed))
+    write_record(folder / "one", pruner="sparsegpt", value=46.82, **config(0))
+    status, out, err = call("--metric", "demo_perplexity", records=folder)
+    assert (status, err) == (0, "")
+    assert "| **Magnitude** | 50% | **46.80 ± 0.01** |" in out  # a tie: means are the same to two decimals
+    assert "| **Wanda** | 50% | **46.8 ± 0.4** |" in out
+    assert "| **SparseGPT** | 50% | 46.82 |" in out
+    assert "demo_perplexity: 6 record(s) used" in out
+    latex = call("--metric", "demo_perplexity", "--format", "latex", records=folder)[1]
+    assert r"& \textbf{46.8 $\pm$ 0.4} \\" in latex
+    objects = json.loads(call("--format", "json", records=folder)[1])
+    wanda = [item for item in objects if item["pruner"] == "wanda"]
+    assert [(item["seed"], item["num_seeds"], item["value"]) for item in wanda] == [
+        ("0", 3, 46.4),
+        ("1", 3, 46.8),
+        ("2", 3, 47.2),
+    ]
+    assert {round(item["mean"], 9) for item in wanda} == {46.8} and {round(item["std"], 9) for item in wanda} == {0.4}
+    [single] = [item for item in objects if item["pruner"] == "sparsegpt"]
+    assert (single["num_seeds"], single["mean"], single["std"]) == (1, 46.82, None)
+
+
+def test_the_newest_record_of_a_seed_counts(call, tmp_path):
+    folder, times = tmp_path / "o", [f"2026-11-21T20:0{i}:00+00:00" for i in range(3)]
+    write_record(folder / "a", value=10.0, finished=times[0], **config(0))
+    write_record(folder / "b", value=20.0, finished=times[1], **config(1))
+    write_record(folder / "c", value=30.0, finished=times[2], fingerprint="cccccccccccc", **config(0))
+    _, out, err = call("--metric", "demo_perplexity", records=folder)
+    assert "| **Wanda** | 50% | 25.0 ± 7.1 |" in out
+    # One config and seed, but another fingerprint: something that no config shows has changed.
+    assert "2 experiments compete (000000000000, cccccccccccc); shown is the newest, cccccccccccc (2 seeds)" in err
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        config(2, pruner={"alpha": 0.7}),
+        {"config": {**config(2)["config"], "calibration": {"num_samples": 16, "seed": 2}}},
+        {**config(2), "evaluation_hashes": {"demo": "feedfeedfeedfeed"}},
+    ],
+)
+def test_what_differs_in_more_than_the_seed_is_not_averaged(call, tmp_path, other):
+    folder = tmp_path / "o"
+    for seed in (0, 1):
+        write_record(folder / f"s{seed}", value=20.0 + seed, finished="2026-11-21T20:01:00+00:00", **config(seed))
+    write_record(folder / "other", value=99.0, finished="2026-11-21T20:00:00+00:00", **other)
+    _, out, err = call("--metric", "demo_perplexity", records=folder)
+    assert "| **Wanda** | 50% | 20.5 ± 0.7 |" in out and "2 experiments compete" in err
+    write_record(folder / "other", value=99.0, finished="2026-11-21T20:02:00+00:00", **other)
+    assert "| **Wanda** | 50% | 99.00 |" in call("--metric", "demo_perplexity", records=folder)[1]
+
+
+def test_a_seed_without_a_figure_is_not_left_out_of_the_mean(call, tmp_path):
+    for seed, value in enumerate((20.0, "nan", 21.0)):
+        write_record(tmp_path / "o" / f"s{seed}", value=value, **config(seed))
+    assert "| **Wanda** | 50% | -- |" in call("--metric", "demo_perplexity", records=tmp_path / "o")[1]
+
+
+def test_settings_that_do_not_tell_experiments_apart_are_those_of_the_fingerprint():
+    from nnprune.experiment import NOT_SCIENCE
+
+    assert set(cells.NOT_SCIENCE) == {*NOT_SCIENCE, "seed"}
+
+
+def test_figures_with_a_spread():
+    texts = {(46.78, 0.43): "46.8 ± 0.4", (3.834, 0.0): "3.83 ± 0.00", (636.49, 12.3): "636 ± 12", (46.78, 1.44): "46.8 ± 1.4"}
+    texts |= {(1934.0, 120.0): "1.9e3 ± 0.1e3", (math.inf, math.nan): "inf", (46.784, math.nan): "46.78"}
+    assert {key: tables.format_mean(*key) for key in texts} == texts
 
 
 def test_unusable_files_are_reported_and_skipped(call, runs):
@@ -187,19 +352,47 @@ def test_dense_comes_from_pruned_runs_too_and_disagreement_is_named(call, tmp_pa
 
 
 def test_order_of_models_and_patterns():
-    names = ["bloom-560m", "opt-13b", "opt-1.3b", "llama-2-7b", "opt-350m", "demo", "opt-125m", "Llama-3-8b"]
+    models = ["bloom-560m", "opt-13b", "opt-1.3b", "llama-2-7b", "opt-350m", "demo", "opt-125m", "Llama-3-8b"]
     ordered = ["demo", "bloom-560m", "llama-2-7b", "Llama-3-8b", "opt-125m", "opt-350m", "opt-1.3b", "opt-13b"]
-    assert sorted(names, key=tables.model_key) == ordered
+    assert sorted(models, key=names.model_key) == ordered
     labels = ["4:8", "2:4", "0.75", "3:4", "0.5", "odd", "0.625"]
-    assert sorted(labels, key=tables.sparsity_key) == ["0.5", "0.625", "0.75", "3:4", "2:4", "4:8", "odd"]
-    assert [tables.pretty_sparsity(s) for s in ("0.55", "0.625", "2:4")] == ["55%", "62.5%", "2:4"]
+    assert sorted(labels, key=names.sparsity_key) == ["0.5", "0.625", "0.75", "3:4", "2:4", "4:8", "odd"]
+    assert [names.pretty_sparsity(s) for s in ("0.55", "0.625", "2:4")] == ["55%", "62.5%", "2:4"]
+
+
+def test_order_and_names_of_methods():
+    ordered = {
+        "dense": "Dense",
+        "magnitude": "Magnitude",
+        "wanda": "Wanda",
+        "wanda+refit": "Wanda + refit",
+        "wanda_refit": "Wanda + refit",
+        "wanda+refit+layer": "Wanda + refit + layer",
+        "wanda+asymmetric": "Wanda + asymmetric",
+        "ria": "RIA",
+        "dsnot": "DSnoT",
+        "swaps": "Swaps",
+        "sparsegpt": "SparseGPT",
+        "sparsegpt_refit": "SparseGPT + refit",
+        "admm": "ADMM",
+        "alps": "ALPS",
+        "best": "best",
+        "best+owl": "best + owl",
+        "best_fast": "best_fast",
+        "Alpha": "Alpha",
+        "mine": "mine",
+        "mine_refit": "mine_refit",
+        "sparsegpt_nnpruning": "SparseGPT (nn-pruning)",
+    }
+    assert sorted(reversed(ordered), key=names.pruner_key) == list(ordered)
+    assert {label: names.pretty_pruner(label) for label in ordered} == ordered
 
 
 def test_csv_and_json_parse_back(call):
     rows = list(csv.DictReader(io.StringIO(call("--format", "csv")[1])))
     objects = json.loads(call("--format", "json")[1])
     assert len(rows) == len(objects) == 15
-    assert list(rows[0]) == list(objects[0]) == tables.COLUMNS
+    assert list(rows[0]) == list(objects[0]) == cells.COLUMNS
     for row, item in zip(rows, objects, strict=True):
         assert row["path"] == item["path"] and float(row["value"]) == item["value"]
     one = next(item for item in objects if (item["pruner"], item["model"]) == ("alps", "opt-125m"))
@@ -228,12 +421,17 @@ def test_latex(call, runs):
     assert body.count(r"\midrule") == 3
 
 
-@pytest.mark.parametrize("pruners", [None, ["dense"]])
-def test_plot(call, runs, tmp_path, pruners):
-    if pruners:  # a panel with nothing but the dense line
-        write_record(tmp_path / "o" / "a", pruner="dense", sparsity="dense", value=15.0)
+@pytest.mark.parametrize("content", ["runs", "nothing but the dense line", "seeds"])
+def test_plot(call, runs, tmp_path, content):
+    folder = runs if content == "runs" else tmp_path / "o"
+    if content == "seeds":
+        for seed, value in enumerate((1.0, 20.0, 90.0)):  # a spread below zero, which a logarithmic axis lacks
+            write_record(folder / f"s{seed}", value=value, **config(seed))
+            write_record(folder / f"p{seed}", sparsity="2:4", value=value + 5, **config(seed))
+    elif content != "runs":
+        write_record(folder / "a", pruner="dense", sparsity="dense", value=15.0)
     path = tmp_path / "figure.png"
-    assert call("--plot", path, records=tmp_path / "o" if pruners else runs)[0] == 0
+    assert call("--plot", path, records=folder)[0] == 0
     content = path.read_bytes()
     width, height = struct.unpack(">II", content[16:24])
     assert content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")
@@ -253,7 +451,7 @@ def test_plot_without_matplotlib(call, tmp_path, monkeypatch):
         (["--plot", "figure.docx"], "unknown suffix '.docx'; use one of .png"),
         (["--plot", "nowhere/figure.png"], "the folder nowhere does not exist"),
         (["--format", "xml"], "--format: invalid choice: 'xml'"),
-        (["--check", "--metric", "demo_perplexity"], "--check compares the whole README"),
+        (["--check", "--metric", "demo_perplexity"], "--check compares whole files"),
         (["--format", "csv", "--plot", "a.png"], "--format and --plot do not go together"),
         (["--metric", "demo_perplexity", "--readme", "a.md"], "--readme is for rewriting"),
         (["--readme", "nowhere.md"], "--readme nowhere.md: No such file"),
@@ -273,6 +471,11 @@ def test_usage_errors_are_one_line(call, argv, message):
         ("<!-- /nnprune:table -->\n", "README.md:1: marker without its partner"),
         ("<!-- nnprune:table -->\n<!-- /nnprune:table -->\n", "names no metric"),
         ("<!-- nnprune:table metric=x model=y -->\n<!-- /nnprune:table -->\n", "'model=y' is not understood"),
+        ("<!-- nnprune:table metric=x layout=rows -->\n", "'layout=rows' is not understood; use metric=NAME, models=A,B"),
+        ("<!-- nnprune:table metric=x seconds=1 -->\n", "'seconds=1' is not understood"),
+        ("<!-- nnprune:table metric=x seconds=true -->\n", "README.md:1: seconds=true is a column of layout=methods"),
+        ("<!-- nnprune:table metric=x layout=methods -->\n", "README.md:1: layout=methods shows one model"),
+        ("<!-- nnprune:table metric=x layout=methods models=a,b -->\n", "README.md:1: layout=methods shows one model"),
         ("\n<!-- nnprune:table metric=x -->\n<!-- /nnprune:table -->\n", "README.md:2: metric=x: no record has this"),
     ],
 )
