@@ -8,12 +8,16 @@ Letters: N samples, B batch, T tokens, D hidden.
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from torch import Tensor, nn
 
+from nnprune.activations import Activations
 from nnprune.inputs import PROBE_TOKENS, InputCollector, input_groups
 from nnprune.layerwise import LayerwiseEngine
 from nnprune.method import Method
+from nnprune.shortcuts import Shortcut, find_shortcut
 from nnprune.stopwatch import Stopwatch
 from nnprune.streams import Stream
 
@@ -43,6 +47,8 @@ class Propagation:
         self.watch = watch
         self._ahead: InputCollector | None = None  # what the next layer's linears have been seen to receive already
         self._reference_is_behind = False  # the layer that comes next
+        self._rows = slice(0, 0)  # at hand
+        self._shortcuts: dict[str, Shortcut] = {}  # of the calibration and of the reference, through the layer at hand
 
     def skip(self, index: int) -> None:
         """Take both streams through decoder layer `index`, which is finished."""
@@ -78,6 +84,7 @@ class Propagation:
         pairs = any(method.pairs_inputs for method in methods)
         dense = copy.deepcopy(layer) if pairs or (self.reference and not self._reference_is_behind) else layer
         groups = self._groups(index, layer)
+        self._shortcuts = self._find_shortcuts(index, layer, both=dense is not layer)
         for names in groups:
             with self.watch.stage("calibration"):
                 collector = self._collector(index, layer, dense, methods, [names])
@@ -86,13 +93,21 @@ class Propagation:
             yield collector
         self._reference_is_behind = False
 
+    def forget(self) -> None:
+        """The weights of the layer at hand have changed once more: nothing of it is known any more."""
+        for shortcut in self._shortcuts.values():
+            shortcut.close()
+        self._shortcuts = {}
+
     def hand_on(self, index: int, methods: Sequence[Method]) -> None:
         """Take the calibration through the pruned decoder layer `index`; and, for `methods` that prune the next layer as it is, each
         batch at once into the next layer's linears, so that the activations are read once a layer."""
         with self.watch.stage("calibration"):
             layer = self.store.fetch(index)
             if self.mode == "sequential" or not methods or any(method.recovery.epochs_before for method in methods):
-                self.calibration.advance(index, layer)
+                with self._shortcut("calibration", layer, ()):
+                    self.calibration.each_batch(lambda rows, hidden: self._run(index, layer, rows, hidden))
+                self.forget()
                 return
             following = self.store.fetch(index + 1, pruned=False)
             collector = self._collector(index + 1, following, following, methods, self._groups(index + 1, following))
@@ -119,6 +134,7 @@ class Propagation:
         advances = self.reference is not None and not self._reference_is_behind and is_last
 
         def step(rows: slice, hidden: Tensor) -> Tensor | None:
+            self._rows = rows
             if before is not None:
                 hidden = self.calibration.run(*before, hidden)
             reference = None
@@ -133,8 +149,43 @@ class Propagation:
                 self.reference.activations.put(rows, reference)
             return output if hand_on else hidden if before is not None else None
 
-        with collector.watching(stop=not hand_on):
+        seen = [name for names in collector.groups for name in names]
+        with collector.watching(stop=not hand_on), ExitStack() as stack:
+            stack.enter_context(self._shortcut("calibration", layer, seen))
+            if pairs or advances:
+                stack.enter_context(self._shortcut("reference", dense, seen))
             self.calibration.each_batch(step)
+
+    def _run(self, index: int, layer: nn.Module, rows: slice, hidden: Tensor) -> Tensor:
+        self._rows = rows
+        return self.calibration.run(index, layer, hidden)
+
+    @contextmanager
+    def _shortcut(self, stream: str, layer: nn.Module, seen: Sequence[str]) -> Iterator[None]:
+        """Record or use what is known of this stream's way through the layer, by whether the linear it ends in is now seen."""
+        shortcut = self._shortcuts.get(stream)
+        if shortcut is None:
+            yield
+        elif any(name.endswith(f".{shortcut.linear}") for name in seen):
+            with shortcut.recording(layer, lambda: self._rows):
+                yield
+        else:
+            with shortcut.used(layer, lambda: self._rows):
+                yield
+
+    def _find_shortcuts(self, index: int, layer: nn.Module, both: bool) -> dict[str, Shortcut]:
+        prefix = f"{self.engine.decoder.path}.{index}."
+        linears = {name.removeprefix(prefix): linear for name, linear in self.engine.decoder.linears(index).items()}
+        hidden = self.calibration.probe(PROBE_TOKENS)
+        found = find_shortcut(layer, linears, lambda: self.calibration.run(index, layer, hidden))
+        streams = ("calibration", "reference") if both else ("calibration",)
+        return {stream: Shortcut(*found, partial(self._buffer, stream)) for stream in streams} if found else {}
+
+    def _buffer(self, stream: str, width: int) -> Activations:
+        """Room for what a linear of `width` inputs receives from the whole calibration."""
+        like, runtime = self.calibration.activations.tensor, self.engine.runtime
+        path = self.engine.scratch / f"activations-shortcut-{stream}.bin"
+        return Activations((*like.shape[:2], width), like.dtype, self.engine.device, runtime.activations, path)
 
     def _collector(
         self, index: int, layer: nn.Module, dense: nn.Module, methods: Sequence[Method], groups: list[list[str]]
