@@ -154,6 +154,7 @@ class Job:
             pruned.metrics = metrics
             reports = [finished.reports[index] for index in range(self.engine.num_layers)]
             pruned.per_linear = [linear for report in reports for linear in report["linears"]]
+            pruned.recovered = [report["recovered"] for report in reports if "recovered" in report]
             self._count(pruned, reports)
             if (num_cells := max(report["num_cells"] for report in reports)) > 1:
                 pruned.notes.append(f"pruned in one pass with {num_cells - 1} other cells, which `seconds` do not tell of")

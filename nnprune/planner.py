@@ -120,7 +120,8 @@ class Plan:
         shell = sum(parameter.nbytes for parameter in decoder.model.parameters() if parameter not in inside)
         num_evaluations = (1 + self.measures_dense) * sum(ids.numel() for ids in self.evaluation)
         width = decoder.text_config.hidden_size * decoder.model.dtype.itemsize
-        streams = 1 + self.experiment.method.needs_reference
+        sequential = self.experiment.config["propagate"] == "sequential"
+        streams = (1 + self.experiment.method.needs_reference) * (1 + sequential)  # a shortcut keeps as much again
         activations = (num_evaluations + (0 if self.experiment.is_dense else self.calibration.numel() * streams)) * width
         window = max((ids.shape[1] for ids in self.evaluation), default=0)
         logits = LOGIT_BYTES * window * decoder.vocab_size
@@ -134,6 +135,7 @@ class Plan:
             at_rest[runtime.layers] += layers
         if not on_cuda:
             one_more = layer if runtime.layers == "disk" else -layer  # brought ahead; or the probe's own is one of them
+            one_more += layer * (sequential and self.experiment.method.needs_reference)  # the dense one beside it
             return base + at_rest["host"] + at_rest["device"] + shell + logits + probe.host_bytes + one_more, 0, at_rest["disk"]
         host = base + probe.host_bytes + at_rest["host"] + shell
         return host, probe.device_bytes + at_rest["device"] + shell + logits + layer, at_rest["disk"]

@@ -25,7 +25,8 @@ class RunRecord:
     """Everything that is known about one run. `metrics` are those of the pruned model alone.
 
     Keys of `metrics` and `dense_metrics` are `<evaluation>_perplexity`; sparsities are fractions of zeros; times are
-    seconds; sizes are bytes. `per_linear` holds a dict a linear: name, pattern, sparsity, relative_error, seconds.
+    seconds; sizes are bytes. `per_linear` holds a dict a linear: name, pattern, sparsity, relative_error, seconds. `recovered` holds
+    a dict a decoder layer, where layers were tuned: what `Recovery.tune` reports of its tuning before and after pruning.
     """
 
     status: str
@@ -38,6 +39,7 @@ class RunRecord:
     linear_sparsity: float | None = None
     model_sparsity: float | None = None
     per_linear: list[dict[str, Any]] = field(default_factory=list)
+    recovered: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_host_bytes: int | None = None
     peak_device_bytes: int | None = None
