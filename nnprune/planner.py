@@ -70,9 +70,8 @@ class Plan:
             return [Stage("dense_evaluation", *measured)]
         rows = rows_needed([experiment.method], self.calibration)
         batches = num_layers * rows.numel() / probe.num_tokens
-        collects, forwards = {"pruned": (1, 1), "dense": (1, 0), "sequential": (probe.num_groups, 1)}[
-            experiment.config["propagate"]
-        ]
+        # Sequentially the attention is computed once, and what lies between two groups once more for each group behind it.
+        collects, forwards = {"pruned": (1, 1), "dense": (1, 0), "sequential": (2, 1)}[experiment.config["propagate"]]
         streams = 1 + experiment.method.needs_reference
         stages = [
             Stage(

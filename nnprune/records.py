@@ -135,6 +135,10 @@ def _read_dict(path: Path) -> dict[str, Any]:
         raise RecordError("is no nnprune record")
     if content["schema_version"] != SCHEMA_VERSION:
         raise RecordError(f"has schema_version {content['schema_version']}, this is nnprune with {SCHEMA_VERSION}")
-    if content.keys() != {entry.name for entry in fields(RunRecord)}:
-        raise RecordError("lacks keys of a record, or has others")
-    return content
+    known = {entry.name for entry in fields(RunRecord)}
+    if unknown := content.keys() - known:
+        raise RecordError(f"has {min(unknown)}, which no record has")
+    try:
+        return asdict(RunRecord(**content))  # what has been added since a record was written is at its default
+    except TypeError:
+        raise RecordError("lacks keys of a record") from None

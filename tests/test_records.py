@@ -82,7 +82,7 @@ def other_schema(text: str) -> str:
 
 
 def lacking_a_key(text: str) -> str:
-    return json.dumps({key: value for key, value in json.loads(text).items() if key != "metrics"})
+    return json.dumps({key: value for key, value in json.loads(text).items() if key != "model"})
 
 
 UNUSABLE = [
@@ -92,6 +92,7 @@ UNUSABLE = [
     (lambda text: "[1, 2]", "is no nnprune record"),
     (other_schema, "has schema_version 2, this is nnprune with 1"),
     (lacking_a_key, "lacks keys of a record"),
+    (lambda text: json.dumps(json.loads(text) | {"loss": 3}), "has loss, which no record has"),
 ]
 
 
@@ -117,9 +118,15 @@ def test_read_all_reports_and_skips_what_is_no_record(tmp_path):
     (tmp_path / "bad" / "folder" / RESULT_FILE).mkdir(parents=True)
     records, problems = read_all(tmp_path)
     assert records == [asdict(RECORD) | {"path": str(tmp_path / folder / RESULT_FILE)} for folder in ("a", "b/good")]
-    assert [path.parent.name for path, _ in problems] == [*"012345", "bytes", "folder"]
+    assert [path.parent.name for path, _ in problems] == [*"0123456", "bytes", "folder"]
     for (_, reason), (_, expected) in zip(problems, UNUSABLE, strict=False):
         assert expected in reason
+
+
+def test_a_record_may_lack_what_was_added_since(tmp_path):
+    path = RECORD.write(tmp_path)
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "recovered"}))
+    assert read(tmp_path) == RECORD
 
 
 science = st.recursive(
