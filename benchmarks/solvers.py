@@ -74,7 +74,12 @@ def parse_args() -> argparse.Namespace:
     add("--model", required=True, help="a directory made by save_pretrained, or demo")
     add("--calibration", required=True, help="a text file; demo:calibration.txt is the demo's")
     add("--layers", type=lambda text: [int(part) for part in text.split(",")], default=[0])
-    add("--methods", type=lambda text: text.split(","), default=["wanda", "swaps", "sparsegpt_refit", "admm", "alps"])
+    add(
+        "--methods",
+        type=lambda text: text.split(","),
+        default=["wanda", "swaps", "sparsegpt_refit", "admm", "alps"],
+        help="of conf/pruner, with settings behind slashes: alps/pruner.num_levels=5",
+    )
     add("--patterns", type=lambda text: text.split(","), default=["0.5", "0.7", "2:4", "4:8"])
     add("--num-samples", type=int, default=32)
     add("--seq-len", type=int, default=1024)
@@ -89,7 +94,8 @@ def methods(names: list[str]) -> dict[str, Method]:
     found = {}
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for name in names:
-            cfg = compose("config", [f"pruner={name}"])
+            pruner, *settings = name.split("/")
+            cfg = compose("config", [f"pruner={pruner}", *settings])
             found[name] = Method(instantiate(cfg["pruner"], _convert_="all"), update=instantiate(cfg["update"]))
     return found
 

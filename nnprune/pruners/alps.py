@@ -9,8 +9,8 @@ P keeping the largest entries. A small rho looks for good supports, a large one 
 the support of the last P are refitted by preconditioned conjugate gradients (section 3.3).
 
 Unlike the authors' code this needs no eigendecomposition: rho grows geometrically in a few levels, at each of which A + rho 1 is
-inverted by Cholesky. Twelve iterations from rho = 0.3 to 1 reach four fifths of what a hundred from 0.03 to 3 gain over
-SparseGPT's layer error (docs/methods.md), in a tenth of the time.
+inverted by Cholesky. Twelve iterations from rho = 0.3 to 1 reach nine tenths of what a hundred from 0.03 to 3 gain over
+SparseGPT's layer error (docs/methods.md), in a fraction of the time.
 
 Letters: O output features, I input features.
 """
