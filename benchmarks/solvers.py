@@ -28,7 +28,6 @@ from benchmarks.machine import description
 from benchmarks.report import markdown
 from nnprune.calibration import TextCalibration
 from nnprune.decoder import Decoder, weight_OI
-from nnprune.inputs import PROBE_TOKENS, InputCollector, input_groups
 from nnprune.loading import ModelSource, quieten_transformers
 from nnprune.method import Method
 from nnprune.patterns import parse_pattern
@@ -36,6 +35,7 @@ from nnprune.run import CONF
 from nnprune.runtime import Runtime
 from nnprune.statistics import Hessian, InputStatistic, Moments, SquaredNorm
 from nnprune.streams import Stream
+from nnprune.survey import see_inputs
 
 BASE = "sparsegpt"
 
@@ -115,22 +115,11 @@ def layer_groups(args: argparse.Namespace) -> dict[int, list[Group]]:
                 stream.advance(index, layer)
                 continue
 
-            def forward(hidden: Tensor, index=index, layer=layer) -> Tensor:
-                return stream.run(index, layer, hidden)
-
-            groups = input_groups(linears, lambda forward=forward: forward(stream.probe(PROBE_TOKENS)))
-            collector = InputCollector([Hessian, SquaredNorm, Moments], [], groups, linears, args.seq_len)
-
-            def step(rows: slice, hidden: Tensor, collector=collector, forward=forward) -> Tensor:
-                with collector.rows(rows):
-                    return forward(hidden)
-
-            with collector.watching(stop=False):
-                stream.each_batch(step)
-            collector.finish()
+            kinds = [Hessian, SquaredNorm, Moments]
+            collector = see_inputs(stream, index, layer, kinds, is_last=index == max(args.layers))
             found[index] = [
                 Group({name: weight_OI(linears[name]).clone() for name in names}, collector.statistics[names[0]])
-                for names in groups
+                for names in collector.groups
             ]
     return found
 

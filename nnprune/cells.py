@@ -12,14 +12,14 @@ from typing import Any
 
 import pandas as pd
 
+from nnprune import records
 from nnprune.names import DENSE, normal_sparsity
-from nnprune.records import fingerprint
 
 CELL = ["model", "pruner", "sparsity"]
 OF_RECORD = ["value", "dense_value", "linear_sparsity", "seconds_total", "peak_host_bytes", "fingerprint", "finished", "path"]
 OF_EXPERIMENT = ["experiment", "seed", "num_seeds", "mean", "std"]
 COLUMNS = [*CELL, "metric", *OF_RECORD, *OF_EXPERIMENT]
-NOT_SCIENCE = ("seed", "runtime", "label", "outputs", "overwrite", "save", "plan", "grid")
+NOT_SCIENCE = ("seed", *records.NOT_SCIENCE)
 """Settings that do not tell one experiment from another."""
 
 
@@ -96,7 +96,7 @@ def _experiment_and_seed(record: dict[str, Any]) -> tuple[str, str]:
     calibration = dict(config.get("calibration") or {})
     seeds = [config.get("seed"), calibration.pop("seed", None)]
     config = {key: value for key, value in config.items() if key not in NOT_SCIENCE}
-    name = fingerprint({**config, "calibration": calibration, "tokens": record.get("evaluation_hashes") or {}})
+    name = records.fingerprint({**config, "calibration": calibration, "tokens": record.get("evaluation_hashes") or {}})
     known = dict.fromkeys(str(seed) for seed in seeds if seed is not None)
     return name, "" if str(record["pruner"]) == DENSE else "/".join(known)  # nothing of a dense model is drawn
 

@@ -25,7 +25,7 @@ from nnprune.method import Method
 from nnprune.patterns import SparsityPattern, Unstructured, parse_pattern
 from nnprune.propagation import PROPAGATE
 from nnprune.pruners.base import Pruner
-from nnprune.records import fingerprint
+from nnprune.records import NOT_SCIENCE, fingerprint
 from nnprune.recovery import Recovery
 from nnprune.runtime import Runtime
 from nnprune.targets import Target
@@ -33,7 +33,6 @@ from nnprune.updates import Update
 
 GROUPS = ("pruner", "sparsity", "allocation", "target", "update", "recover", "calibration", "evaluation", "runtime", "model")
 SETTINGS = ("seed", "propagate", "label", "outputs", "overwrite", "save", "plan", "grid")
-NOT_SCIENCE = ("runtime", "label", "outputs", "overwrite", "save", "plan", "grid")
 
 
 @dataclass
@@ -74,12 +73,15 @@ class Experiment:
         source = self.calibration.source
         calibration = {**self.config["calibration"], "path": None, "dataset": source and _science_of(source)}
         rest = {key: value for key, value in self.config.items() if key not in NOT_SCIENCE}
+        method = self.method
+        parts = {"allocation": self.allocation, "target": method.target, "update": method.update, "recover": method.recovery}
+        rest["allocation"] = rest["allocation"] | self.allocation.identity()
+        rest |= {key: rest[key] | _named(_code_of(type(part))) for key, part in parts.items()}
         return rest | {
             "model": model,
             "evaluation": evaluation,
             "calibration": calibration,
             "sparsity": str(self.pattern),
-            "allocation": self.config["allocation"] | self.allocation.identity() | _named(_code_of(type(self.allocation))),
             "pruner_code": _code_of(type(self.pruner)),
         }
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from nnprune.experiment import Experiment
 from nnprune.finished import FinishedLayers
 from nnprune.folders import locked
-from nnprune.job import SCRATCH, Job, check_shapes
+from nnprune.job import SCRATCH, Job, check_shapes, skeleton
 from nnprune.pruning import Cell, PruningPass
 from nnprune.survey import Planned, make_plans
 
@@ -38,9 +38,9 @@ def prune_grid(experiments: Sequence[Experiment]) -> Job:
     with ExitStack() as stack:
         for folder in sorted({experiment.folder for experiment in experiments}):
             stack.enter_context(locked(folder))
-        config = first.source.config()
+        shapes = skeleton(first, first.source.config())
         for experiment in experiments:  # before the one model of all is loaded
-            check_shapes(experiment, config)
+            check_shapes(experiment, shapes)
         job = Job(first)
         decoder = job.engine.decoder
         wanted = [Planned(one.allocation, one.pattern, one.folder / SCRATCH) for one in experiments]

@@ -67,7 +67,7 @@ class Job:
                 like.evaluation_ids,
             )
         else:
-            check_shapes(self.experiment, self.config)  # before the texts are read
+            check_shapes(self.experiment, skeleton(self.experiment, self.config))  # before the texts are read
             self.tokenizer = source.tokenizer()
             self.calibration_ids, self.evaluation_ids = token_ids(self.experiment, self.config, self.tokenizer)
 
@@ -201,9 +201,14 @@ def _warn_of_demo_texts(experiment: Experiment) -> None:
         )
 
 
-def check_shapes(experiment: Experiment, config: Any) -> None:
-    """Raise ValueError for sequences, or patterns of linears, that a model of this configuration or the pruner can't have."""
-    decoder = Decoder(experiment.source.skeleton(config), experiment.source.layers_path)
+def skeleton(experiment: Experiment, config: Any) -> Decoder:
+    """The model without its weights."""
+    return Decoder(experiment.source.skeleton(config), experiment.source.layers_path)
+
+
+def check_shapes(experiment: Experiment, decoder: Decoder) -> None:
+    """Raise ValueError for sequences, or patterns of linears, that this model, with or without weights, or the pruner
+    can't have."""
     positions = getattr(decoder.text_config, "max_position_embeddings", None)
     used = {"calibration": not experiment.is_dense, "evaluation": bool(experiment.evaluation.sources)}
     for key in [key for key, is_used in used.items() if is_used]:

@@ -73,11 +73,6 @@ class ScaledProblem:
             )
         return torch.cholesky_inverse(lower)
 
-    def error(self, B_OI: Tensor, B0_OI: Tensor) -> Tensor:
-        """(O,): what each output feature of B^T (O, I) loses against B0^T (O, I)."""
-        difference = B_OI - B0_OI
-        return (difference * (difference @ self.A)).sum(1)
-
     def refit(self, B_OI: Tensor, B0_OI: Tensor, num_steps: int) -> Tensor:
         """The nonzeros of B^T (O, I), moved towards the best values for their support by conjugate gradients.
 

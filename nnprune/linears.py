@@ -76,15 +76,13 @@ def _answers(
     """What a method makes of the weights (O, I) of linears that share an input, not yet checked."""
     if not weights:
         return {}
-    if method.is_plain:  # the clones are for pruners that work in place
-        return method.pruner.prune_group(
-            {name: W.clone() for name, W in weights.items()}, {name: plan[name] for name in weights}
-        )
-    # What one step rounded, the next could not mend: float32 until the end.
-    dense = {name: W.to(torch.float32, copy=True) for name, W in weights.items()}
+    # Unless the pruner has the last word, float32 until the end: what one step rounded, the next could not mend.
+    dense = weights if method.is_plain else {name: W.float() for name, W in weights.items()}
     targets = method.target.weights(dense, statistics)
-    shown = {name: W.clone() for name, W in targets.items()}
+    shown = {name: W.clone() for name, W in targets.items()}  # for pruners that work in place
     pruned = method.pruner.prune_group(shown, {name: plan[name] for name in weights})
+    if method.is_plain:
+        return pruned
     pruned = {name: _checked(method.pruner, pruned[name], W, name, plan[name]) for name, W in dense.items()}
     return method.update.update_group(pruned, targets, statistics.get(method.update.statistic))
 

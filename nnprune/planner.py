@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 
-from nnprune.decoder import Decoder
 from nnprune.experiment import Experiment
 from nnprune.inputs import rows_needed
-from nnprune.job import check_shapes, token_ids
+from nnprune.job import check_shapes, skeleton, token_ids
 from nnprune.loading import quieten_transformers
 from nnprune.probing import measure_layer
 from nnprune.records import read_completed
@@ -44,12 +43,12 @@ class Plan:
         quieten_transformers()
         self.runtime.start(experiment.config["seed"])
         config, tokenizer = experiment.source.config(), experiment.source.tokenizer()
-        check_shapes(experiment, config)
+        self.decoder = skeleton(experiment, config)
+        check_shapes(experiment, self.decoder)
         self.calibration, evaluation = token_ids(experiment, config, tokenizer)
         self.evaluation = list(evaluation.values())
         self.measures_dense = not experiment.is_dense and read_completed(experiment.dense().folder) is None
         base = resident_host_bytes()
-        self.decoder = Decoder(experiment.source.skeleton(config), experiment.source.layers_path)
         self.probe = measure_layer(experiment, config, max(ids.shape[1] for ids in (self.calibration, *self.evaluation)))
         self.stages = self._stages()
         self.host_bytes, self.device_bytes, self.disk_bytes = self._bytes(base)

@@ -39,7 +39,6 @@ class Probe:
     tune_seconds: float
     forward_flops: float
     statistic_flops: float
-    num_groups: int
     host_bytes: int
     device_bytes: int
 
@@ -98,7 +97,6 @@ def measure_layer(experiment: Experiment, config: Any, seq_len: int) -> Probe:
         tune_seconds=tune_seconds,
         forward_flops=ids.numel() * per_token,
         statistic_flops=ids.numel() * statistic,
-        num_groups=len(groups),
         host_bytes=max(peak_host_bytes() - before, 0),
         device_bytes=peak_device_bytes(),
     )

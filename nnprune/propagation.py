@@ -174,8 +174,7 @@ class Propagation:
                 yield
 
     def _find_shortcuts(self, index: int, layer: nn.Module, both: bool) -> dict[str, Shortcut]:
-        prefix = f"{self.engine.decoder.path}.{index}."
-        linears = {name.removeprefix(prefix): linear for name, linear in self.engine.decoder.linears(index).items()}
+        linears = {self._within(index, name): linear for name, linear in self.engine.decoder.linears(index).items()}
         hidden = self.calibration.probe(PROBE_TOKENS)
         found = find_shortcut(layer, linears, lambda: self.calibration.run(index, layer, hidden))
         streams = ("calibration", "reference") if both else ("calibration",)
@@ -191,11 +190,16 @@ class Propagation:
         self, index: int, layer: nn.Module, dense: nn.Module, methods: Sequence[Method], groups: list[list[str]]
     ) -> InputCollector:
         linears = self.engine.decoder.linears(index)
-        prefix = f"{self.engine.decoder.path}.{index}."
-        reference = None if dense is layer else {name: dense.get_submodule(name.removeprefix(prefix)) for name in linears}
+        reference = None
+        if dense is not layer:
+            reference = {name: dense.get_submodule(self._within(index, name)) for name in linears}
         kinds = set().union(*(method.statistics for method in methods))
         own = [method.pruner for method in methods]
         return InputCollector(kinds, own, groups, linears, self.calibration.ids.shape[1], reference)
+
+    def _within(self, index: int, name: str) -> str:
+        """The name that a linear of decoder layer `index` has within it."""
+        return name.removeprefix(f"{self.engine.decoder.path}.{index}.")
 
     def _groups(self, index: int, layer: nn.Module) -> list[list[str]]:
         hidden = self.calibration.probe(PROBE_TOKENS)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,7 +174,7 @@ class PruningPass:
             return self.cells[0].method.recovery.tune(
                 index,
                 layer,
-                lambda tuned, hidden: calibration.run(index, tuned, hidden),
+                partial(calibration.run, index),
                 calibration.activations,
                 reference.activations,
                 num_epochs,

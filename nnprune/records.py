@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+NOT_SCIENCE = ("runtime", "label", "outputs", "overwrite", "save", "plan", "grid")
+"""Settings that are no part of what an experiment is."""
+
 SCHEMA_VERSION = 1
 RESULT_FILE = "result.json"
 

@@ -64,7 +64,7 @@ class Reconstruction(Recovery):
     """
 
     def __init__(
-        self, epochs_before: int, epochs_after: int, lr: float = 0.01, batch_tokens: int = 2048, holdout: float = 0.125
+        self, epochs_before: int, epochs_after: int, lr: float = 0.01, batch_tokens: int = 1024, holdout: float = 0.125
     ) -> None:
         check_count("recover.epochs_before", epochs_before, 0)
         check_count("recover.epochs_after", epochs_after, 0)

@@ -23,7 +23,6 @@ log = logging.getLogger("nnprune")
 PACKAGE = Path(__file__).parent
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 
-
 BESIDE = {"allocation": "uniform", "target": "dense", "update": "none", "recover": "none"}
 """Groups that change a method, and what leaves it as it is."""
 
@@ -35,7 +34,7 @@ class RunFailed(CompactHydraException):
 def run(cfg: DictConfig, pruner: Any = None, like: Any = None) -> RunRecord:
     """Prune and evaluate as `cfg` says, with `pruner` in place of the config's if given, and return the record.
 
-    `like` is a Job of the same model, calibration and evaluation, if there is one, whose data are then not read again.
+    `like` is a Job of the same model, calibration and evaluation, if there is one, whose data and model then serve here too.
 
     A finished run is not repeated, and an interrupted one goes on where it stopped. Whatever fails is recorded before it
     is raised.

@@ -25,7 +25,7 @@ from nnprune.inputs import PROBE_TOKENS, InputCollector, check_weight, input_gro
 from nnprune.layerwise import LayerwiseEngine
 from nnprune.patterns import SparsityPattern
 from nnprune.records import write_atomically
-from nnprune.statistics import SquaredNorm
+from nnprune.statistics import InputStatistic, SquaredNorm
 from nnprune.stopwatch import Stopwatch
 from nnprune.streams import Stream
 
@@ -118,23 +118,32 @@ def _look(engine: LayerwiseEngine, index: int, module: nn.Module, stream: Stream
     layer = DenseLayer({name: weight_OI(linear) for name, linear in linears.items()}, {}, {})
     if stream is None:
         return layer
-    groups = input_groups(linears, lambda: stream.run(index, module, stream.probe(PROBE_TOKENS)))
-    collector = InputCollector([SquaredNorm], [], groups, linears, stream.ids.shape[1])
-    is_last = index == engine.num_layers - 1
+    collector = see_inputs(stream, index, module, [SquaredNorm], is_last=index == engine.num_layers - 1)
+    for names in collector.groups:
+        layer.squared_norms |= dict.fromkeys(names, collector.statistics[names[0]][SquaredNorm].mean())
+        layer.samples |= dict.fromkeys(names, collector.sample(names))
+    return layer
+
+
+def see_inputs(
+    stream: Stream, index: int, layer: nn.Module, statistics: Sequence[type[InputStatistic]], is_last: bool
+) -> InputCollector:
+    """What the linears of decoder layer `index`, fetched as `layer`, receive from a stream, which is left behind the layer
+    unless that `is_last`."""
+    linears = stream.decoder.linears(index)
+    groups = input_groups(linears, lambda: stream.run(index, layer, stream.probe(PROBE_TOKENS)))
+    collector = InputCollector(statistics, [], groups, linears, stream.ids.shape[1])
 
     def step(rows: slice, hidden: Tensor) -> Tensor | None:
         output = None
         with collector.rows(rows):
-            output = stream.run(index, module, hidden)
+            output = stream.run(index, layer, hidden)
         return output
 
     with collector.watching(stop=is_last):
         stream.each_batch(step)
     collector.finish()
-    for names in groups:
-        layer.squared_norms |= dict.fromkeys(names, collector.statistics[names[0]][SquaredNorm].mean())
-        layer.samples |= dict.fromkeys(names, collector.sample(names))
-    return layer
+    return collector
 
 
 def stand_in(linears: dict[str, nn.Module], num_tokens: int) -> DenseLayer:

@@ -53,7 +53,7 @@ class ADMM(StackedPruner):
         problem = ScaledProblem.of(statistic, self.damping, names[0])
         inverse = statistic.memo((ADMM, self.damping, self.rho), lambda: problem.inverse(self.rho))
         projection = Projection(pattern, sizes)
-        B = problem.scale[:, None] * weight_IO
+        B = problem.scaled(weight_IO.t()).t()
         constant = problem.A @ B
         U = torch.zeros_like(B)
         mask = projection.exact(B.abs()) if self.num_mask_iterations == 0 else None
@@ -70,4 +70,4 @@ class ADMM(StackedPruner):
                 Z = total * chosen.to(total.dtype)
                 U = total.sub_(Z)
                 B = inverse @ torch.add(constant, Z.sub_(U), alpha=self.rho)
-        return B.add_(U).mul_(mask).div_(problem.scale[:, None])
+        return problem.unscaled(B.add_(U).mul_(mask).t()).t()

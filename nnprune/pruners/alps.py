@@ -65,7 +65,7 @@ class ALPS(StackedPruner):
     def prune_stack(self, weight_IO: Tensor, sizes: list[int], pattern: SparsityPattern, names: list[str]) -> Tensor:
         problem = ScaledProblem.of(self.statistics[names[0]], self.damping, names[0])
         projection = Projection(pattern, sizes)
-        B0 = problem.scale[:, None] * weight_IO
+        B0 = problem.scaled(weight_IO.t()).t()
         constant = problem.A @ B0
         B, total = weight_IO.copy_(B0), B0.clone()  # total = B + U, and U = 0
         mask = projection.fast(total.abs())
