@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from nnprune.attention import fast_attention
+
 
 class StopForward(Exception):
     """Ends a forward whose remaining layers are of no interest."""
@@ -172,7 +174,8 @@ def run_layer(layer: Callable[..., Any], hidden: Tensor, call: LayerCall) -> Ten
     The only place that knows what a layer returns: a tensor, or a tuple that starts with one. Raises ValueError when
     that does not have the shape of the layer's input.
     """
-    output = layer(hidden, *call.args, **call.kwargs)
+    with fast_attention():
+        output = layer(hidden, *call.args, **call.kwargs)
     if isinstance(output, tuple):
         output = output[0]
     if not isinstance(output, Tensor) or output.shape != hidden.shape:
