@@ -3,16 +3,19 @@
 Letters: O output features, I input features.
 """
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from nnprune.patterns import NM, SparsityPattern
 
-SAMPLED = 1 << 15
+SAMPLED = 1 << 13
 """Scores of a linear from which a threshold without structure is taken."""
 
-LARGEST_M = 16
-"""Largest group whose entries are compared pair by pair."""
+LONGEST_LIST = 8
+"""Largest entries of a group that are kept in order while the others are compared with them."""
 
 
 class Projection:
@@ -26,6 +29,7 @@ class Projection:
     def __init__(self, pattern: SparsityPattern, sizes: list[int]) -> None:
         self.pattern = pattern
         self.sizes = sizes
+        self._sampled: Tensor | None = None
 
     def exact(self, score_IO: Tensor) -> Tensor:
         """The mask (I, O) of the scores (I, O), with the pattern's exact counts."""
@@ -33,39 +37,54 @@ class Projection:
         return torch.cat([self.pattern.mask(piece.t().contiguous(), per="matrix").t() for piece in pieces], dim=1)
 
     def fast(self, score_IO: Tensor, sparsity: float | None = None) -> Tensor:
-        """The mask (I, O): for N:M exact but for the order of equal scores; otherwise above a threshold taken from a sample.
+        """The mask as zeros and ones, in place of the scores (I, O), contiguous: for N:M exact but for ties, which are all
+        kept; otherwise above a threshold taken from a sample.
 
         `sparsity`, less than the pattern's, keeps more: of N:M the entries outside the N that are largest in their linear.
         """
-        nm = isinstance(self.pattern, NM)
-        if nm and self.pattern.m > LARGEST_M:
-            mask = self.exact(score_IO)
-        elif nm:
-            mask = _largest_of_groups(score_IO, self.pattern.n, self.pattern.m)
-        else:
+        if not isinstance(self.pattern, NM):
             return self._above(score_IO, sparsity or float(self.pattern.sparsity))
-        if sparsity is not None and sparsity < self.pattern.sparsity:
-            share = sparsity / self.pattern.sparsity  # of the entries outside the N
-            largest = float(score_IO.max())
-            mask |= self._above(score_IO + mask.to(score_IO.dtype).mul_(largest), share * float(self.pattern.sparsity))
-        return mask
+        if sparsity is None or sparsity >= self.pattern.sparsity:
+            return self._largest_of_groups(score_IO)
+        mask = self._largest_of_groups(score_IO.clone())
+        share = sparsity / self.pattern.sparsity  # of the entries outside the N
+        score_IO.add_(mask, alpha=float(score_IO.max()))
+        return self._above(score_IO, share * float(self.pattern.sparsity)).maximum(mask)
 
     def _above(self, score_IO: Tensor, sparsity: float) -> Tensor:
-        masks = []
-        for score in score_IO.split(self.sizes, dim=1):
-            sample = score[:, :: max(score.numel() // SAMPLED, 1)].flatten()
-            rank = max(round(sparsity * sample.numel()), 1)
-            masks.append(score > sample.kthvalue(rank).values)
-        return torch.cat(masks, dim=1)
+        if self._sampled is None:
+            self._sampled = self._draw(*score_IO.shape, score_IO.device)
+        rank = max(round(sparsity * SAMPLED), 1)
+        for score, sample in zip(score_IO.split(self.sizes, dim=1), score_IO.view(-1)[self._sampled], strict=True):
+            score.gt_(sample.kthvalue(rank).values)
+        return score_IO
+
+    def _draw(self, in_features: int, out_features: int, device: torch.device) -> Tensor:
+        """Places of the scores to be sampled, a row a linear, in the flattened (I, O)."""
+        draw = partial(torch.randint, size=(SAMPLED,), generator=torch.Generator(device).manual_seed(0), device=device)
+        starts = [sum(self.sizes[:index]) for index in range(len(self.sizes))]
+        return torch.stack(
+            [draw(in_features) * out_features + start + draw(size) for start, size in zip(starts, self.sizes, strict=True)]
+        )
+
+    def _largest_of_groups(self, score_IO: Tensor) -> Tensor:
+        n, m = self.pattern.n, self.pattern.m
+        if min(n, m - n + 1) > LONGEST_LIST:
+            return score_IO.copy_(self.exact(score_IO))
+        groups = score_IO.unflatten(0, (-1, m))
+        groups.ge_(_nth_largest(groups.unbind(1), n).unsqueeze(1))
+        return score_IO
 
 
-def _largest_of_groups(score_IO: Tensor, n: int, m: int) -> Tensor:
-    """Mask (I, O) of the n largest in each m consecutive inputs, by counting for each entry how many are larger."""
-    planes = score_IO.unflatten(0, (-1, m)).unbind(1)
-    larger = [torch.zeros_like(planes[0], dtype=torch.int8) for _ in planes]
-    for i in range(m):
-        for j in range(i + 1, m):
-            first = planes[i] >= planes[j]
-            larger[j] += first
-            larger[i] += ~first
-    return torch.stack([count < n for count in larger], dim=1).flatten(0, 1)
+def _nth_largest(planes: Sequence[Tensor], n: int) -> Tensor:
+    """The n-th largest of m tensors, entry by entry: each in turn is sorted into a list, from whichever end is nearer."""
+    further, nearer, length = torch.minimum, torch.maximum, n
+    if len(planes) - n + 1 < n:
+        further, nearer, length = torch.maximum, torch.minimum, len(planes) - n + 1
+    best: list[Tensor] = []
+    for plane in planes:
+        for place in range(len(best)):
+            best[place], plane = nearer(best[place], plane), further(best[place], plane)
+        if len(best) < length:
+            best.append(plane)
+    return best[-1]

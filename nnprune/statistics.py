@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nnprune.precision import fast_products
 
-STRIP = 256
+STRIP = 192
 """Rows of a strip of the Hessian: wide enough for the matrix units, narrow enough to leave out most of its upper half."""
 
 

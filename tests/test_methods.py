@@ -102,8 +102,24 @@ def test_the_support_of_alps_beats_that_of_sparsegpt(spec):
 
 def test_a_longer_search_finds_better_supports():
     W, X, _ = problem(48, 64, 1000)
-    short, long = (error(W, prune(pruner, W, X, "2:4"), X).sum() for pruner in (ALPS(), ALPS(0.03, 3.0, 20, 5, 10)))
+    short, long = (
+        error(W, prune(pruner, W, X, "2:4"), X).sum() for pruner in (ALPS(), ALPS(num_iterations=60, num_refit_steps=10))
+    )
     assert long < short
+
+
+def test_with_one_rho_alps_takes_the_paper_s_steps():
+    W, X, statistic = problem(8, 32, 500)
+    damped = ScaledProblem(statistic, 0.01, "l")
+    A, B0 = damped.A.double(), damped.scaled(W).t().double()
+    B, U, rho = B0, torch.zeros_like(B0), 0.5
+    for _ in range(7):
+        mask = NM(2, 4).mask((B + U).t().abs()).t()
+        D = (B + U) * mask
+        U = U + B - D
+        B = torch.linalg.solve(A + rho * torch.eye(32), A @ B0 + rho * (D - U))
+    pruned = prune(ALPS(first_rho=rho, last_rho=rho, num_iterations=7), W, X, "2:4")
+    assert torch.equal((pruned != 0).t(), NM(2, 4).mask((B + U).t().abs()).t())
 
 
 def test_gradual_masks_beat_wandas():
@@ -120,29 +136,29 @@ def test_admm_uses_all_of_its_freedom():
     assert (pruned.unflatten(1, (-1, 4)) != 0).sum(-1).max() > 2
 
 
-@given(n=st.integers(1, 7), m=st.integers(2, 8), seed=st.integers(0, 99))
+@given(n=st.integers(1, 17), m=st.integers(2, 20), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_a_fast_projection_onto_groups_is_exact(n, m, seed):
     if n < m:
         score = torch.rand(4 * m, 7, generator=torch.Generator().manual_seed(seed))
         projection = Projection(NM(n, m), [3, 4])
-        assert torch.equal(projection.fast(score), projection.exact(score))
+        assert torch.equal(projection.exact(score), projection.fast(score.clone()).bool())
 
 
 def test_a_fast_projection_without_structure_is_near():
     score = torch.rand(96, 600, generator=torch.Generator().manual_seed(0))
     projection = Projection(Unstructured(0.7), [400, 200])
-    for piece in projection.fast(score).split([400, 200], dim=1):
-        assert float(piece.float().mean()) == pytest.approx(0.3, abs=0.01)
+    for piece in projection.fast(score.clone()).split([400, 200], dim=1):
+        assert float(piece.mean()) == pytest.approx(0.3, abs=0.01)
     assert int((~projection.exact(score)).sum()) == 280 * 96 + 140 * 96
 
 
 def test_a_projection_on_its_way_keeps_the_best_of_each_group_and_more():
     score = torch.rand(64, 50, generator=torch.Generator().manual_seed(0))
     projection = Projection(NM(2, 4), [50])
-    mask = projection.fast(score, 0.3)
-    assert (mask | ~projection.fast(score)).all()
-    assert float(mask.float().mean()) == pytest.approx(0.7, abs=0.02)
+    mask = projection.fast(score.clone(), 0.3)
+    assert (mask >= projection.fast(score)).all()
+    assert float(mask.mean()) == pytest.approx(0.7, abs=0.02)
 
 
 def pair(W: torch.Tensor, X: torch.Tensor, X_dense: torch.Tensor, **options: float) -> torch.Tensor:
@@ -175,8 +191,9 @@ def test_without_upstream_errors_the_target_is_the_dense_weight():
         (lambda: Refit(num_steps=0), "update.num_steps=0: must be a whole number"),
         (lambda: Refit(damping=-1), "update.damping=-1: must be a number greater"),
         (lambda: ADMM(num_iterations=3), "pruner.num_mask_iterations=15: must not exceed pruner.num_iterations=3"),
-        (lambda: ALPS(first_rho=2.0), "pruner.last_rho=1.0: must not be less than pruner.first_rho=2.0"),
-        (lambda: ALPS(num_levels=0), "pruner.num_levels=0: must be a whole number"),
+        (lambda: ALPS(first_rho=2.0), "pruner.last_rho=0.7: must lie between pruner.first_rho=2.0 and four times that"),
+        (lambda: ALPS(first_rho=0.1), "pruner.last_rho=0.7: must lie between pruner.first_rho=0.1 and four times that"),
+        (lambda: ALPS(num_iterations=0), "pruner.num_iterations=0: must be a whole number"),
     ],
 )
 def test_settings_out_of_range(make, message):

@@ -56,7 +56,7 @@ class ADMM(StackedPruner):
         B = problem.scaled(weight_IO.t()).t()
         constant = problem.A @ B
         U = torch.zeros_like(B)
-        mask = projection.exact(B.abs()) if self.num_mask_iterations == 0 else None
+        mask = projection.exact(B.abs()).to(B.dtype) if self.num_mask_iterations == 0 else None
         with fast_products():
             for iteration in range(1, self.num_iterations + 1):
                 total = B.add_(U)
@@ -65,9 +65,9 @@ class ADMM(StackedPruner):
                     chosen = projection.fast(total.abs(), share * float(pattern.sparsity))
                 else:
                     if mask is None:
-                        mask = projection.exact(total.abs())
+                        mask = projection.exact(total.abs()).to(total.dtype)  # masked operations take long on a CPU
                     chosen = mask
-                Z = total * chosen.to(total.dtype)
+                Z = total * chosen
                 U = total.sub_(Z)
                 B = inverse @ torch.add(constant, Z.sub_(U), alpha=self.rho)
         return problem.unscaled(B.add_(U).mul_(mask).t()).t()
