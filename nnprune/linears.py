@@ -13,6 +13,7 @@ from nnprune.decoder import weight_OI
 from nnprune.inputs import InputCollector, check_weight
 from nnprune.method import Method
 from nnprune.patterns import PatternError, SparsityPattern, zeros_in
+from nnprune.precision import fast_products
 from nnprune.pruners.base import Pruner
 from nnprune.statistics import InputStatistic
 
@@ -106,9 +107,10 @@ def _checked(pruner: Pruner, pruned: Tensor, W: Tensor, name: str, pattern: Spar
 def relative_error(W: Tensor, pruned: Tensor, X: Tensor) -> float:
     """||X (pruned - W)^T||^2 / ||X W^T||^2 for weights (O, I) and inputs X (tokens, I), as ALPS reports it (arXiv:2406.07831)."""
     changed = total = 0.0
-    for rows, pruned_rows in zip(W.split(ROWS_AT_ONCE), pruned.split(ROWS_AT_ONCE), strict=True):
-        changed = changed + (X @ (pruned_rows.float() - rows.float()).t()).square().sum()
-        total = total + (X @ rows.float().t()).square().sum()
+    with fast_products(enabled=W.dtype == torch.bfloat16):
+        for rows, pruned_rows in zip(W.split(ROWS_AT_ONCE), pruned.split(ROWS_AT_ONCE), strict=True):
+            changed = changed + (X @ (pruned_rows.float() - rows.float()).t()).square().sum()
+            total = total + (X @ rows.float().t()).square().sum()
     return float(changed / total.clamp_min(torch.finfo(torch.float32).tiny))
 
 
