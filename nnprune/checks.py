@@ -1,6 +1,8 @@
-"""Checks of settings that several groups share."""
+"""Checks that several parts share."""
 
 import math
+
+from torch import Tensor
 
 
 def check_count(key: str, value: object, least: int) -> None:
@@ -21,3 +23,8 @@ def check_positive(key: str, value: object, below: float = math.inf) -> float:
         limit = "" if below == math.inf else f" and less than {below:g}"
         raise ValueError(f"{key}={value}: must be a number greater than 0{limit}")
     return float(value)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity: one pass, where `isfinite` takes several and a mask."""
+    return bool(tensor.abs().max() < math.inf)

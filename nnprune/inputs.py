@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import torch
 from torch import Tensor, nn
 
+from nnprune.checks import is_finite
 from nnprune.decoder import StopForward
 from nnprune.method import Method
 from nnprune.pruners.base import Pruner
@@ -77,6 +78,7 @@ class InputCollector:
         self._remembers = self._stops_reference = False
         self._samples: dict[str, list[Tensor]] = {names[0]: [] for names in groups}
         self._totals: dict[str, Tensor] = {}  # sums that show NaNs, where no statistic does
+        self._outputs: dict[str, float] = {}
         self._rows = slice(0, 0)
         self._num_seen: dict[str, int] = {}
 
@@ -137,6 +139,12 @@ class InputCollector:
         """Some inputs (tokens, I) of the group `names`, float32, the same tokens whatever the batch size and pruner."""
         return torch.cat(self._samples[names[0]]).float()
 
+    def squared_output(self, name: str, compute: Callable[[], float]) -> float:
+        """What `compute()` found, the first time, for the dense weight of linear `name` on its sample: cells share it."""
+        if name not in self._outputs:
+            self._outputs[name] = compute()
+        return self._outputs[name]
+
     def _see(self, name: str, X: Tensor) -> None:
         if self._num_seen.get(name, 0) >= self._rows.stop:
             return
@@ -171,7 +179,7 @@ def rows_needed(methods: Sequence[Method], ids: Tensor) -> Tensor:
 
 def check_weight(name: str, weight: Tensor) -> None:
     """Raise ValueError, naming the linear, for NaN or infinity in its weight."""
-    if not weight.isfinite().all():
+    if not is_finite(weight):
         raise ValueError(f"{name}: its weight holds NaN or infinite values; the checkpoint is damaged, get it again")
 
 
@@ -182,7 +190,7 @@ def refuse_nonfinite(linears: dict[str, nn.Module]) -> Iterator[None]:
         check_weight(name, linear.weight)
 
     def check(name: str, X: Tensor) -> None:
-        if not X.isfinite().all():
+        if not is_finite(X):
             raise ValueError(f"{name}: its inputs hold NaN or infinite values; try model.dtype=float32 or bfloat16")
 
     with _hooks(linears, check):

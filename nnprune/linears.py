@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnprune.checks import is_finite
 from nnprune.decoder import weight_OI
 from nnprune.inputs import InputCollector, check_weight
 from nnprune.method import Method
@@ -50,7 +51,8 @@ def _prune_group(
     for name, W in weights.items():
         pruner.clear_linear_activations(name)
         weight = _checked(pruner, pruned[name], W, name, plan[name])
-        error = relative_error(W, weight, sample)
+        dense_output = collector.squared_output(name, lambda W=W: squared_output(W, sample))
+        error = relative_error(W, weight, sample, dense_output)
         weight_OI(linears[name]).copy_(weight)  # from here on W is the pruned weight too, where it is a view
         reports.append(
             {
@@ -95,7 +97,7 @@ def _checked(pruner: Pruner, pruned: Tensor, W: Tensor, name: str, pattern: Spar
         found = tuple(pruned.shape) if isinstance(pruned, Tensor) else type(pruned).__name__
         raise ValueError(f"{name}: {method} returned {found} instead of a weight {tuple(W.shape)}")
     pruned = pruned.detach().to(W)
-    if not pruned.isfinite().all():
+    if not is_finite(pruned):
         raise ValueError(f"{name}: {method} returned NaN or infinite weights")
     try:
         pattern.check(pruned)
@@ -104,14 +106,24 @@ def _checked(pruner: Pruner, pruned: Tensor, W: Tensor, name: str, pattern: Spar
     return pruned
 
 
-def relative_error(W: Tensor, pruned: Tensor, X: Tensor) -> float:
-    """||X (pruned - W)^T||^2 / ||X W^T||^2 for weights (O, I) and inputs X (tokens, I), as ALPS reports it (arXiv:2406.07831)."""
-    changed = total = 0.0
+def relative_error(W: Tensor, pruned: Tensor, X: Tensor, dense_output: float | None = None) -> float:
+    """||X (pruned - W)^T||^2 / ||X W^T||^2 for weights (O, I) and inputs X (tokens, I), as ALPS reports it (arXiv:2406.07831).
+
+    `dense_output` is ||X W^T||^2, where that is known.
+    """
+    total = squared_output(W, X) if dense_output is None else dense_output
+    return squared_output(pruned, X, W) / max(total, torch.finfo(torch.float32).tiny)
+
+
+def squared_output(W: Tensor, X: Tensor, minus: Tensor | None = None) -> float:
+    """||X (W - minus)^T||^2 for weights (O, I) and inputs X (tokens, I)."""
+    total = torch.zeros((), dtype=torch.float32, device=X.device)
+    others = W.split(ROWS_AT_ONCE) if minus is None else minus.split(ROWS_AT_ONCE)
     with fast_products(enabled=W.dtype == torch.bfloat16):
-        for rows, pruned_rows in zip(W.split(ROWS_AT_ONCE), pruned.split(ROWS_AT_ONCE), strict=True):
-            changed = changed + (X @ (pruned_rows.float() - rows.float()).t()).square().sum()
-            total = total + (X @ rows.float().t()).square().sum()
-    return float(changed / total.clamp_min(torch.finfo(torch.float32).tiny))
+        for rows, other in zip(W.split(ROWS_AT_ONCE), others, strict=True):
+            difference = rows.float() if minus is None else rows.float() - other.float()
+            total += (X @ difference.t()).square().sum()
+    return float(total)
 
 
 def count_zeros(layer: nn.Module, linears: dict[str, nn.Module]) -> dict[str, int]:

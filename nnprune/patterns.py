@@ -5,6 +5,7 @@ Letters: O output features, I input features. A mask is bool, True = keep. Knows
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -18,6 +19,13 @@ SELECTED_AT_ONCE = 1 << 22
 """Scores that are looked at together where groups allow it: indices take 8 bytes each."""
 
 
+LONGEST_LIST = 8
+"""Largest entries of a group that are kept in order while the others are compared with them."""
+
+LARGEST_M = 32
+"""Entries of a group that are worth a tensor each."""
+
+
 class PatternError(ValueError):
     """A weight or a shape that does not satisfy its sparsity pattern."""
 
@@ -28,13 +36,51 @@ def keep_largest(score: Tensor, num_keep: int) -> Tensor:
     Selects by index and never by threshold, so that ties cannot change the count. Ties are broken as by the official
     SparseGPT and Wanda code, which asks for the smallest entries too: weights that were once quantised have many.
     """
+    width = score.shape[-1]
     mask = torch.ones_like(score, dtype=torch.bool)
-    num_drop = score.shape[-1] - num_keep
-    groups_at_once = max(SELECTED_AT_ONCE // score.shape[-1], 1)
+    groups_at_once = max(SELECTED_AT_ONCE // width, 1)
     chunks = zip(score.flatten(0, -2).split(groups_at_once), mask.flatten(0, -2).split(groups_at_once), strict=True)
+    select = _keep_in_small_groups if 0 < num_keep < width <= LARGEST_M and can_list(num_keep, width) else _keep_by_index
     for scores, kept in chunks:
-        kept.scatter_(-1, scores.topk(num_drop, dim=-1, largest=False, sorted=False).indices, False)
+        select(scores, kept, num_keep)
     return mask
+
+
+def _keep_by_index(scores: Tensor, kept: Tensor, num_keep: int) -> None:
+    """Strike out of a mask (groups, width) all but the `num_keep` largest scores of each group."""
+    drop = scores.topk(scores.shape[-1] - num_keep, dim=-1, largest=False, sorted=False).indices
+    kept.scatter_(-1, drop, False)
+
+
+def _keep_in_small_groups(scores: Tensor, kept: Tensor, num_keep: int) -> None:
+    """The same by thresholds, several times as fast, and by index for those groups in which ties or NaNs spoil the count."""
+    planes = scores.t().contiguous()
+    above = planes >= nth_largest(planes.unbind(), num_keep)
+    kept.copy_(above.t())
+    spoilt = (above.sum(0, dtype=torch.uint8) != num_keep).nonzero().flatten()
+    if len(spoilt):
+        again = torch.ones_like(kept[spoilt])
+        _keep_by_index(scores[spoilt], again, num_keep)
+        kept[spoilt] = again
+
+
+def can_list(n: int, m: int) -> bool:
+    """Whether `nth_largest` of m is a short job."""
+    return min(n, m - n + 1) <= LONGEST_LIST
+
+
+def nth_largest(planes: Sequence[Tensor], n: int) -> Tensor:
+    """The n-th largest of m tensors, entry by entry: each in turn is sorted into a list, from whichever end is nearer."""
+    further, nearer, length = torch.minimum, torch.maximum, n
+    if len(planes) - n + 1 < n:
+        further, nearer, length = torch.maximum, torch.minimum, len(planes) - n + 1
+    best: list[Tensor] = []
+    for plane in planes:
+        for place in range(len(best)):
+            best[place], plane = nearer(best[place], plane), further(best[place], plane)
+        if len(best) < length:
+            best.append(plane)
+    return best[-1]
 
 
 def zeros_in(weight: Tensor) -> int:

@@ -3,19 +3,15 @@
 Letters: O output features, I input features.
 """
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from nnprune.patterns import NM, SparsityPattern
+from nnprune.patterns import NM, SparsityPattern, can_list, nth_largest
 
 SAMPLED = 1 << 13
 """Scores of a linear from which a threshold without structure is taken."""
-
-LONGEST_LIST = 8
-"""Largest entries of a group that are kept in order while the others are compared with them."""
 
 
 class Projection:
@@ -69,22 +65,8 @@ class Projection:
 
     def _largest_of_groups(self, score_IO: Tensor) -> Tensor:
         n, m = self.pattern.n, self.pattern.m
-        if min(n, m - n + 1) > LONGEST_LIST:
+        if not can_list(n, m):
             return score_IO.copy_(self.exact(score_IO))
         groups = score_IO.unflatten(0, (-1, m))
-        groups.ge_(_nth_largest(groups.unbind(1), n).unsqueeze(1))
+        groups.ge_(nth_largest(groups.unbind(1), n).unsqueeze(1))
         return score_IO
-
-
-def _nth_largest(planes: Sequence[Tensor], n: int) -> Tensor:
-    """The n-th largest of m tensors, entry by entry: each in turn is sorted into a list, from whichever end is nearer."""
-    further, nearer, length = torch.minimum, torch.maximum, n
-    if len(planes) - n + 1 < n:
-        further, nearer, length = torch.maximum, torch.minimum, len(planes) - n + 1
-    best: list[Tensor] = []
-    for plane in planes:
-        for place in range(len(best)):
-            best[place], plane = nearer(best[place], plane), further(best[place], plane)
-        if len(best) < length:
-            best.append(plane)
-    return best[-1]

@@ -209,17 +209,21 @@ def test_a_layer_without_linears_is_refused():
         OWL().check(Unstructured(0.5), [{"a": (2, 2)}, {}])
 
 
-def test_options_and_the_code_of_an_own_allocation_are_science(tiny_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("group", "option", "base"),
+    [("allocation", "owl", "nnprune.allocations.owl.OWL"), ("update", "refit", "nnprune.updates.Refit")],
+)
+def test_options_and_the_code_of_an_own_part_are_science(tiny_config, tmp_path, monkeypatch, group, option, base):
     monkeypatch.syspath_prepend(tmp_path)
-    own = ("allocation=owl", "allocation._target_=my_allocation.Mine")
-    found = {build(tiny_config()).fingerprint, build(tiny_config("allocation=owl")).fingerprint}
-    found.add(build(tiny_config("allocation=owl", "allocation.strength=0.1")).fingerprint)
+    found = {build(tiny_config(*options)).fingerprint for options in ((), (f"{group}={option}",))}
+    module, name = base.rsplit(".", 1)
     for comment in ("one", "two"):
-        (tmp_path / "my_allocation.py").write_text(
-            f"# {comment}\nfrom nnprune.allocations.owl import OWL\n\n\nclass Mine(OWL):\n    pass\n"
+        (tmp_path / f"my_{group}.py").write_text(
+            f"# {comment}\nfrom {module} import {name}\n\n\nclass Mine({name}):\n    pass\n"
         )
-        found.add(build(tiny_config(*own)).fingerprint)
-    assert len(found) == 5
+        found.add(build(tiny_config(f"{group}={option}", f"{group}._target_=my_{group}.Mine")).fingerprint)
+    assert len(found) == 4
+    assert build(tiny_config("allocation=owl", "allocation.strength=0.1")).fingerprint not in found
 
 
 def test_wanda_scores_are_those_of_the_survey():
