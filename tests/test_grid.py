@@ -2,19 +2,35 @@
 
 import json
 import shutil
+from functools import cache
 
 import pytest
+from conftest import compose_config
+from families import FAMILIES
+from hydra.utils import instantiate
+from test_contract import NAMES, supported
+from test_decoder import engine_of
+from test_engine import IDS
+from transformers.pytorch_utils import Conv1D
 
 from nnprune.cli import gather_grid, is_grid
 from nnprune.experiment import build
+from nnprune.finished import FinishedLayers
 from nnprune.job import Job
 from nnprune.loading import ModelSource
-from nnprune.pruning import PruningPass
+from nnprune.method import Method
+from nnprune.patterns import parse_pattern
+from nnprune.pruning import Cell, PruningPass
 from nnprune.records import read_all, read_completed
 from nnprune.run import run, run_grid
 from nnprune.streams import Stream
 
 CELLS = [(pruner, sparsity) for pruner in ("magnitude", "wanda", "sparsegpt") for sparsity in ("0.5", "2:4")]
+
+
+@cache
+def preset(name: str):
+    return compose_config(f"pruner={name}")
 
 
 def configs(tiny_config, *overrides):
@@ -134,3 +150,22 @@ def test_a_dense_model_that_failed_to_be_measured_is_measured_by_the_next_cell(t
     with pytest.raises(OSError, match="disk full"):
         run_grid(cfgs)
     assert read_completed(build(cfgs[0]).dense().folder).metrics == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_takes_every_method(family, tmp_path):
+    engine = engine_of(FAMILIES[family](), tmp_path)
+    cells = []
+    for name in NAMES:
+        pattern = parse_pattern("2:4" if supported(name, "2:4") else "0.5")
+        method = Method(instantiate(preset(name).pruner, _convert_="all"), update=instantiate(preset(name)["update"]))
+        plan = dict.fromkeys(engine.decoder.shapes(), pattern)
+        cells.append(Cell(method, plan, FinishedLayers(tmp_path / name, engine.decoder.path)))
+    PruningPass(engine, cells, "dense").run(IDS)
+    for cell in cells:
+        for index in range(engine.num_layers):
+            weights = cell.finished.read(index)
+            prefix = f"{engine.decoder.path}.{index}."
+            for name, linear in engine.decoder.linears(index).items():
+                weight = weights[f"{name.removeprefix(prefix)}.weight"]
+                cell.plan[name].check(weight.t() if isinstance(linear, Conv1D) else weight)
