@@ -74,8 +74,9 @@ def perplexity(stream: Stream, title: str) -> float:
     Raises ValueError when it is not finite.
     """
     total = torch.zeros((), dtype=torch.float64, device=stream.device)
-    for row_ids, logits in stream.logits():
-        total += cross_entropy(logits[0, :-1].float(), row_ids[0, 1:], reduction="sum").double()
+    for row, tokens, logits in stream.logits():
+        following = stream.ids[row, tokens.start + 1 : tokens.stop + 1].to(stream.device)
+        total += cross_entropy(logits[: len(following)].float(), following, reduction="sum").double()
     num_windows, seq_len = stream.ids.shape
     mean = float(total) / (num_windows * (seq_len - 1))
     if not math.isfinite(mean):

@@ -19,9 +19,10 @@ from nnprune.loading import quieten_transformers
 from nnprune.probing import measure_layer
 from nnprune.records import read_completed
 from nnprune.runtime import available_host_bytes, resident_host_bytes
+from nnprune.streams import tokens_of_logits
 
 LOGIT_BYTES = 10
-"""Of a logit while a window is measured: in bfloat16, in float32, and its log-softmax."""
+"""Of a logit while it is measured: in bfloat16, in float32, and its log-softmax."""
 GIB = 1 << 30
 
 
@@ -122,7 +123,7 @@ class Plan:
         streams = (1 + self.experiment.method.needs_reference) * (1 + sequential)  # a shortcut keeps as much again
         activations = (num_evaluations + (0 if self.experiment.is_dense else self.calibration.numel() * streams)) * width
         window = max((ids.shape[1] for ids in self.evaluation), default=0)
-        logits = LOGIT_BYTES * window * decoder.vocab_size
+        logits = LOGIT_BYTES * tokens_of_logits(runtime.torch_device, window, decoder.vocab_size) * decoder.vocab_size
         on_disk = (0 if self.experiment.is_dense else layers) + shell * self.experiment.config["save"]
         at_rest = {"host": 0, "device": 0, "disk": on_disk}
         on_cuda = runtime.torch_device.type == "cuda"

@@ -13,6 +13,14 @@ from nnprune.activations import Activations
 from nnprune.decoder import Decoder, LayerCall, run_layer
 from nnprune.runtime import Runtime
 
+CPU_LOGITS = 1 << 22
+"""Logits at a time on a CPU: few enough for the cache and for memory that is used again."""
+
+
+def tokens_of_logits(device: torch.device, seq_len: int, vocab_size: int) -> int:
+    """Tokens of a row whose logits are computed at once: all on CUDA, on a CPU not more than 64 for V beyond 65 536."""
+    return seq_len if device.type == "cuda" else min(max(CPU_LOGITS // vocab_size, 64), seq_len)
+
 
 class Stream:
     """The hidden states of some rows of ids, replaced layer by layer. A context manager, which gives their memory back.
@@ -72,11 +80,18 @@ class Stream:
         """Take all rows through decoder layer `index`, fetched as `layer`."""
         self.each_batch(lambda rows, hidden: self.run(index, layer, hidden))
 
-    def logits(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows of ids (1, T) with their logits (1, T, V), behind the last decoder layer."""
-        for row in range(len(self.ids)):  # one at a time: logits are the largest tensors of a small model
-            row_ids = self.ids[row : row + 1].to(self.device)
-            yield row_ids, self.decoder.logits(row_ids, self.activations.get(slice(row, row + 1)))
+    def logits(self) -> Iterator[tuple[int, slice, Tensor]]:
+        """A row, some of its tokens, and their logits (tokens, V) behind the last decoder layer, for all tokens of all rows.
+
+        They are the largest tensors of a small model, so there are few at a time.
+        """
+        num_rows, seq_len = self.ids.shape
+        step = tokens_of_logits(self.device, seq_len, self.decoder.vocab_size)
+        for row in range(num_rows):
+            ids, hidden = self.ids[row : row + 1].to(self.device), self.activations.get(slice(row, row + 1))
+            for start in range(0, seq_len, step):  # what follows the layers sees each token alone
+                tokens = slice(start, min(start + step, seq_len))
+                yield row, tokens, self.decoder.logits(ids[:, tokens], hidden[:, tokens])[0]
 
     def _each_batch(self, step: Callable[[slice], None]) -> None:
         num_rows, seq_len = self.ids.shape

@@ -167,8 +167,8 @@ def test_a_finished_pruning_is_only_read_again(tmp_path):
     assert counting.names == []
     engine = engine_of(again, tmp_path)
     with through_layers(engine, IDS[:1]) as stream:
-        [row] = stream.logits()
-        torch.testing.assert_close(row[1], whole(IDS[:1]).logits)
+        [(_, _, logits)] = stream.logits()
+        torch.testing.assert_close(logits, whole(IDS[:1]).logits[0])
 
 
 @pytest.mark.parametrize("family", ["opt_post_norm_projected", "llama", "gemma3", "gpt2", "bloom", "falcon", "gpt_neox"])

@@ -8,6 +8,7 @@ from families import FAMILIES, VOCAB_SIZE
 from test_decoder import engine_of, through_layers
 from torch.nn.functional import cross_entropy
 
+import nnprune.streams
 from nnprune.decoder import Decoder
 from nnprune.evaluation import perplexity
 
@@ -42,7 +43,7 @@ def test_bfloat16_is_within_its_rounding(tmp_path):
     assert measured(engine_of(model, tmp_path), ids) == pytest.approx(plain_perplexity(model, ids), rel=5e-3)
 
 
-def test_logits_live_one_window_at_a_time(tmp_path, monkeypatch):
+def test_few_logits_live_at_a_time(tmp_path, monkeypatch):
     shapes = []
     logits = Decoder.logits
 
@@ -52,9 +53,10 @@ def test_logits_live_one_window_at_a_time(tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(Decoder, "logits", watched)
-    ids = torch.randint(VOCAB_SIZE, (5, 16), generator=torch.Generator().manual_seed(0))
-    measured(engine_of(FAMILIES["llama"](), tmp_path), ids)
-    assert shapes == [(1, 16, VOCAB_SIZE)] * 5
+    monkeypatch.setattr(nnprune.streams, "CPU_LOGITS", 64 * VOCAB_SIZE)
+    model, ids = FAMILIES["llama"](), torch.randint(VOCAB_SIZE, (3, 129), generator=torch.Generator().manual_seed(0))
+    assert measured(engine_of(model, tmp_path), ids) == pytest.approx(plain_perplexity(model, ids), rel=1e-5)
+    assert shapes == [(1, 64, VOCAB_SIZE), (1, 64, VOCAB_SIZE), (1, 1, VOCAB_SIZE)] * 3
 
 
 def test_nan_logits_are_an_error(tmp_path):
