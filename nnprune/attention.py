@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from nnprune.native import kernels
 from nnprune.precision import fast_products
 
 QUERIES = 128
@@ -77,6 +78,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float |
     batch, heads, tokens, width = query.shape
     shared = heads // key.shape[1]  # heads of queries to one of keys
     scaling = width**-0.5 if scaling is None else scaling
+    if kernels.has_attention(query, key, value, scaling):
+        return kernels.causal_attention(query, key, value, scaling)
     early = scaling if math.frexp(scaling)[0] == 0.5 else 1.0  # a power of two rounds no query
     output = query.new_empty(batch, tokens, heads, value.shape[-1])
     step = min(max(SCORES // (shared * QUERIES * tokens), 1), key.shape[1])

@@ -5,18 +5,21 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from nnprune.native.library import library
+
 PACKAGES = ("nnprune", "torch", "transformers", "datasets", "hydra-core", "safetensors")
 REPOSITORY = Path(__file__).parent.parent
 
 
 def versions() -> dict[str, str]:
-    """Package -> version, and Python's."""
+    """Package -> version, and Python's; `kernels` tells whether those in C could be used."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:  # a checkout that was never installed
             found[package] = "not installed"
+    found["kernels"] = "PyTorch" if library() is None else "C"
     return found
 
 

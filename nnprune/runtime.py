@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from nnprune.checks import check_count
+from nnprune.native import library
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class Runtime:
         layers: where decoder layers rest: host, device or disk.
         activations: where the activations between two layers rest: host, device, disk, or auto (the device while they fit).
         threads: CPU threads; None leaves PyTorch's choice.
+        native: use the kernels in C where they can be compiled.
 
     Raises:
         ValueError: a setting that this machine cannot have.
@@ -43,6 +45,7 @@ class Runtime:
     layers: str = "host"
     activations: str = "auto"
     threads: int | None = None
+    native: bool = True
 
     def __post_init__(self) -> None:
         if self.batch_tokens is not None:
@@ -52,6 +55,8 @@ class Runtime:
                 raise ValueError(f"runtime.{key}={getattr(self, key)}: must be {', '.join(rests)}")
         if self.threads is not None:
             check_count("runtime.threads", self.threads, 1)
+        if not isinstance(self.native, bool):
+            raise ValueError(f"runtime.native={self.native}: must be true or false")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
             raise ValueError(f"runtime.device={self.device}: must be auto, cpu, cuda or cuda:N")
         if self.torch_device.type == "cuda" and (self.torch_device.index or 0) >= torch.cuda.device_count():
@@ -81,6 +86,7 @@ class Runtime:
         if self.layers == "disk":
             _give_back_freed_memory()
         torch.manual_seed(seed)
+        library.enable(self.native)
         if self.threads:
             torch.set_num_threads(self.threads)
         if torch.cuda.is_available():

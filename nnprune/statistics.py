@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnprune.native.kernels import PANEL, add_gram, multiply_bfloat16
 from nnprune.precision import fast_products
 
-STRIP = 192
+STRIP = 4 * PANEL
 """Rows of a strip of the Hessian: wide enough for the matrix units, narrow enough to leave out most of its upper half."""
 
 
@@ -90,7 +91,7 @@ class Moments(InputStatistic):
 class Hessian(InputStatistic):
     """E[x x^T], shape (I, I): half the Hessian of a linear's squared output error, per token.
 
-    The sum holds strips of the lower triangle alone, a third less work; `mean` mirrors them.
+    The sum holds the lower triangle, and of the rest what is no extra work; `mean` mirrors it.
     """
 
     @staticmethod
@@ -99,14 +100,17 @@ class Hessian(InputStatistic):
 
     @staticmethod
     def _accumulate(total: Tensor, X: Tensor) -> None:
+        if multiply_bfloat16(X):
+            add_gram(total, X)
+            return
         with fast_products(enabled=X.dtype == torch.bfloat16):
             X = _factor(X)
-            for strip in _strips(len(total)):
+            for strip in _strips(len(total), STRIP):
                 _add_product(total[strip, : strip.stop], X[:, strip], X[:, : strip.stop])
 
     def mean(self) -> Tensor:
         mean = super().mean()
-        for strip in _strips(len(mean)):
+        for strip in _strips(len(mean), PANEL):
             mean[: strip.start, strip] = mean[strip, : strip.start].t()
         return mean
 
@@ -123,6 +127,9 @@ class CrossProduct(InputStatistic):
 
     @staticmethod
     def _accumulate(total: Tensor, X: Tensor, dense: Tensor) -> None:
+        if multiply_bfloat16(X, dense):
+            add_gram(total, dense, X)
+            return
         with fast_products(enabled=X.dtype == torch.bfloat16):
             _add_product(total, _factor(dense), _factor(X))
 
@@ -140,6 +147,6 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += torch.mm(left.t(), right, out_dtype=torch.float32)
 
 
-def _strips(width: int) -> Iterator[slice]:
+def _strips(width: int, rows: int) -> Iterator[slice]:
     """Rows of the strips that cover a symmetric matrix's lower triangle, each from the left edge to its diagonal block."""
-    return (slice(start, min(start + STRIP, width)) for start in range(0, width, STRIP))
+    return (slice(start, min(start + rows, width)) for start in range(0, width, rows))

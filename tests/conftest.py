@@ -8,7 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: threads on busy cores only 
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from nnprune.cli import rewrite_sparsity
+from nnprune.native.library import enable, library
 from nnprune.run import CONF
 
 ROOT = Path(__file__).parent.parent
@@ -114,3 +115,13 @@ def run_cli() -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, check=False, **options)
 
     return run
+
+
+@pytest.fixture(scope="module", params=["native", "pytorch"])
+def native(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Tests that use it run with the kernels in C, where they can be compiled, and with PyTorch's operations alone."""
+    if request.param == "native" and library() is None:
+        pytest.skip("this machine compiles no C")
+    enable(request.param == "native")
+    yield request.param
+    enable(True)

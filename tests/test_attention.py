@@ -13,6 +13,8 @@ from nnprune import attention
 from nnprune.attention import causal_attention, fast_attention
 from nnprune.decoder import Decoder, LayerCall, run_layer
 
+pytestmark = pytest.mark.usefixtures("native")
+
 HAS_WIDE_VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 

@@ -20,6 +20,7 @@ from nnprune.pruners.wanda import Wanda
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "official_pruners.safetensors")
 PRUNERS = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
+pytestmark = pytest.mark.usefixtures("native")
 CASES = [(case, method, spec) for case in "abc" for method in PRUNERS for spec in ("0.5", "0.7", "2:4", "4:8")]
 
 

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from nnprune.statistics import STRIP, Hessian, Moments, SquaredNorm
 
+pytestmark = pytest.mark.usefixtures("native")
+
 REFERENCE = {
     SquaredNorm: lambda X: X.square().mean(0),
     Moments: lambda X: torch.stack([X.mean(0), X.square().mean(0)]),
@@ -158,10 +160,11 @@ def test_matmul_precision_is_put_back(before, dtype):
         torch.set_float32_matmul_precision(original)
 
 
+@pytest.mark.parametrize("native", ["pytorch"], indirect=True)
 @pytest.mark.parametrize(
     ("dtype", "precision"), [(torch.bfloat16, "medium"), (torch.float16, "highest"), (torch.float32, "highest")]
 )
-def test_only_bfloat16_is_multiplied_as_such_and_an_exception_ends_it(monkeypatch, dtype, precision):
+def test_only_bfloat16_is_multiplied_as_such_and_an_exception_ends_it(monkeypatch, native, dtype, precision):
     before = torch.get_float32_matmul_precision()
     X = torch.ones(2, 2, dtype=dtype)
     seen = []

@@ -16,7 +16,7 @@ from torch import Tensor
 from nnprune.checks import check_count
 from nnprune.factors import factor_of_inverse
 from nnprune.patterns import NM, SparsityPattern
-from nnprune.pruners import sparsegpt_triton
+from nnprune.pruners import sparsegpt_native, sparsegpt_triton
 from nnprune.pruners.stacked import StackedPruner
 from nnprune.statistics import Hessian
 
@@ -95,12 +95,13 @@ class SparseGPT(StackedPruner):
         """
         num_columns = len(weight_CO)
         slab = self.mask_columns or (pattern.m if isinstance(pattern, NM) else num_columns)
-        if weight_CO.is_cuda and sparsegpt_triton.available():  # the same in one launch
-            if isinstance(pattern, NM) and slab == pattern.m <= sparsegpt_triton.MAX_M:
-                return sparsegpt_triton.prune_block_nm(weight_CO, U_CC, pattern.n, pattern.m)
+        kernels = sparsegpt_triton if weight_CO.is_cuda else sparsegpt_native
+        if kernels.available() and num_columns <= kernels.MAX_COLUMNS:  # the same in one launch
+            if isinstance(pattern, NM) and slab == pattern.m <= kernels.MAX_M:
+                return kernels.prune_block_nm(weight_CO, U_CC, pattern.n, pattern.m)
             if slab >= num_columns:
                 drop_CO = self._drop(weight_CO, U_CC.diagonal(), pattern, sizes)
-                return sparsegpt_triton.prune_block_masked(weight_CO, U_CC, drop_CO)
+                return kernels.prune_block_masked(weight_CO, U_CC, drop_CO)
         width = _sub_block_width(slab, num_columns)
         drop_CO = torch.empty_like(weight_CO, dtype=torch.bool)
         errors_CO = torch.empty_like(weight_CO)

@@ -14,6 +14,7 @@ Tiles become vectors, and vectors tiles, through memory that only this program t
 Letters: C columns of a block, O output features.
 """
 
+import math
 import os
 
 import torch
@@ -33,6 +34,9 @@ NUM_WARPS = 4
 
 MAX_M = 16
 """Largest group that is worth it: the code grows with its square, and above takes a minute to compile and spills."""
+
+MAX_COLUMNS = math.inf
+"""A block may have any width."""
 
 
 def available() -> bool:

@@ -1,4 +1,4 @@
-"""The Triton kernel against the sweep as the paper writes it, by Triton's interpreter and, where there is one, on a CUDA device."""
+"""The kernels against the sweep as the paper writes it: in C, in Triton by its interpreter and, where there is one, on a CUDA device."""
 
 import importlib.util
 import sys
@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from nnprune.native.library import library
 from nnprune.patterns import NM, Unstructured
-from nnprune.pruners import sparsegpt_triton
+from nnprune.pruners import sparsegpt_native, sparsegpt_triton
 
 needs_triton = pytest.mark.skipif(sparsegpt_triton.triton is None, reason="Triton is not installed")
 
@@ -29,16 +30,22 @@ def load_again() -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="module", params=["cpu", "cuda"])
+@pytest.fixture(scope="module", params=["native", "interpreted", "cuda"])
 def kernel(request: pytest.FixtureRequest) -> tuple[ModuleType, str]:
-    """The module, and the device it prunes on: the CPU, interpreted, or a CUDA device."""
+    """The module, and the device it prunes on."""
+    if request.param == "native":
+        if library() is None:
+            pytest.skip("this machine compiles no C")
+        return sparsegpt_native, "cpu"
+    if sparsegpt_triton.triton is None:
+        pytest.skip("Triton is not installed")
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("TRITON_INTERPRET", "1" if request.param == "cpu" else "0")
+        environment.setenv("TRITON_INTERPRET", "1" if request.param == "interpreted" else "0")
         module = load_again()
         assert module.available()
-        return module, request.param
+        return module, "cuda" if request.param == "cuda" else "cpu"
 
 
 def block(num_columns: int, num_outputs: int, by_column: bool = False) -> tuple[Tensor, Tensor]:
@@ -69,7 +76,6 @@ def sweep(weight_CO: Tensor, U_CC: Tensor, drop_CO: Tensor, pattern: NM | None =
     return torch.where(drop_CO, 0, weight_CO), errors_CO
 
 
-@needs_triton
 @pytest.mark.parametrize(("num_columns", "num_outputs"), MASKED)
 def test_masked_is_the_sweep(kernel, num_columns, num_outputs):
     module, device = kernel
@@ -83,7 +89,6 @@ def test_masked_is_the_sweep(kernel, num_columns, num_outputs):
     torch.testing.assert_close(errors, expected_errors, rtol=1e-5, atol=2e-5)
 
 
-@needs_triton
 @pytest.mark.parametrize(("num_columns", "num_outputs", "n", "m"), N_OF_M)
 def test_nm_is_the_sweep(kernel, num_columns, num_outputs, n, m):
     module, device = kernel
@@ -95,7 +100,6 @@ def test_nm_is_the_sweep(kernel, num_columns, num_outputs, n, m):
     torch.testing.assert_close(errors, expected_errors, rtol=1e-5, atol=2e-5)
 
 
-@needs_triton
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (3, 8)])
 def test_ties_keep_exactly_n_the_earlier_ones(kernel, n, m):
     module, device = kernel
@@ -109,7 +113,6 @@ def test_ties_keep_exactly_n_the_earlier_ones(kernel, n, m):
     assert torch.equal(errors, torch.where(kept, 0, weight))
 
 
-@needs_triton
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_row_that_is_not_finite_stays_so(kernel, bad):
     module, device = kernel

@@ -1,0 +1,202 @@
+/* Causal attention of bfloat16 sequences: scores and weights stay in float32 and in the nearest caches.
+
+   A few rows of queries meet all keys before them: their scores, exact products summed in float32, then the softmax, then the
+   weights, not rounded, with the values in float32.
+
+   Letters: B batch, H heads, K heads of keys and values, T tokens, E features of a head of queries and keys, V of values. */
+
+#include "native.h"
+
+#ifdef BF16
+
+#define ROWS 6                  /* of queries at a time; times 64 keys or features: 24 accumulators of 32 registers */
+#define KEYS 64                 /* of a block: four vectors */
+#define BLOCKS 16               /* of ROWS queries in a task of a thread */
+
+typedef struct {
+    const uint16_t *data;
+    long batch, head, token;    /* strides; features lie side by side */
+} Input;
+
+/* e^x for x <= 0, to the last digit or two. NaN stays NaN. */
+static inline __m512 exponential(__m512 x)
+{
+    x = _mm512_max_ps(_mm512_set1_ps(-87.f), x); /* of two, the second where one is NaN */
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.f / 720);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f / 120));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f / 24));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f / 6));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(.5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f));
+    return _mm512_scalef_ps(p, n);
+}
+
+static inline __mmask16 first(long count) { return count >= 16 ? 0xffff : count > 0 ? (1u << count) - 1 : 0; }
+
+/* Keys of a head as [block of keys][pair of features][key], zero beyond the last. */
+static void pack_keys(const uint16_t *keys, long stride, long tokens, long width, uint32_t *packed)
+{
+    for (long start = 0; start < tokens; start += KEYS, packed += width / 2 * KEYS)
+        for (long key = 0; key < KEYS; key++)
+            for (long pair = 0; pair < width / 2; pair++)
+                packed[pair * KEYS + key] = start + key < tokens ? ((const uint32_t *)(keys + (start + key) * stride))[pair] : 0;
+}
+
+static void widen(const uint16_t *values, long stride, long tokens, long width, float *wide)
+{
+    for (long token = 0; token < tokens; token++)
+        for (long e = 0; e < width; e++)
+            ((uint32_t *)wide)[token * width + e] = (uint32_t)values[token * stride + e] << 16;
+}
+
+/* Scores (ROWS, KEYS), rows `stride` apart, of packed queries [pair of features][row] with a block of keys. */
+static inline void score_block(const uint32_t *queries, const uint32_t *keys, long pairs, float *scores, long stride)
+{
+    __m512 sum[ROWS][4];
+#pragma GCC unroll 6
+    for (int row = 0; row < ROWS; row++)
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; part++)
+            sum[row][part] = _mm512_setzero_ps();
+    for (long pair = 0; pair < pairs; pair++, queries += ROWS, keys += KEYS) {
+        __m512bh k[4];
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; part++)
+            k[part] = (__m512bh)_mm512_loadu_si512(keys + 16 * part);
+#pragma GCC unroll 6
+        for (int row = 0; row < ROWS; row++) {
+            __m512bh q = (__m512bh)_mm512_set1_epi32(queries[row]);
+#pragma GCC unroll 4
+            for (int part = 0; part < 4; part++)
+                sum[row][part] = _mm512_dpbf16_ps(sum[row][part], q, k[part]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int row = 0; row < ROWS; row++)
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; part++)
+            _mm512_storeu_ps(scores + row * stride + 16 * part, sum[row][part]);
+}
+
+/* Turns the first `seen` scores of a row into weights, not divided by their sum yet, and those up to `end` into zeros.
+   Returns the sum. */
+static float weigh(float *scores, long seen, long end, float scaling)
+{
+    __m512 top = _mm512_set1_ps(-__builtin_inff()), sum = _mm512_setzero_ps(), scale = _mm512_set1_ps(scaling);
+    for (long j = 0; j < seen; j += 16)
+        top = _mm512_mask_max_ps(top, first(seen - j), top, _mm512_loadu_ps(scores + j));
+    top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
+    for (long j = 0; j < end; j += 16) {
+        __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + j), top), scale);
+        x = _mm512_maskz_mov_ps(first(seen - j), exponential(x));
+        sum = _mm512_add_ps(sum, x);
+        _mm512_storeu_ps(scores + j, x);
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
+/* output (rows, 16 x parts) = weights (ROWS, keys) times values (keys, 16 x parts), each row divided by its sum. */
+static inline __attribute__((always_inline)) void mix(
+    const float *weights, long stride, const float *values, long width, long keys, const float *sums, int rows,
+    uint16_t *output, long output_stride, const int parts)
+{
+    __m512 sum[ROWS][4];
+#pragma GCC unroll 6
+    for (int row = 0; row < ROWS; row++)
+#pragma GCC unroll 4
+        for (int part = 0; part < parts; part++)
+            sum[row][part] = _mm512_setzero_ps();
+    for (long key = 0; key < keys; key++, values += width) {
+        __m512 v[4];
+#pragma GCC unroll 4
+        for (int part = 0; part < parts; part++)
+            v[part] = _mm512_loadu_ps(values + 16 * part);
+#pragma GCC unroll 6
+        for (int row = 0; row < ROWS; row++) {
+            __m512 p = _mm512_set1_ps(weights[row * stride + key]);
+#pragma GCC unroll 4
+            for (int part = 0; part < parts; part++)
+                sum[row][part] = _mm512_fmadd_ps(p, v[part], sum[row][part]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int row = 0; row < ROWS; row++)
+#pragma GCC unroll 4
+        for (int part = 0; part < parts; part++)
+            if (row < rows) {
+                __m256bh rounded = _mm512_cvtneps_pbh(_mm512_div_ps(sum[row][part], _mm512_set1_ps(sums[row])));
+                _mm256_storeu_si256((__m256i *)(output + row * output_stride + 16 * part), (__m256i)rounded);
+            }
+}
+
+/* Lanes of memory that `attention` needs: for all packed keys, for all values, and for a thread. */
+long attention_keys_size(long batch, long key_heads, long tokens, long width)
+{
+    return batch * key_heads * ((tokens + KEYS - 1) / KEYS) * KEYS * width / 2;
+}
+
+long attention_thread_size(long tokens, long width) { return ROWS * ((tokens + KEYS - 1) / KEYS) * KEYS + ROWS * width / 2; }
+
+/* softmax(scaling Q K^T, over the keys up to each query's own place) V, as output (B, T, H, V), contiguous.
+
+   E is even, V a multiple of 16, scaling positive. `keys`, `values` and `room` are memory, see above. */
+void attention(
+    const uint16_t *query, const long *query_strides, const uint16_t *key, const long *key_strides, const uint16_t *value,
+    const long *value_strides, uint16_t *output, long batch, long heads, long key_heads, long tokens, long width,
+    long value_width, float scaling, uint32_t *keys, float *values, float *room, int num_threads)
+{
+    long padded = (tokens + KEYS - 1) / KEYS * KEYS, pairs = width / 2, shared = heads / key_heads;
+    long tasks = (tokens + ROWS * BLOCKS - 1) / (ROWS * BLOCKS);
+    Input q = {query, query_strides[0], query_strides[1], query_strides[2]};
+    Input k = {key, key_strides[0], key_strides[1], key_strides[2]};
+    Input v = {value, value_strides[0], value_strides[1], value_strides[2]};
+#pragma omp parallel num_threads(num_threads)
+    {
+#pragma omp for collapse(2) schedule(dynamic)
+        for (long row = 0; row < batch; row++)
+            for (long head = 0; head < key_heads; head++) {
+                long at = row * key_heads + head;
+                pack_keys(k.data + row * k.batch + head * k.head, k.token, tokens, width, keys + at * padded * pairs);
+                widen(v.data + row * v.batch + head * v.head, v.token, tokens, value_width, values + at * tokens * value_width);
+            }
+        float *scores = room + omp_get_thread_num() * attention_thread_size(tokens, width);
+        uint32_t *queries = (uint32_t *)(scores + ROWS * padded);
+#pragma omp for collapse(3) schedule(dynamic)
+        for (long row = 0; row < batch; row++)
+            for (long head = 0; head < heads; head++)
+                for (long task = tasks - 1; task >= 0; task--) { /* the long ones first */
+                    long at = row * key_heads + head / shared;
+                    const uint32_t *own_keys = keys + at * padded * pairs;
+                    const float *own_values = values + at * tokens * value_width;
+                    long stop = (task + 1) * ROWS * BLOCKS < tokens ? (task + 1) * ROWS * BLOCKS : tokens;
+                    for (long start = task * ROWS * BLOCKS; start < stop; start += ROWS) {
+                        int rows = stop - start < ROWS ? stop - start : ROWS;
+                        for (int r = 0; r < ROWS; r++) {
+                            long token = start + (r < rows ? r : 0);
+                            const uint16_t *from = q.data + row * q.batch + head * q.head + token * q.token;
+                            for (long pair = 0; pair < pairs; pair++)
+                                queries[pair * ROWS + r] = ((const uint32_t *)from)[pair];
+                        }
+                        long end = start + rows;
+                        for (long j = 0; j < end; j += KEYS)
+                            score_block(queries, own_keys + j * pairs, pairs, scores + j, padded);
+                        float sums[ROWS];
+                        for (int r = 0; r < ROWS; r++)
+                            sums[r] = weigh(scores + r * padded, start + (r < rows ? r : 0) + 1, (end + 15) / 16 * 16, scaling);
+                        uint16_t *to = output + ((row * tokens + start) * heads + head) * value_width;
+                        long stride = heads * value_width;
+                        long e = 0;
+                        for (; e + 64 <= value_width; e += 64)
+                            mix(scores, padded, own_values + e, value_width, end, sums, rows, to + e, stride, 4);
+                        for (; e < value_width; e += 16)
+                            mix(scores, padded, own_values + e, value_width, end, sums, rows, to + e, stride, 1);
+                    }
+                }
+    }
+}
+
+#endif

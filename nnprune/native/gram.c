@@ -1,0 +1,101 @@
+/* X^T Y of bfloat16 activations with sums in float32: a Hessian, or what two streams of the same tokens have in common.
+
+   PyTorch has no such product on a CPU: it rounds the result to bfloat16, or multiplies float32 at half the rate.
+
+   Two tokens of a feature share a lane, as VDPBF16PS wants its factors. Features are packed in panels, all tokens of a panel
+   one after the other, so that a tile of the result reads two runs of memory. A product of two bfloat16 numbers is exact in
+   float32; subnormal ones count as zero.
+
+   Letters: T tokens, I features of X, J features of Y. */
+
+#include "native.h"
+
+#ifdef BF16
+
+#define PANEL 48                /* features: three vectors */
+#define ROWS 8                  /* of a register tile, ROWS x PANEL: 24 accumulators of 32 registers */
+#define PAIRS 64                /* of tokens at a time: two panels of them fit into the nearest cache */
+
+static long panels_of(long features) { return (features + PANEL - 1) / PANEL; }
+
+/* Number of 32-bit lanes that `gram_pack` writes. */
+long gram_packed_size(long tokens, long features) { return panels_of(features) * ((tokens + 1) / 2) * PANEL; }
+
+/* Packs X (T, I), whose tokens are `stride` apart, as [panel][pair of tokens][feature]; what is beyond X is zero. */
+void gram_pack(const uint16_t *X, long tokens, long features, long stride, uint32_t *packed, int num_threads)
+{
+    long pairs = (tokens + 1) / 2;
+#pragma omp parallel for num_threads(num_threads) collapse(2) schedule(static)
+    for (long panel = 0; panel < panels_of(features); panel++)
+        for (long first = 0; first < pairs; first += PAIRS) {
+            long last = first + PAIRS < pairs ? first + PAIRS : pairs;
+            for (long pair = first; pair < last; pair++)
+                for (long lane = 0; lane < PANEL; lane += 16) {
+                    long feature = panel * PANEL + lane, left = features - feature;
+                    __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+                    const uint16_t *even = X + 2 * pair * stride + feature;
+                    __mmask16 odd_mask = 2 * pair + 1 < tokens ? mask : 0;
+                    __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even));
+                    __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(odd_mask, even + stride));
+                    _mm512_storeu_si512(
+                        packed + (panel * pairs + pair) * PANEL + lane, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+                }
+        }
+}
+
+/* tile (ROWS, PANEL) += A^T B over `pairs` pairs of tokens of two panels, A being ROWS features of the first. They are summed by
+   themselves first: short sums lose fewer digits. */
+static inline void add_tile(const uint32_t *A, const uint32_t *B, long pairs, float *tile)
+{
+    __m512 sum[ROWS][3];
+#pragma GCC unroll 8
+    for (int row = 0; row < ROWS; row++)
+#pragma GCC unroll 3
+        for (int part = 0; part < 3; part++)
+            sum[row][part] = _mm512_setzero_ps();
+    for (long pair = 0; pair < pairs; pair++, A += PANEL, B += PANEL) {
+        __m512bh b[3];
+#pragma GCC unroll 3
+        for (int part = 0; part < 3; part++)
+            b[part] = (__m512bh)_mm512_loadu_si512(B + 16 * part);
+#pragma GCC unroll 8
+        for (int row = 0; row < ROWS; row++) {
+            __m512bh a = (__m512bh)_mm512_set1_epi32(A[row]);
+#pragma GCC unroll 3
+            for (int part = 0; part < 3; part++)
+                sum[row][part] = _mm512_dpbf16_ps(sum[row][part], a, b[part]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int row = 0; row < ROWS; row++)
+#pragma GCC unroll 3
+        for (int part = 0; part < 3; part++)
+        {
+            float *at = tile + row * PANEL + 16 * part;
+            _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), sum[row][part]));
+        }
+}
+
+/* total (I, J) += X^T Y for packed X and Y. With `lower`, only panels that touch the lower triangle. */
+void gram_add(const uint32_t *X, const uint32_t *Y, long tokens, long rows, long columns, int lower, float *total, int num_threads)
+{
+    long pairs = (tokens + 1) / 2;
+#pragma omp parallel for num_threads(num_threads) collapse(2) schedule(dynamic)
+    for (long i = 0; i < panels_of(rows); i++)
+        for (long j = 0; j < panels_of(columns); j++) {
+            if (lower && j > i)
+                continue;
+            float tile[PANEL * PANEL] __attribute__((aligned(64))) = {0};
+            const uint32_t *A = X + i * pairs * PANEL, *B = Y + j * pairs * PANEL;
+            for (long pair = 0; pair < pairs; pair += PAIRS)
+                for (int row = 0; row < PANEL; row += ROWS)
+                    add_tile(A + pair * PANEL + row, B + pair * PANEL, pairs - pair < PAIRS ? pairs - pair : PAIRS, tile + row * PANEL);
+            for (long row = 0; row < PANEL && i * PANEL + row < rows; row++) {
+                float *into = total + (i * PANEL + row) * columns + j * PANEL;
+                for (long column = 0; column < PANEL && j * PANEL + column < columns; column++)
+                    into[column] += tile[row * PANEL + column];
+            }
+        }
+}
+
+#endif

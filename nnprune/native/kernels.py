@@ -1,0 +1,83 @@
+"""The kernels in C as functions of tensors. What each computes stands in its own file, `gram.c` and `attention.c`.
+
+Letters: B batch, H heads, K heads of keys and values, T tokens, E features of a head, I and J features of a linear's input.
+"""
+
+import ctypes
+from ctypes import c_float, c_int, c_long
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from nnprune.native.library import library
+
+PANEL = 48
+"""Features of a block of `add_gram`, as in `gram.c`."""
+
+
+def multiply_bfloat16(*tensors: Tensor) -> bool:
+    """Whether there are kernels for these: bfloat16 on a CPU that multiplies bfloat16."""
+    if any(tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu" for tensor in tensors):
+        return False
+    kernels = library()
+    return kernels is not None and hasattr(kernels, "gram_add")
+
+
+def add_gram(total: Tensor, X: Tensor, Y: Tensor | None = None) -> None:
+    """total (I, J) += X^T Y, summed in float32, for X (T, I) and Y (T, J) in bfloat16.
+
+    Without Y, total += X^T X, of which only blocks of PANEL x PANEL in the lower triangle and on the diagonal are touched.
+    """
+    kernels, threads = library(), c_int(torch.get_num_threads())
+    num_tokens = c_long(len(X))
+    packed = []
+    for factor in (X,) if Y is None else (X, Y):
+        factor = factor if factor.stride(1) == 1 else factor.contiguous()
+        width = c_long(factor.shape[1])
+        kernels.gram_packed_size.restype = c_long
+        lanes = torch.empty(kernels.gram_packed_size(num_tokens, width), dtype=torch.int32)
+        kernels.gram_pack(_at(factor), num_tokens, width, c_long(factor.stride(0)), _at(lanes), threads)
+        packed.append(lanes)
+    assert total.is_contiguous() and total.dtype == torch.float32
+    rows, columns = map(c_long, total.shape)
+    with record_function("nnprune::add_gram"):
+        kernels.gram_add(_at(packed[0]), _at(packed[-1]), num_tokens, rows, columns, c_int(Y is None), _at(total), threads)
+
+
+def has_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> bool:
+    """Whether `causal_attention` takes these."""
+    return multiply_bfloat16(query, key, value) and query.shape[-1] % 2 == 0 and value.shape[-1] % 16 == 0 and scaling > 0
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """softmax(scaling Q K^T, over the keys up to each query's own place) V, shape (B, H, T, E) in bfloat16.
+
+    Args:
+        query: (B, H, T, E), bfloat16.
+        key, value: (B, K, T, E), K a divisor of H; values may have another E.
+        scaling: of the scores, positive.
+    """
+    query, key, value = (_in_pairs(tensor) for tensor in (query, key, value))
+    (batch, heads, tokens, width), key_heads, value_width = query.shape, key.shape[1], value.shape[-1]
+    kernels, threads = library(), torch.get_num_threads()
+    kernels.attention_keys_size.restype = kernels.attention_thread_size.restype = c_long
+    keys = torch.empty(kernels.attention_keys_size(*map(c_long, (batch, key_heads, tokens, width))), dtype=torch.int32)
+    values = torch.empty(batch * key_heads * tokens * value_width)
+    room = torch.empty(threads * kernels.attention_thread_size(c_long(tokens), c_long(width)))
+    output = query.new_empty(batch, tokens, heads, value_width)
+    inputs = [part for tensor in (query, key, value) for part in (_at(tensor), (c_long * 3)(*tensor.stride()[:3]))]
+    sizes = map(c_long, (batch, heads, key_heads, tokens, width, value_width))
+    with record_function("nnprune::causal_attention"):
+        kernels.attention(*inputs, _at(output), *sizes, c_float(scaling), _at(keys), _at(values), _at(room), c_int(threads))
+    return output.transpose(1, 2)
+
+
+def _in_pairs(tensor: Tensor) -> Tensor:
+    """The tensor itself where neighbouring features can be read as one number, or else a copy."""
+    is_fit = tensor.stride(-1) == 1 and not any(step % 2 for step in tensor.stride()[:-1]) and tensor.data_ptr() % 4 == 0
+    return tensor if is_fit else tensor.contiguous()
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())

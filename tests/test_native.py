@@ -1,0 +1,139 @@
+"""The kernels in C against float64, whatever the shape and the number of threads; and life without a compiler."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from nnprune.native import kernels, library
+from nnprune.pruners import sparsegpt_native
+from nnprune.statistics import CrossProduct, Hessian
+
+needs_bfloat16 = pytest.mark.skipif(
+    not kernels.multiply_bfloat16(torch.ones(1, dtype=torch.bfloat16)),
+    reason="this CPU has no products of bfloat16, or no compiler",
+)
+
+
+def random_inputs(tokens: int, width: int, seed: int = 0) -> Tensor:
+    """Inputs (tokens, width) with features of very different sizes, as those of a language model."""
+    X = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
+    return (X * torch.logspace(-2, 1, width)).bfloat16()
+
+
+@needs_bfloat16
+@settings(max_examples=40, deadline=None)
+@given(tokens=st.integers(1, 300), width=st.integers(1, 200), other_width=st.integers(1, 120), skipped=st.integers(0, 3))
+def test_gram_is_the_product(tokens: int, width: int, other_width: int, skipped: int) -> None:
+    X = random_inputs(tokens, width + skipped)[:, skipped:]  # rows further apart than they are long
+    Y = random_inputs(other_width, tokens, seed=1).t()
+    total = torch.ones(width, other_width)
+    kernels.add_gram(total, X, Y)
+    scale = X.double().abs().t() @ Y.double().abs() + 1
+    assert ((total - 1 - X.double().t() @ Y.double()).abs() / scale).max() < 1e-6
+    square = torch.zeros(width, width)
+    kernels.add_gram(square, X)
+    scale = X.double().abs().t() @ X.double().abs()
+    assert ((square - X.double().t() @ X.double()).tril().abs() / scale).nan_to_num().max() < 1e-6
+
+
+@needs_bfloat16
+def test_many_tokens_lose_few_digits() -> None:
+    X = random_inputs(8192, 100)
+    hessian, cross = Hessian(), CrossProduct()
+    for part in X.split(2048):
+        hessian.add(part)
+        cross.add(part, 2 * part)
+    wanted = X.double().t() @ X.double() / len(X)
+    assert (hessian.mean() - wanted).norm() < 1e-6 * wanted.norm()
+    assert (cross.mean() - 2 * wanted).norm() < 1e-6 * 2 * wanted.norm()
+    assert torch.equal(hessian.mean(), hessian.mean().t())
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nothing_hides_what_is_not_finite(bad: float) -> None:
+    X = random_inputs(10, 50)
+    X[3, 7] = bad
+    statistic = Hessian()
+    statistic.add(X)
+    assert not statistic.is_finite()
+    query, key, value = (random_inputs(70, 16).view(1, 1, 70, 16).clone() for _ in range(3))
+    key[0, 0, 30, 3] = torch.nan
+    assert kernels.causal_attention(query, key, value, 0.25).isfinite().all(-1).flatten().tolist() == [True] * 30 + [False] * 40
+
+
+@needs_bfloat16
+def test_layouts_that_cannot_be_read_in_pairs_are_copied() -> None:
+    odd = random_inputs(2 * 40, 33)[:, 1:].view(1, 2, 40, 32)
+    turned = random_inputs(32, 80).t().reshape(1, 2, 40, 32).mT.contiguous().mT
+    wanted = scaled_dot_product_attention(odd.double(), turned.double(), odd.double(), is_causal=True, scale=0.1)
+    assert (kernels.causal_attention(odd, turned, odd, 0.1) - wanted).norm() < 0.004 * wanted.norm()
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@needs_bfloat16
+@pytest.mark.usefixtures("threads")
+def test_the_number_of_threads_changes_no_bit() -> None:
+    X, (query, key, value) = random_inputs(500, 200), random_inputs(3 * 300, 64).view(3, 1, 2, 150, 64)
+    found = []
+    for number in (1, 3):
+        torch.set_num_threads(number)
+        total, weight = torch.zeros(200, 200), random_inputs(64, 99, seed=2).float()
+        kernels.add_gram(total, X)
+        errors = sparsegpt_native.prune_block_nm(weight, torch.eye(64) + torch.ones(64, 64).triu(1) / 9, 2, 4)
+        found.append((total, kernels.causal_attention(query, key, value, 0.125), weight, errors))
+    assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """As a process begins that has compiled nothing yet; the cache's folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library._load.cache_clear()
+    yield tmp_path / "nnprune"
+    library._load.cache_clear()
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_pytorch_serves(
+    compiler: str, unloaded: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    with caplog.at_level(logging.INFO):
+        assert library.library() is None
+        assert not sparsegpt_native.available()
+        assert not kernels.multiply_bfloat16(torch.ones(1, dtype=torch.bfloat16))
+    assert len(caplog.messages) == 1
+    assert "PyTorch serves instead" in caplog.text
+    assert not list(unloaded.glob("*"))
+
+
+def test_they_are_compiled_once_and_no_half_written_file_is_left(unloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if library.library() is None:
+        pytest.skip("this machine compiles no C")
+    (compiled,) = unloaded.glob("*")
+    library._load.cache_clear()
+    monkeypatch.setattr(library, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert library.library() is not None
+    assert list(unloaded.glob("*")) == [compiled]
+
+
+def test_a_setting_turns_them_off() -> None:
+    library.enable(False)
+    try:
+        assert library.library() is None
+    finally:
+        library.enable(True)
