@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the packages of this checkout, installed or not
 
@@ -25,12 +26,14 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 from benchmarks.machine import description
+from benchmarks.peers.official import HessianStatistic
 from benchmarks.report import markdown
 from nnprune.calibration import TextCalibration
 from nnprune.decoder import Decoder, weight_OI
 from nnprune.loading import ModelSource, quieten_transformers
 from nnprune.method import Method
-from nnprune.patterns import parse_pattern
+from nnprune.patterns import NM, SparsityPattern, parse_pattern
+from nnprune.pruners.base import Pruner
 from nnprune.run import CONF
 from nnprune.runtime import Runtime
 from nnprune.statistics import Hessian, InputStatistic, Moments, SquaredNorm
@@ -38,6 +41,23 @@ from nnprune.streams import Stream
 from nnprune.survey import see_inputs
 
 BASE = "sparsegpt"
+OFFICIAL = "official"
+"""The loop of the authors' SparseGPT class, a linear at a time."""
+
+NO_ERROR = 1e-12
+"""What counts instead of no error at all, where inputs are dead."""
+
+
+class Official(Pruner):
+    """benchmarks/peers/official.py as a pruner."""
+
+    statistic = Hessian
+
+    def prune_linear(self, W: Tensor, module_name: str, pattern: SparsityPattern) -> Tensor:
+        loop = HessianStatistic(torch.nn.Linear(W.shape[1], 1))
+        loop.hessian = 2 * self.statistics[module_name].mean()
+        nm = (pattern.n, pattern.m) if isinstance(pattern, NM) else None
+        return loop.prune(W.clone(), SimpleNamespace(nm=nm, sparsity=float(pattern.sparsity)))
 
 
 class Group:
@@ -78,7 +98,7 @@ def parse_args() -> argparse.Namespace:
         "--methods",
         type=lambda text: text.split(","),
         default=["wanda", "swaps", "sparsegpt_refit", "admm", "alps"],
-        help="of conf/pruner, with settings behind slashes: alps/pruner.num_levels=5",
+        help="of conf/pruner, with settings behind slashes: alps/pruner.num_iterations=5; official: the authors' loop of SparseGPT",
     )
     add("--patterns", type=lambda text: text.split(","), default=["0.5", "0.7", "2:4", "4:8"])
     add("--num-samples", type=int, default=32)
@@ -94,6 +114,9 @@ def methods(names: list[str]) -> dict[str, Method]:
     found = {}
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for name in names:
+            if name == OFFICIAL:
+                found[name] = Method(Official())
+                continue
             pruner, *settings = name.split("/")
             cfg = compose("config", [f"pruner={pruner}", *settings])
             found[name] = Method(instantiate(cfg["pruner"], _convert_="all"), update=instantiate(cfg["update"]))
@@ -138,7 +161,7 @@ def measure(args: argparse.Namespace, pattern: str, layers: dict[int, list[Group
                     if number:
                         times[name].append(taken)
                     else:
-                        logs[name] += [math.log(error) for error in group.errors(pruned)]
+                        logs[name] += [math.log(max(error, NO_ERROR)) for error in group.errors(pruned)]
             for name in chosen:
                 seconds[name] += median(times[name])
     return {

@@ -11,14 +11,14 @@ Letters: O output features (of several linears side by side), I input features. 
 import torch
 from torch import Tensor
 
-from nnprune.precision import fast_products
+from nnprune.precision import FastFactor
 from nnprune.statistics import Hessian
 
 FLOOR = 1e-8
 """Share of the mean squared norm below which an input counts as being that loud: a dead input then costs next to nothing
 and keeps the target's weights, by the ridge."""
 
-ROWS_AT_ONCE = 256
+OUTPUTS_AT_ONCE = 288
 """Output features of a refit whose tensors should stay in the caches of a CPU."""
 
 
@@ -73,28 +73,29 @@ class ScaledProblem:
             )
         return torch.cholesky_inverse(lower)
 
-    def refit(self, B_OI: Tensor, B0_OI: Tensor, num_steps: int) -> Tensor:
-        """The nonzeros of B^T (O, I), moved towards the best values for their support by conjugate gradients.
+    def refit(self, B: Tensor, B0: Tensor, num_steps: int) -> Tensor:
+        """The nonzeros of B (I, O), moved towards the best values for their support by conjugate gradients.
 
         Every output feature is a problem of its own with step sizes of its own, and none ends with a larger error. Products
-        are fast ones: what is solved for is the correction of B, so their rounding costs a small share of the gain.
+        but the first are fast ones: what is solved for is the correction of B, so their rounding costs a small share of the gain.
         """
-        with fast_products():
-            pieces = zip(B_OI.split(ROWS_AT_ONCE), B0_OI.split(ROWS_AT_ONCE), strict=True)
-            return torch.cat([self._refit(piece, goal, num_steps) for piece, goal in pieces])
+        factor = FastFactor(self.A)
+        pieces = zip(B.split(OUTPUTS_AT_ONCE, dim=1), B0.split(OUTPUTS_AT_ONCE, dim=1), strict=True)
+        return torch.cat([self._refit(factor, piece, goal, num_steps) for piece, goal in pieces], dim=1)
 
-    def _refit(self, B: Tensor, B0: Tensor, num_steps: int) -> Tensor:
+    def _refit(self, factor: FastFactor, B: Tensor, B0: Tensor, num_steps: int) -> Tensor:
         support = (B != 0).to(B.dtype)
-        residual = ((B0 - B) @ self.A).mul_(support)
+        residual = (self.A @ (B0 - B)).mul_(support)
         direction = residual.clone()
-        B = B.clone()
-        norm = residual.square().sum(1, keepdim=True)
+        B = B.clone(memory_format=torch.contiguous_format)
+        norm = residual.square().sum(0)
+        product = torch.empty_like(B)
         for _ in range(num_steps):
-            product = direction @ self.A
-            step = norm / (direction * product).sum(1, keepdim=True)
+            factor.times(direction, out=product)
+            step = norm / (direction * product).sum(0)
             step.nan_to_num_(0, 0, 0).clamp_(min=0)  # nothing left to do, or nothing but rounding
             B.addcmul_(direction, step)
             residual.addcmul_(product.mul_(support), step, value=-1)
-            last, norm = norm, residual.square().sum(1, keepdim=True)
+            last, norm = norm, residual.square().sum(0)
             direction.mul_((norm / last).nan_to_num_(0, 0, 0)).add_(residual)
         return B

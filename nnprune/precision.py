@@ -1,9 +1,15 @@
-"""How exactly float32 matrices are multiplied."""
+"""How exactly float32 matrices are multiplied.
+
+Letters: O output features, I input features.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+
+from nnprune.native import kernels
 
 
 @contextmanager
@@ -20,3 +26,21 @@ def fast_products(enabled: bool = True) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+class FastFactor:
+    """A symmetric matrix (I, I), float32, for many products that may round their factors, as `fast_products` has it."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        rounded = matrix.bfloat16() if matrix.device.type == "cpu" else matrix
+        self._packed = kernels.pack(rounded) if kernels.multiply_bfloat16(rounded) else None
+        self._matrix = None if self._packed else matrix
+
+    def times(self, right: Tensor, out: Tensor | None = None) -> Tensor:
+        """The product (I, O) with a float32 `right` (I, O), which is not `out`."""
+        if self._packed is None:
+            with fast_products():
+                return torch.mm(self._matrix, right, out=out)
+        out = torch.empty_like(right, memory_format=torch.contiguous_format) if out is None else out
+        kernels.add_product(out, self._packed, kernels.pack(right.bfloat16()), keep=False)
+        return out

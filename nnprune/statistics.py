@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnprune.native.kernels import PANEL, add_gram, multiply_bfloat16
+from nnprune.native.kernels import PANEL, add_product, multiply_bfloat16, pack
 from nnprune.precision import fast_products
 
 STRIP = 4 * PANEL
@@ -101,7 +101,8 @@ class Hessian(InputStatistic):
     @staticmethod
     def _accumulate(total: Tensor, X: Tensor) -> None:
         if multiply_bfloat16(X):
-            add_gram(total, X)
+            packed = pack(X)
+            add_product(total, packed, packed, lower=True)
             return
         with fast_products(enabled=X.dtype == torch.bfloat16):
             X = _factor(X)
@@ -128,7 +129,7 @@ class CrossProduct(InputStatistic):
     @staticmethod
     def _accumulate(total: Tensor, X: Tensor, dense: Tensor) -> None:
         if multiply_bfloat16(X, dense):
-            add_gram(total, dense, X)
+            add_product(total, pack(dense), pack(X))
             return
         with fast_products(enabled=X.dtype == torch.bfloat16):
             _add_product(total, _factor(dense), _factor(X))

@@ -50,6 +50,6 @@ class Refit(Update):
     ) -> dict[str, Tensor]:
         names = list(pruned)
         problem = ScaledProblem.of(statistic, self.damping, names[0])
-        B, B0 = (problem.scaled(torch.cat([weights[name].float() for name in names])) for weights in (pruned, targets))
-        pieces = problem.unscaled(problem.refit(B, B0, self.num_steps)).split([len(pruned[name]) for name in names])
+        B, B0 = (problem.scaled(torch.cat([weights[name].float() for name in names])).t() for weights in (pruned, targets))
+        pieces = problem.unscaled(problem.refit(B, B0, self.num_steps).t()).split([len(pruned[name]) for name in names])
         return dict(zip(names, pieces, strict=True))

@@ -30,15 +30,15 @@ def random_inputs(tokens: int, width: int, seed: int = 0) -> Tensor:
 @needs_bfloat16
 @settings(max_examples=40, deadline=None)
 @given(tokens=st.integers(1, 300), width=st.integers(1, 200), other_width=st.integers(1, 120), skipped=st.integers(0, 3))
-def test_gram_is_the_product(tokens: int, width: int, other_width: int, skipped: int) -> None:
+def test_it_is_the_product(tokens: int, width: int, other_width: int, skipped: int) -> None:
     X = random_inputs(tokens, width + skipped)[:, skipped:]  # rows further apart than they are long
     Y = random_inputs(other_width, tokens, seed=1).t()
     total = torch.ones(width, other_width)
-    kernels.add_gram(total, X, Y)
+    kernels.add_product(total, kernels.pack(X), kernels.pack(Y))
     scale = X.double().abs().t() @ Y.double().abs() + 1
     assert ((total - 1 - X.double().t() @ Y.double()).abs() / scale).max() < 1e-6
     square = torch.zeros(width, width)
-    kernels.add_gram(square, X)
+    kernels.add_product(square, kernels.pack(X), kernels.pack(X), lower=True)
     scale = X.double().abs().t() @ X.double().abs()
     assert ((square - X.double().t() @ X.double()).tril().abs() / scale).nan_to_num().max() < 1e-6
 
@@ -92,7 +92,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     for number in (1, 3):
         torch.set_num_threads(number)
         total, weight = torch.zeros(200, 200), random_inputs(64, 99, seed=2).float()
-        kernels.add_gram(total, X)
+        kernels.add_product(total, kernels.pack(X), kernels.pack(X))
         errors = sparsegpt_native.prune_block_nm(weight, torch.eye(64) + torch.ones(64, 64).triu(1) / 9, 2, 4)
         found.append((total, kernels.causal_attention(query, key, value, 0.125), weight, errors))
     assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))

@@ -76,8 +76,10 @@ static inline void add_tile(const uint32_t *A, const uint32_t *B, long pairs, fl
         }
 }
 
-/* total (I, J) += X^T Y for packed X and Y. With `lower`, only panels that touch the lower triangle. */
-void gram_add(const uint32_t *X, const uint32_t *Y, long tokens, long rows, long columns, int lower, float *total, int num_threads)
+/* total (I, J) = `keep` times itself + X^T Y for packed X and Y, keep being 0 or 1. With `lower`, only panels that touch the lower
+   triangle. */
+void gram_add(
+    const uint32_t *X, const uint32_t *Y, long tokens, long rows, long columns, int lower, int keep, float *total, int num_threads)
 {
     long pairs = (tokens + 1) / 2;
 #pragma omp parallel for num_threads(num_threads) collapse(2) schedule(dynamic)
@@ -93,7 +95,7 @@ void gram_add(const uint32_t *X, const uint32_t *Y, long tokens, long rows, long
             for (long row = 0; row < PANEL && i * PANEL + row < rows; row++) {
                 float *into = total + (i * PANEL + row) * columns + j * PANEL;
                 for (long column = 0; column < PANEL && j * PANEL + column < columns; column++)
-                    into[column] += tile[row * PANEL + column];
+                    into[column] = tile[row * PANEL + column] + (keep ? into[column] : 0);
             }
         }
 }

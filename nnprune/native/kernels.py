@@ -1,10 +1,11 @@
 """The kernels in C as functions of tensors. What each computes stands in its own file, `gram.c` and `attention.c`.
 
-Letters: B batch, H heads, K heads of keys and values, T tokens, E features of a head, I and J features of a linear's input.
+Letters: B batch, H heads, K heads of keys and values, T tokens, E features of a head, I and J columns of matrices.
 """
 
 import ctypes
 from ctypes import c_float, c_int, c_long
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.profiler import record_function
 from nnprune.native.library import library
 
 PANEL = 48
-"""Features of a block of `add_gram`, as in `gram.c`."""
+"""Features of a block of a product, as in `gram.c`."""
 
 
 def multiply_bfloat16(*tensors: Tensor) -> bool:
@@ -24,25 +25,34 @@ def multiply_bfloat16(*tensors: Tensor) -> bool:
     return kernels is not None and hasattr(kernels, "gram_add")
 
 
-def add_gram(total: Tensor, X: Tensor, Y: Tensor | None = None) -> None:
-    """total (I, J) += X^T Y, summed in float32, for X (T, I) and Y (T, J) in bfloat16.
+@dataclass(frozen=True)
+class Packed:
+    """A matrix (T, I) in bfloat16 as the products want it."""
 
-    Without Y, total += X^T X, of which only blocks of PANEL x PANEL in the lower triangle and on the diagonal are touched.
+    lanes: Tensor
+    shape: tuple[int, int]
+
+
+def pack(X: Tensor) -> Packed:
+    """X (T, I), bfloat16, to be multiplied once or many times."""
+    kernels, (tokens, width) = library(), map(c_long, X.shape)
+    X = X if X.stride(1) == 1 else X.contiguous()
+    kernels.gram_packed_size.restype = c_long
+    lanes = torch.empty(kernels.gram_packed_size(tokens, width), dtype=torch.int32)
+    kernels.gram_pack(_at(X), tokens, width, c_long(X.stride(0)), _at(lanes), c_int(torch.get_num_threads()))
+    return Packed(lanes, tuple(X.shape))
+
+
+def add_product(total: Tensor, X: Packed, Y: Packed, keep: bool = True, lower: bool = False) -> None:
+    """total (I, J), float32, += X^T Y, or = X^T Y without `keep`, summed in float32, for X (T, I) and Y (T, J).
+
+    `lower`: only in blocks of PANEL x PANEL in the lower triangle and on the diagonal.
     """
-    kernels, threads = library(), c_int(torch.get_num_threads())
-    num_tokens = c_long(len(X))
-    packed = []
-    for factor in (X,) if Y is None else (X, Y):
-        factor = factor if factor.stride(1) == 1 else factor.contiguous()
-        width = c_long(factor.shape[1])
-        kernels.gram_packed_size.restype = c_long
-        lanes = torch.empty(kernels.gram_packed_size(num_tokens, width), dtype=torch.int32)
-        kernels.gram_pack(_at(factor), num_tokens, width, c_long(factor.stride(0)), _at(lanes), threads)
-        packed.append(lanes)
-    assert total.is_contiguous() and total.dtype == torch.float32
-    rows, columns = map(c_long, total.shape)
-    with record_function("nnprune::add_gram"):
-        kernels.gram_add(_at(packed[0]), _at(packed[-1]), num_tokens, rows, columns, c_int(Y is None), _at(total), threads)
+    assert total.is_contiguous() and total.dtype == torch.float32 and total.shape == (X.shape[1], Y.shape[1])
+    assert X.shape[0] == Y.shape[0], f"{X.shape[0]} rows against {Y.shape[0]}"
+    sizes, flags = map(c_long, (X.shape[0], *total.shape)), map(c_int, (lower, keep))
+    with record_function("nnprune::add_product"):
+        library().gram_add(_at(X.lanes), _at(Y.lanes), *sizes, *flags, _at(total), c_int(torch.get_num_threads()))
 
 
 def has_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> bool:

@@ -40,7 +40,7 @@ def _load() -> ctypes.CDLL | None:
         if not target.exists():
             _compile([*compiler, *FLAGS, *(str(source) for source in sources if source.suffix == ".c")], target)
         return ctypes.CDLL(str(target))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: nobody has a home
         reason = getattr(error, "stderr", None) or str(error)
         log.info("kernels in C: not compiled, PyTorch serves instead, more slowly (%s)", reason.strip().split("\n")[0])
         return None

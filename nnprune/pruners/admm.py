@@ -5,7 +5,8 @@ copy Z. With U the sum of their differences, one iteration is (section 3.1, algo
 
     B = (A + rho 1)^-1 (A B0 + rho (Z - U)),    Z = mask o (B + U),    U = U + B - Z,
 
-one product with a matrix that is inverted once. Gradual masks (section 3.3): the mask is chosen anew from |B + U| in each of
+one product with a matrix that is inverted once; as B = B0 + rho (A + rho 1)^-1 (Z - U - B0), the same, it may be a fast one that
+rounds its factors. Gradual masks (section 3.3): the mask is chosen anew from |B + U| in each of
 the first iterations, at a sparsity that rises along a cubic curve, and then stays.
 
 Letters: O output features, I input features.
@@ -17,7 +18,7 @@ from torch import Tensor
 from nnprune.checks import check_count, check_positive
 from nnprune.leastsquares import ScaledProblem
 from nnprune.patterns import SparsityPattern
-from nnprune.precision import fast_products
+from nnprune.precision import FastFactor
 from nnprune.projection import Projection
 from nnprune.pruners.stacked import StackedPruner
 
@@ -51,23 +52,21 @@ class ADMM(StackedPruner):
     def prune_stack(self, weight_IO: Tensor, sizes: list[int], pattern: SparsityPattern, names: list[str]) -> Tensor:
         statistic = self.statistics[names[0]]
         problem = ScaledProblem.of(statistic, self.damping, names[0])
-        inverse = statistic.memo((ADMM, self.damping, self.rho), lambda: problem.inverse(self.rho))
+        inverse = statistic.memo((ADMM, self.damping, self.rho), lambda: FastFactor(problem.inverse(self.rho)))
         projection = Projection(pattern, sizes)
-        B = problem.scaled(weight_IO.t()).t()
-        constant = problem.A @ B
-        U = torch.zeros_like(B)
+        B0 = problem.scaled(weight_IO.t()).t()
+        B, U = B0.clone(), torch.zeros_like(B0)
         mask = projection.exact(B.abs()).to(B.dtype) if self.num_mask_iterations == 0 else None
-        with fast_products():
-            for iteration in range(1, self.num_iterations + 1):
-                total = B.add_(U)
-                if iteration < self.num_mask_iterations:
-                    share = 1 - (1 - iteration / self.num_mask_iterations) ** 3
-                    chosen = projection.fast(total.abs(), share * float(pattern.sparsity))
-                else:
-                    if mask is None:
-                        mask = projection.exact(total.abs()).to(total.dtype)  # masked operations take long on a CPU
-                    chosen = mask
-                Z = total * chosen
-                U = total.sub_(Z)
-                B = inverse @ torch.add(constant, Z.sub_(U), alpha=self.rho)
+        for iteration in range(1, self.num_iterations + 1):
+            total = B.add_(U)
+            if iteration < self.num_mask_iterations:
+                share = 1 - (1 - iteration / self.num_mask_iterations) ** 3
+                chosen = projection.fast(total.abs(), share * float(pattern.sparsity))
+            else:
+                if mask is None:
+                    mask = projection.exact(total.abs()).to(total.dtype)  # masked operations take long on a CPU
+                chosen = mask
+            Z = total * chosen
+            U = total.sub_(Z)
+            B = inverse.times(Z.sub_(U).sub_(B0)).mul_(self.rho).add_(B0)
         return problem.unscaled(B.add_(U).mul_(mask).t()).t()

@@ -26,7 +26,7 @@ from torch import Tensor
 from nnprune.checks import check_count, check_positive
 from nnprune.leastsquares import ScaledProblem
 from nnprune.patterns import SparsityPattern
-from nnprune.precision import fast_products
+from nnprune.precision import FastFactor
 from nnprune.projection import Projection
 from nnprune.pruners.stacked import StackedPruner
 
@@ -70,20 +70,18 @@ class ALPS(StackedPruner):
     def prune_stack(self, weight_IO: Tensor, sizes: list[int], pattern: SparsityPattern, names: list[str]) -> Tensor:
         statistic = self.statistics[names[0]]
         problem = ScaledProblem.of(statistic, self.damping, names[0])
-        inverse = statistic.memo((ALPS, self.damping, self.alpha), lambda: problem.inverse(self.alpha))
+        inverse = statistic.memo((ALPS, self.damping, self.alpha), lambda: FastFactor(problem.inverse(self.alpha)))
         projection = Projection(pattern, sizes)
         B0 = problem.scaled(weight_IO.t()).t()
         E, total, mask, right = torch.zeros_like(B0), B0.clone(), torch.empty_like(B0), weight_IO
         last_rho = self.rhos[0]
-        with fast_products():
-            for rho in self.rhos:  # total = B + U; its share on the mask is D, the rest the next U
-                projection.fast(torch.abs(total, out=mask))
-                torch.mul(E, self.alpha / rho - 1, out=right).addcmul_(total, mask)
-                U = total.addcmul_(total, mask, value=-1)
-                torch.add(B0, U, alpha=last_rho / rho, out=total)  # V = rho U stays
-                torch.mm(inverse, right.sub_(total), out=E)
-                total.add_(E.mul_(rho))
-                last_rho = rho
+        for rho in self.rhos:  # total = B + U; its share on the mask is D, the rest the next U
+            projection.fast(torch.abs(total, out=mask))
+            torch.mul(E, self.alpha / rho - 1, out=right).addcmul_(total, mask)
+            U = total.addcmul_(total, mask, value=-1)
+            torch.add(B0, U, alpha=last_rho / rho, out=total)  # V = rho U stays
+            inverse.times(right.sub_(total), out=E)
+            total.add_(E.mul_(rho))
+            last_rho = rho
         B = E.add_(B0).mul_(projection.exact(total.abs_()))
-        B_OI = problem.refit(B.t().contiguous(), B0.t().contiguous(), self.num_refit_steps)
-        return problem.unscaled(B_OI).t()
+        return problem.unscaled(problem.refit(B, B0, self.num_refit_steps).t()).t()
