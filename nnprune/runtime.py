@@ -87,6 +87,8 @@ class Runtime:
             _give_back_freed_memory()
         torch.manual_seed(seed)
         library.enable(self.native)
+        if self.torch_device.type == "cpu":
+            library.library()  # compiled before anything is timed
         if self.threads:
             torch.set_num_threads(self.threads)
         if torch.cuda.is_available():
