@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnprune.native.kernels import PANEL, add_product, multiply_bfloat16, pack
+from nnprune.native.kernels import PANEL, add_product, add_squares, has_squares, multiply_bfloat16, pack
 from nnprune.precision import fast_products
 
 STRIP = 4 * PANEL
@@ -71,7 +71,10 @@ class SquaredNorm(InputStatistic):
 
     @staticmethod
     def _accumulate(total: Tensor, X: Tensor) -> None:
-        total += X.float().square().sum(0)
+        if has_squares(X):
+            add_squares(total, X)
+        else:
+            total += X.float().square().sum(0)
 
 
 class Moments(InputStatistic):

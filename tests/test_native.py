@@ -43,6 +43,17 @@ def test_it_is_the_product(tokens: int, width: int, other_width: int, skipped: i
     assert ((square - X.double().t() @ X.double()).tril().abs() / scale).nan_to_num().max() < 1e-6
 
 
+@pytest.mark.skipif(library.library() is None, reason="this machine compiles no C")
+@settings(max_examples=30, deadline=None)
+@given(tokens=st.integers(1, 600), width=st.integers(1, 200), skipped=st.integers(0, 3))
+def test_squares_are_summed(tokens: int, width: int, skipped: int) -> None:
+    X = random_inputs(tokens, width + skipped)[:, skipped:]
+    total = torch.ones(width)
+    kernels.add_squares(total, X)
+    wanted = X.double().square().sum(0) + 1
+    assert ((total - wanted).abs() / wanted).max() < 1e-6
+
+
 @needs_bfloat16
 def test_many_tokens_lose_few_digits() -> None:
     X = random_inputs(8192, 100)

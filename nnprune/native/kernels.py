@@ -1,4 +1,4 @@
-"""The kernels in C as functions of tensors. What each computes stands in its own file, `gram.c` and `attention.c`.
+"""The kernels in C as functions of tensors. What each computes stands in its own file of C.
 
 Letters: B batch, H heads, K heads of keys and values, T tokens, E features of a head, I and J columns of matrices.
 """
@@ -53,6 +53,19 @@ def add_product(total: Tensor, X: Packed, Y: Packed, keep: bool = True, lower: b
     sizes, flags = map(c_long, (X.shape[0], *total.shape)), map(c_int, (lower, keep))
     with record_function("nnprune::add_product"):
         library().gram_add(_at(X.lanes), _at(Y.lanes), *sizes, *flags, _at(total), c_int(torch.get_num_threads()))
+
+
+def has_squares(X: Tensor) -> bool:
+    """Whether `add_squares` takes X."""
+    return X.dtype == torch.bfloat16 and X.device.type == "cpu" and library() is not None
+
+
+def add_squares(total: Tensor, X: Tensor) -> None:
+    """total (I,), float32, += the squared norms of the columns of X (T, I), bfloat16, summed in float32."""
+    X = X if X.stride(1) == 1 else X.contiguous()
+    assert total.is_contiguous() and total.dtype == torch.float32 and total.shape == X.shape[1:]
+    sizes = map(c_long, (*X.shape, X.stride(0)))
+    library().add_squares(_at(X), *sizes, _at(total), c_int(torch.get_num_threads()))
 
 
 def has_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> bool:
