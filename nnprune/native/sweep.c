@@ -46,8 +46,8 @@ static void choose(floats weight[][VECTORS], const float *U, long columns, long 
 
 /* Prunes weight (C, O) in place and writes the errors (C, O) that columns after the block have yet to absorb.
 
-   U (C, C), upper triangular, H^-1 = U^T U. drop (C, O), 1 = remove; or null: keep n of every m columns, each group chosen when its first column is
-   reached. sub_block: columns, a multiple of m. All contiguous. C is at most MOST_COLUMNS, m at most MOST_M. */
+   U (C, C), upper triangular, H^-1 = U^T U. drop (C, O), 1 = remove; or null: keep n of every m columns, each group chosen when its
+   first column is reached. sub_block: columns, a multiple of m. All contiguous. C is at most MOST_COLUMNS, m at most MOST_M. */
 void sweep(
     float *weight_CO, float *errors_CO, const uint8_t *drop_CO, const float *U, long columns, long outputs, int n, int m,
     long sub_block, int num_threads)

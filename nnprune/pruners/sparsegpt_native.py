@@ -26,26 +26,12 @@ def available() -> bool:
 
 
 def prune_block_masked(weight_CO: Tensor, U_CC: Tensor, drop_CO: Tensor) -> Tensor:
-    """Prune one column block in place by a mask that is fixed before the sweep.
-
-    Args:
-        weight_CO: weights of the block, float32, contiguous; on return the dropped ones are zero.
-        U_CC: the block's part of U, where H^-1 = U^T U: float32, upper triangular, of any strides.
-        drop_CO: bool, True = remove.
-
-    Returns:
-        The errors (C, O), float32, that columns after the block have yet to absorb.
-    """
+    """What `sparsegpt_triton.prune_block_masked` does, with the same arguments and result."""
     return _sweep(weight_CO, U_CC, drop_CO.contiguous(), n=0, m=1)
 
 
 def prune_block_nm(weight_CO: Tensor, U_CC: Tensor, n: int, m: int) -> Tensor:
-    """Prune one column block in place, keeping exactly n of every m columns in each row.
-
-    The mask of a group is chosen when its first column is reached: the m - n weights of lowest cost (w_j / U_jj)^2 go, of
-    equal ones the later. A cost of NaN counts as infinite. Arguments and result as for `prune_block_masked`; C is a multiple
-    of m.
-    """
+    """What `sparsegpt_triton.prune_block_nm` does, with the same arguments and result; m is at most MAX_M."""
     assert len(weight_CO) % m == 0 and m <= MAX_M, f"a block of {len(weight_CO)} columns cuts a group of {m}"
     return _sweep(weight_CO, U_CC, None, n, m)
 
