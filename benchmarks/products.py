@@ -21,6 +21,7 @@ PRODUCTS = frozenset(
         "mkldnn::_linear_pointwise",
         "nnprune::add_product",
         "nnprune::causal_attention",
+        "nnprune::attention_gradients",
     }
 )
 FACTORISATIONS = frozenset({"aten::linalg_cholesky", "aten::linalg_cholesky_ex", "aten::cholesky_inverse"})

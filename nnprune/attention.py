@@ -7,12 +7,13 @@ Letters: B batch, H heads, K heads of keys and values, T tokens, E features of a
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nnprune.native import kernels
@@ -32,7 +33,7 @@ SHORTEST = 256
 def fast_attention() -> Iterator[None]:
     """Within it, transformers' models have PyTorch's scaled dot product attention computed by `causal_attention`.
 
-    That is, in bfloat16 on a CPU with wide vectors, without gradients, and where nothing but causality masks scores.
+    That is, in bfloat16 on a CPU with wide vectors, and where nothing but causality masks scores; with gradients only by kernels in C.
     """
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         yield
@@ -56,9 +57,10 @@ def fast_attention() -> Iterator[None]:
 def _applies(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
     tensors = (query, key, value)
     is_causal = options.get("is_causal")
+    if _wants_gradients(tensors) and not kernels.has_attention_gradients(*tensors, _scaling(query, options.get("scaling"))):
+        return False
     return (
         all(tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" for tensor in tensors)
-        and not torch.is_grad_enabled()
         and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
         and query.shape[2] == key.shape[2] == value.shape[2] >= SHORTEST
         and query.shape[1] % key.shape[1] == 0
@@ -74,10 +76,14 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float |
         query: (B, H, T, E), bfloat16.
         key, value: (B, K, T, E), K a divisor of H; values may have another E.
         scaling: of the scores; None: E^-1/2.
+
+    Where gradients are wanted, the tensors must be fit for `kernels.has_attention_gradients`.
     """
+    scaling = _scaling(query, scaling)
+    if _wants_gradients((query, key, value)):
+        return _WithGradients.apply(query, key, value, scaling)
     batch, heads, tokens, width = query.shape
     shared = heads // key.shape[1]  # heads of queries to one of keys
-    scaling = width**-0.5 if scaling is None else scaling
     if kernels.has_attention(query, key, value, scaling):
         return kernels.causal_attention(query, key, value, scaling)
     early = scaling if math.frexp(scaling)[0] == 0.5 else 1.0  # a power of two rounds no query
@@ -104,3 +110,29 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float |
                     mixed = torch.bmm(weights, values[:, :stop]).view(len(queries), stop - start, -1)
                     output[row, start:stop, mine] = mixed.transpose(0, 1)
     return output.transpose(1, 2)
+
+
+class _WithGradients(torch.autograd.Function):
+    """`causal_attention` for training; only by kernels in C."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        log_sums = kernels.room_for_sums(query)
+        output = kernels.causal_attention(query, key, value, scaling, log_sums)
+        ctx.save_for_backward(query, key, value, output, log_sums)
+        ctx.scaling = scaling
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, output, log_sums = ctx.saved_tensors
+        return *kernels.attention_gradients(query, key, value, ctx.scaling, output, log_sums, grad), None
+
+
+def _wants_gradients(tensors: Iterable[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _scaling(query: Tensor, scaling: float | None) -> float:
+    return query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -105,7 +105,7 @@ class Reconstruction(Recovery):
         loudness = [_rms(parameter) for parameter in parameters]
         least = min(filter(None, loudness), default=1.0)  # for what is all zeros, such as the biases of an untrained model
         groups = [{"params": [parameter], "scale": own or least} for parameter, own in zip(parameters, loudness, strict=True)]
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
         with torch.enable_grad():
             for epoch in range(1, num_epochs + 1):
                 for rows in used[torch.randperm(len(used), generator=generator)].split(batch):

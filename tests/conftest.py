@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from hydra import compose, initialize_config_dir
+from hypothesis import settings
 from omegaconf import DictConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedConfig, PreTrainedTokenizerFast
@@ -28,6 +29,8 @@ SHARED = ROOT.parent / "shared"
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
+settings.register_profile("the same examples everywhere", derandomize=True, deadline=None)
+settings.load_profile("the same examples everywhere")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

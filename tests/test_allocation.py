@@ -42,7 +42,7 @@ def refuse(*_, **__):
 # The rules of every plan
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.floats(-2, 3), st.integers(1, 10**6)), min_size=1, max_size=12), st.floats(0, 0.99))
 def test_clipping_keeps_the_mean(layers, target):
     wanted, sizes = zip(*layers, strict=True)
@@ -58,7 +58,7 @@ def test_what_needs_no_clipping_stays_as_it_is():
     assert within([0.9, 1.3, 0.5], [1, 1, 1], 0.9, 0, 0.99) == pytest.approx([0.99, 0.99, 0.72])
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.floats(-1, 2), min_size=1, max_size=12), st.integers(2, 16), st.data())
 def test_mixed_nm_has_the_mean_exactly(wanted, m, data):
     n = data.draw(st.integers(1, m - 1))
@@ -69,7 +69,7 @@ def test_mixed_nm_has_the_mean_exactly(wanted, m, data):
     assert all(one.n >= other.n for (low, one), (high, other) in pairs if low < high - 1e-6)
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(LAYERS, st.sampled_from(["2:4", "4:8", "3:5"]))
 def test_mixed_nm_of_layers_of_different_size_is_exact_or_refused(layers, spec):
     pattern, (importance, sizes) = parse_pattern(spec), zip(*layers, strict=True)
@@ -90,7 +90,7 @@ def test_mixed_nm_by_hand():
     assert mixed_nm([0.3, 0.6], [2, 4], NM(2, 4)) == [NM(2, 4), NM(2, 4)]
 
 
-@settings(derandomize=True, deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.sampled_from(MEASURED), LAYERS, st.floats(0.001, 0.995))
 def test_every_plan_has_the_sparsity_asked_for(name, layers, sparsity):
     measured, heights = zip(*layers, strict=True)

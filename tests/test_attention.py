@@ -1,5 +1,7 @@
 """Our causal attention against the formula in float64, and that it is used only where it is meant to be."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from nnprune import attention
 from nnprune.attention import causal_attention, fast_attention
 from nnprune.decoder import Decoder, LayerCall, run_layer
+from nnprune.native import kernels
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -25,7 +28,7 @@ def random_heads(heads: int, shared: int, tokens: int, width: int, value_width: 
     return [torch.randn(2, tokens, *shape, generator=generator).bfloat16().transpose(1, 2) for shape in shapes]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     heads=st.integers(1, 3),
     shared=st.integers(1, 3),
@@ -102,9 +105,8 @@ def test_a_layer_uses_it_and_leaves_transformers_as_it_was(
     torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0.02)
 
 
-def test_gradients_short_sequences_masks_and_other_dtypes_are_left_to_pytorch(calls: list[tuple[int, ...]]) -> None:
+def test_short_sequences_masks_and_other_dtypes_are_left_to_pytorch(calls: list[tuple[int, ...]]) -> None:
     decoder = small_llama()
-    layer_output(decoder, 256).sum().backward()
     with torch.no_grad():
         layer_output(decoder, 255)
         (call,) = decoder.record_calls(torch.zeros(1, 256, dtype=torch.int64))
@@ -113,6 +115,29 @@ def test_gradients_short_sequences_masks_and_other_dtypes_are_left_to_pytorch(ca
         decoder.model.float()
         layer_output(decoder, 256)
     assert not calls
+
+
+def test_gradients_come_from_kernels_or_from_pytorch(calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As recovery asks for them: of float32 weights, with products in bfloat16."""
+    decoder = small_llama()
+    call = decoder.record_calls(torch.zeros(1, 256, dtype=torch.int64))[0]
+    layer = decoder.layers[0].float()
+    hidden = torch.randn(1, 256, 64, generator=torch.Generator().manual_seed(1))
+    wanted = torch.randn(1, 256, 64, generator=torch.Generator().manual_seed(2))
+
+    def gradients(mode: AbstractContextManager) -> Tensor:
+        layer.zero_grad()
+        with mode:
+            output = run_layer(layer, hidden, call)
+        (output * wanted).sum().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in layer.parameters()])
+
+    ours = gradients(torch.autocast("cpu", dtype=torch.bfloat16))
+    query = torch.ones(1, 1, 1, 16, dtype=torch.bfloat16)
+    assert len(calls) == kernels.has_attention_gradients(query, query, query, 1.0)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    theirs, exact = gradients(torch.autocast("cpu", dtype=torch.bfloat16)), gradients(nullcontext())
+    assert (ours - exact).norm() < 1.1 * (theirs - exact).norm() < 0.02 * exact.norm()
 
 
 @pytest.mark.skipif(not HAS_WIDE_VECTORS, reason="this CPU has no AVX-512")

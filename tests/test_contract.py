@@ -82,7 +82,7 @@ def test_the_two_calls_by_count_give_the_same(name):
     m=st.integers(2, 8),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_shape_and_any_pattern(name, rows, groups, n, m, seed):
     if n >= m or not supported(name, f"{n}:{m}"):
         return

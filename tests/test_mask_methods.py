@@ -136,7 +136,7 @@ def row_errors(pruned: torch.Tensor, W: torch.Tensor, hessian: torch.Tensor) -> 
     max_swaps=st.sampled_from([1, 3, 100]),
     num_candidates=st.sampled_from([1, 3, 64]),
 )
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 def test_swaps_never_raise_the_error_of_a_row(start, max_swaps, num_candidates, **shape):
     W, X, pattern = case(**shape)
     pruner = Swaps(start, max_swaps, num_candidates)
@@ -151,7 +151,7 @@ def test_swaps_never_raise_the_error_of_a_row(start, max_swaps, num_candidates, 
 
 
 @given(**CASES)
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50)
 def test_swaps_end_where_no_single_swap_helps(**shape):
     W, X, pattern = case(**shape)
     pruner = Swaps(max_swaps=10_000, num_candidates=1000)
@@ -204,7 +204,7 @@ def residuals(pruned: torch.Tensor, W: torch.Tensor, mean: torch.Tensor) -> torc
     threshold=st.sampled_from([0, 0.1, 1]),
     variance_power=st.sampled_from([0, 0.5, 1, 3]),
 )
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 def test_dsnot_never_raises_the_expected_residual_of_a_row(max_cycles, threshold, variance_power, **shape):
     W, X, pattern = case(**shape)
     pruner = DSnoT(max_cycles, threshold, variance_power)

@@ -28,7 +28,7 @@ def random_inputs(tokens: int, width: int, seed: int = 0) -> Tensor:
 
 
 @needs_bfloat16
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(tokens=st.integers(1, 300), width=st.integers(1, 200), other_width=st.integers(1, 120), skipped=st.integers(0, 3))
 def test_it_is_the_product(tokens: int, width: int, other_width: int, skipped: int) -> None:
     X = random_inputs(tokens, width + skipped)[:, skipped:]  # rows further apart than they are long
@@ -44,7 +44,7 @@ def test_it_is_the_product(tokens: int, width: int, other_width: int, skipped: i
 
 
 @pytest.mark.skipif(library.library() is None, reason="this machine compiles no C")
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(tokens=st.integers(1, 600), width=st.integers(1, 200), skipped=st.integers(0, 3))
 def test_squares_are_summed(tokens: int, width: int, skipped: int) -> None:
     X = random_inputs(tokens, width + skipped)[:, skipped:]
@@ -88,6 +88,35 @@ def test_layouts_that_cannot_be_read_in_pairs_are_copied() -> None:
     assert (kernels.causal_attention(odd, turned, odd, 0.1) - wanted).norm() < 0.004 * wanted.norm()
 
 
+@needs_bfloat16
+@settings(max_examples=30)
+@given(
+    heads=st.integers(1, 3),
+    shared=st.integers(1, 3),
+    tokens=st.integers(1, 200),
+    width=st.sampled_from([16, 64, 80, 128]),
+    skipped=st.sampled_from([0, 1, 2]),
+    scaling=st.sampled_from([0.05, 0.3]),
+)
+def test_gradients_of_attention(heads: int, shared: int, tokens: int, width: int, skipped: int, scaling: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((heads * shared, width), (heads, width), (heads, width), (heads * shared, width + skipped))
+    tensors = [torch.randn(2, tokens, *shape, generator=generator).bfloat16().transpose(1, 2) for shape in shapes]
+    *inputs, grad = [*tensors[:3], tensors[3][..., skipped:]]
+    log_sums = kernels.room_for_sums(inputs[0])
+    output = kernels.causal_attention(*inputs, scaling, log_sums)
+    ours = kernels.attention_gradients(*inputs, scaling, output, log_sums, grad)
+    exact, theirs = (
+        torch.autograd.grad(
+            scaled_dot_product_attention(*given, is_causal=True, scale=scaling, enable_gqa=True), given, grad.to(given[0].dtype)
+        )
+        for given in ([tensor.to(dtype).requires_grad_(True) for tensor in inputs] for dtype in (torch.float64, torch.bfloat16))
+    )
+    for found, wanted, other in zip(ours, exact, theirs, strict=True):
+        assert found.shape == wanted.shape and found.dtype == torch.bfloat16
+        assert (found - wanted).norm() < 1.5 * (other - wanted).norm() + 0.004 * wanted.norm() + 1e-5 * grad.norm()
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -105,7 +134,10 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         total, weight = torch.zeros(200, 200), random_inputs(64, 99, seed=2).float()
         kernels.add_product(total, kernels.pack(X), kernels.pack(X))
         errors = sparsegpt_native.prune_block_nm(weight, torch.eye(64) + torch.ones(64, 64).triu(1) / 9, 2, 4)
-        found.append((total, kernels.causal_attention(query, key, value, 0.125), weight, errors))
+        log_sums = kernels.room_for_sums(query)
+        output = kernels.causal_attention(query, key, value, 0.125, log_sums)
+        gradients = kernels.attention_gradients(query, key, value, 0.125, output, log_sums, query)
+        found.append((total, weight, errors, output, log_sums, *gradients))
     assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
 
 

@@ -5,46 +5,13 @@
 
    Letters: B batch, H heads, K heads of keys and values, T tokens, E features of a head of queries and keys, V of values. */
 
-#include "native.h"
+#include "attention.h"
+#include "tile.h"
 
 #ifdef BF16
 
 #define ROWS 6                  /* of queries at a time; times 64 keys or features: 24 accumulators of 32 registers */
-#define KEYS 64                 /* of a block: four vectors */
 #define BLOCKS 16               /* of ROWS queries in a task of a thread */
-
-typedef struct {
-    const uint16_t *data;
-    long batch, head, token;    /* strides; features lie side by side */
-} Input;
-
-/* e^x for x <= 0, to the last digit or two. NaN stays NaN. */
-static inline __m512 exponential(__m512 x)
-{
-    x = _mm512_max_ps(_mm512_set1_ps(-87.f), x); /* of two, the second where one is NaN */
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.f / 720);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f / 120));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f / 24));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f / 6));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(.5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f));
-    return _mm512_scalef_ps(p, n);
-}
-
-static inline __mmask16 first(long count) { return count >= 16 ? 0xffff : count > 0 ? (1u << count) - 1 : 0; }
-
-/* Keys of a head as [block of keys][pair of features][key], zero beyond the last. */
-static void pack_keys(const uint16_t *keys, long stride, long tokens, long width, uint32_t *packed)
-{
-    for (long start = 0; start < tokens; start += KEYS, packed += width / 2 * KEYS)
-        for (long key = 0; key < KEYS; key++)
-            for (long pair = 0; pair < width / 2; pair++)
-                packed[pair * KEYS + key] = start + key < tokens ? ((const uint32_t *)(keys + (start + key) * stride))[pair] : 0;
-}
 
 static void widen(const uint16_t *values, long stride, long tokens, long width, float *wide)
 {
@@ -57,34 +24,14 @@ static void widen(const uint16_t *values, long stride, long tokens, long width, 
 static inline void score_block(const uint32_t *queries, const uint32_t *keys, long pairs, float *scores, long stride)
 {
     __m512 sum[ROWS][4];
-#pragma GCC unroll 6
-    for (int row = 0; row < ROWS; row++)
-#pragma GCC unroll 4
-        for (int part = 0; part < 4; part++)
-            sum[row][part] = _mm512_setzero_ps();
-    for (long pair = 0; pair < pairs; pair++, queries += ROWS, keys += KEYS) {
-        __m512bh k[4];
-#pragma GCC unroll 4
-        for (int part = 0; part < 4; part++)
-            k[part] = (__m512bh)_mm512_loadu_si512(keys + 16 * part);
-#pragma GCC unroll 6
-        for (int row = 0; row < ROWS; row++) {
-            __m512bh q = (__m512bh)_mm512_set1_epi32(queries[row]);
-#pragma GCC unroll 4
-            for (int part = 0; part < 4; part++)
-                sum[row][part] = _mm512_dpbf16_ps(sum[row][part], q, k[part]);
-        }
-    }
-#pragma GCC unroll 6
-    for (int row = 0; row < ROWS; row++)
-#pragma GCC unroll 4
-        for (int part = 0; part < 4; part++)
-            _mm512_storeu_ps(scores + row * stride + 16 * part, sum[row][part]);
+    clear_tile(sum, ROWS, 4);
+    add_tile(queries, 1, ROWS, keys, KEYS, pairs, sum, ROWS, 4);
+    store_tile(sum, scores, stride, ROWS, 4);
 }
 
 /* Turns the first `seen` scores of a row into weights, not divided by their sum yet, and those up to `end` into zeros.
-   Returns the sum. */
-static float weigh(float *scores, long seen, long end, float scaling)
+   Returns the sum; `log_sum`: the logarithm of the sum of the scaled scores' exponentials. */
+static float weigh(float *scores, long seen, long end, float scaling, float *log_sum)
 {
     __m512 top = _mm512_set1_ps(-__builtin_inff()), sum = _mm512_setzero_ps(), scale = _mm512_set1_ps(scaling);
     for (long j = 0; j < seen; j += 16)
@@ -96,7 +43,9 @@ static float weigh(float *scores, long seen, long end, float scaling)
         sum = _mm512_add_ps(sum, x);
         _mm512_storeu_ps(scores + j, x);
     }
-    return _mm512_reduce_add_ps(sum);
+    float total = _mm512_reduce_add_ps(sum);
+    *log_sum = scaling * _mm512_cvtss_f32(top) + logf(total);
+    return total;
 }
 
 /* output (rows, 16 x parts) = weights (ROWS, keys) times values (keys, 16 x parts), each row divided by its sum. */
@@ -105,11 +54,7 @@ static inline __attribute__((always_inline)) void mix(
     uint16_t *output, long output_stride, const int parts)
 {
     __m512 sum[ROWS][4];
-#pragma GCC unroll 6
-    for (int row = 0; row < ROWS; row++)
-#pragma GCC unroll 4
-        for (int part = 0; part < parts; part++)
-            sum[row][part] = _mm512_setzero_ps();
+    clear_tile(sum, ROWS, parts);
     for (long key = 0; key < keys; key++, values += width) {
         __m512 v[4];
 #pragma GCC unroll 4
@@ -143,10 +88,11 @@ long attention_thread_size(long tokens, long width) { return ROWS * ((tokens + K
 
 /* softmax(scaling Q K^T, over the keys up to each query's own place) V, as output (B, T, H, V), contiguous.
 
-   E is even, V a multiple of 16, scaling positive. `keys`, `values` and `room` are memory, see above. */
+   `log_sums`, unless NULL: (B, H, T rounded up to KEYS), the logarithm of the sum that each softmax divides by; what is beyond T
+   stays. E is even, V a multiple of 16, scaling positive. `keys`, `values` and `room` are memory, see above. */
 void attention(
     const uint16_t *query, const long *query_strides, const uint16_t *key, const long *key_strides, const uint16_t *value,
-    const long *value_strides, uint16_t *output, long batch, long heads, long key_heads, long tokens, long width,
+    const long *value_strides, uint16_t *output, float *log_sums, long batch, long heads, long key_heads, long tokens, long width,
     long value_width, float scaling, uint32_t *keys, float *values, float *room, int num_threads)
 {
     long padded = (tokens + KEYS - 1) / KEYS * KEYS, pairs = width / 2, shared = heads / key_heads;
@@ -184,9 +130,12 @@ void attention(
                         long end = start + rows;
                         for (long j = 0; j < end; j += KEYS)
                             score_block(queries, own_keys + j * pairs, pairs, scores + j, padded);
-                        float sums[ROWS];
+                        float sums[ROWS], logs[ROWS];
                         for (int r = 0; r < ROWS; r++)
-                            sums[r] = weigh(scores + r * padded, start + (r < rows ? r : 0) + 1, (end + 15) / 16 * 16, scaling);
+                            sums[r] = weigh(
+                                scores + r * padded, start + (r < rows ? r : 0) + 1, (end + 15) / 16 * 16, scaling, logs + r);
+                        if (log_sums)
+                            memcpy(log_sums + (row * heads + head) * padded + start, logs, 4 * rows);
                         uint16_t *to = output + ((row * tokens + start) * heads + head) * value_width;
                         long stride = heads * value_width;
                         long e = 0;

@@ -8,7 +8,7 @@
 
    Letters: T tokens, I features of X, J features of Y. */
 
-#include "native.h"
+#include "tile.h"
 
 #ifdef BF16
 
@@ -43,35 +43,18 @@ void gram_pack(const uint16_t *X, long tokens, long features, long stride, uint3
         }
 }
 
-/* tile (ROWS, PANEL) += A^T B over `pairs` pairs of tokens of two panels, A being ROWS features of the first. They are summed by
+/* total (ROWS, PANEL) += A^T B over `pairs` pairs of tokens of two panels, A being ROWS features of the first. They are summed by
    themselves first: short sums lose fewer digits. */
-static inline void add_tile(const uint32_t *A, const uint32_t *B, long pairs, float *tile)
+static inline void add_rows(const uint32_t *A, const uint32_t *B, long pairs, float *total)
 {
-    __m512 sum[ROWS][3];
+    __m512 sum[ROWS][4];
+    clear_tile(sum, ROWS, 3);
+    add_tile(A, 1, PANEL, B, PANEL, pairs, sum, ROWS, 3);
 #pragma GCC unroll 8
     for (int row = 0; row < ROWS; row++)
 #pragma GCC unroll 3
-        for (int part = 0; part < 3; part++)
-            sum[row][part] = _mm512_setzero_ps();
-    for (long pair = 0; pair < pairs; pair++, A += PANEL, B += PANEL) {
-        __m512bh b[3];
-#pragma GCC unroll 3
-        for (int part = 0; part < 3; part++)
-            b[part] = (__m512bh)_mm512_loadu_si512(B + 16 * part);
-#pragma GCC unroll 8
-        for (int row = 0; row < ROWS; row++) {
-            __m512bh a = (__m512bh)_mm512_set1_epi32(A[row]);
-#pragma GCC unroll 3
-            for (int part = 0; part < 3; part++)
-                sum[row][part] = _mm512_dpbf16_ps(sum[row][part], a, b[part]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int row = 0; row < ROWS; row++)
-#pragma GCC unroll 3
-        for (int part = 0; part < 3; part++)
-        {
-            float *at = tile + row * PANEL + 16 * part;
+        for (int part = 0; part < 3; part++) {
+            float *at = total + row * PANEL + 16 * part;
             _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), sum[row][part]));
         }
 }
@@ -91,7 +74,7 @@ void gram_add(
             const uint32_t *A = X + i * pairs * PANEL, *B = Y + j * pairs * PANEL;
             for (long pair = 0; pair < pairs; pair += PAIRS)
                 for (int row = 0; row < PANEL; row += ROWS)
-                    add_tile(A + pair * PANEL + row, B + pair * PANEL, pairs - pair < PAIRS ? pairs - pair : PAIRS, tile + row * PANEL);
+                    add_rows(A + pair * PANEL + row, B + pair * PANEL, pairs - pair < PAIRS ? pairs - pair : PAIRS, tile + row * PANEL);
             for (long row = 0; row < PANEL && i * PANEL + row < rows; row++) {
                 float *into = total + (i * PANEL + row) * columns + j * PANEL;
                 for (long column = 0; column < PANEL && j * PANEL + column < columns; column++)

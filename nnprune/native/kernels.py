@@ -16,6 +16,9 @@ from nnprune.native.library import library
 PANEL = 48
 """Features of a block of a product, as in `gram.c`."""
 
+KEYS = 64
+"""Tokens of a block of attention, as in `attention.h`."""
+
 
 def multiply_bfloat16(*tensors: Tensor) -> bool:
     """Whether there are kernels for these: bfloat16 on a CPU that multiplies bfloat16."""
@@ -70,13 +73,14 @@ def has_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> 
     return multiply_bfloat16(query, key, value) and query.shape[-1] % 2 == 0 and value.shape[-1] % 16 == 0 and scaling > 0
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, log_sums: Tensor | None = None) -> Tensor:
     """softmax(scaling Q K^T, over the keys up to each query's own place) V, shape (B, H, T, E) in bfloat16.
 
     Args:
         query: (B, H, T, E), bfloat16.
         key, value: (B, K, T, E), K a divisor of H; values may have another E.
         scaling: of the scores, positive.
+        log_sums: from `room_for_sums`, for `attention_gradients`.
     """
     query, key, value = (_in_pairs(tensor) for tensor in (query, key, value))
     (batch, heads, tokens, width), key_heads, value_width = query.shape, key.shape[1], value.shape[-1]
@@ -86,11 +90,56 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
     values = torch.empty(batch * key_heads * tokens * value_width)
     room = torch.empty(threads * kernels.attention_thread_size(c_long(tokens), c_long(width)))
     output = query.new_empty(batch, tokens, heads, value_width)
-    inputs = [part for tensor in (query, key, value) for part in (_at(tensor), (c_long * 3)(*tensor.stride()[:3]))]
+    outputs = (_at(output), None if log_sums is None else _at(log_sums))
     sizes = map(c_long, (batch, heads, key_heads, tokens, width, value_width))
     with record_function("nnprune::causal_attention"):
-        kernels.attention(*inputs, _at(output), *sizes, c_float(scaling), _at(keys), _at(values), _at(room), c_int(threads))
+        kernels.attention(
+            *_heads(query, key, value), *outputs, *sizes, c_float(scaling), _at(keys), _at(values), _at(room), c_int(threads)
+        )
     return output.transpose(1, 2)
+
+
+def has_attention_gradients(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> bool:
+    """Whether `attention_gradients` takes these."""
+    return has_attention(query, key, value, scaling) and query.shape[-1] == value.shape[-1] and query.shape[-1] % 16 == 0
+
+
+def room_for_sums(query: Tensor) -> Tensor:
+    """For the logarithms of the sums of the softmax of queries (B, H, T, E): (B, H, T rounded up), float32."""
+    batch, heads, tokens, _ = query.shape
+    return torch.zeros(batch, heads, -(-tokens // KEYS) * KEYS)
+
+
+def attention_gradients(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, output: Tensor, log_sums: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, shaped as they are, in bfloat16, from that of the output of `causal_attention`.
+
+    Args:
+        query, key, value, scaling: those of `causal_attention`.
+        output, log_sums: what it gave.
+        grad: of the output, (B, H, T, E), bfloat16.
+    """
+    query, key, value, grad = (_in_pairs(tensor) for tensor in (query, key, value, grad))
+    (batch, heads, tokens, width), key_heads = query.shape, key.shape[1]
+    kernels, threads = library(), torch.get_num_threads()
+    kernels.attention_backward_size.restype = c_long
+    room = torch.empty(threads * kernels.attention_backward_size(c_long(tokens), c_long(width)))
+    output = output.transpose(1, 2).contiguous()
+    query_grad = torch.empty_like(output)
+    others = torch.empty(2, batch, key_heads, heads // key_heads, tokens, width)  # of keys and values, by head of queries
+    given, wanted = (output, log_sums), (query_grad, *others)
+    sizes = map(c_long, (batch, heads, key_heads, tokens, width))
+    with record_function("nnprune::attention_gradients"):
+        kernels.attention_backward(
+            *_heads(query, key, value, grad), *map(_at, (*given, *wanted)), *sizes, c_float(scaling), _at(room), c_int(threads)
+        )
+    return query_grad.transpose(1, 2), *others.sum(3).bfloat16()
+
+
+def _heads(*tensors: Tensor) -> list[ctypes.c_void_p | ctypes.Array]:
+    """Address and strides of tensors (B, H, T, E)."""
+    return [part for tensor in tensors for part in (_at(tensor), (c_long * 3)(*tensor.stride()[:3]))]
 
 
 def _in_pairs(tensor: Tensor) -> Tensor:

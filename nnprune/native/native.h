@@ -1,5 +1,7 @@
 /* What the kernels share. */
 
+#pragma once
+
 #include <omp.h>
 #include <stdint.h>
 
