@@ -18,7 +18,10 @@ PRETTY = {
     "alps": "ALPS",
     "sparsegpt_nnpruning": "SparseGPT (nn-pruning)",
 }
-FIRST_PRUNERS = [DENSE, "magnitude", "wanda", "ria", "dsnot", "swaps", "sparsegpt", "admm", "alps"]
+FIRST_PRUNERS = [
+    *(DENSE, "magnitude", "wanda", "ria", "dsnot", "swaps", "sparsegpt", "admm", "alps"),
+    *("best_fast", "best_medium", "best"),  # by cost
+]
 UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
@@ -53,9 +56,9 @@ def pretty_pruner(label: str) -> str:
 
 
 def pruner_key(label: str) -> tuple[int, list[str], str]:
-    """The known ones first, each before what it is with, refit foremost; then those that start with best; then others."""
+    """The known ones first, each before what it is with, refit foremost; then others."""
     pruner, *beside = _parts(label)
-    place = FIRST_PRUNERS.index(pruner) if pruner in FIRST_PRUNERS else len(FIRST_PRUNERS) + (not pruner.startswith("best"))
+    place = FIRST_PRUNERS.index(pruner) if pruner in FIRST_PRUNERS else len(FIRST_PRUNERS)
     return place, [pruner.lower(), *("" if name == "refit" else name.lower() for name in beside)], label
 
 
