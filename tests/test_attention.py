@@ -21,18 +21,19 @@ pytestmark = pytest.mark.usefixtures("native")
 HAS_WIDE_VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
-def random_heads(heads: int, shared: int, tokens: int, width: int, value_width: int) -> list[Tensor]:
+def random_heads(heads: int, shared: int, tokens: int, width: int, value_width: int, seed: int = 0) -> list[Tensor]:
     """Query, key and value of 2 rows, laid out as a model's projections leave them."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     shapes = ((heads * shared, width), (heads, width), (heads, value_width))
     return [torch.randn(2, tokens, *shape, generator=generator).bfloat16().transpose(1, 2) for shape in shapes]
 
 
+SHAPES = {"heads": st.integers(1, 3), "shared": st.integers(1, 3), "tokens": st.integers(1, 300)}
+
+
 @settings(max_examples=40)
 @given(
-    heads=st.integers(1, 3),
-    shared=st.integers(1, 3),
-    tokens=st.integers(1, 300),
+    **SHAPES,
     width=st.sampled_from([8, 23, 24, 64]),
     value_width=st.sampled_from([8, 16, 40, 80]),
     scaling=st.sampled_from([None, 0.3]),

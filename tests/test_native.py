@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_attention import SHAPES, random_heads
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -91,18 +92,14 @@ def test_layouts_that_cannot_be_read_in_pairs_are_copied() -> None:
 @needs_bfloat16
 @settings(max_examples=30)
 @given(
-    heads=st.integers(1, 3),
-    shared=st.integers(1, 3),
-    tokens=st.integers(1, 200),
+    **SHAPES,
     width=st.sampled_from([16, 64, 80, 128]),
     skipped=st.sampled_from([0, 1, 2]),
     scaling=st.sampled_from([0.05, 0.3]),
 )
 def test_gradients_of_attention(heads: int, shared: int, tokens: int, width: int, skipped: int, scaling: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((heads * shared, width), (heads, width), (heads, width), (heads * shared, width + skipped))
-    tensors = [torch.randn(2, tokens, *shape, generator=generator).bfloat16().transpose(1, 2) for shape in shapes]
-    *inputs, grad = [*tensors[:3], tensors[3][..., skipped:]]
+    inputs = random_heads(heads, shared, tokens, width, width)
+    grad = random_heads(heads, shared, tokens, width + skipped, 0, seed=1)[0][..., skipped:]
     log_sums = kernels.room_for_sums(inputs[0])
     output = kernels.causal_attention(*inputs, scaling, log_sums)
     ours = kernels.attention_gradients(*inputs, scaling, output, log_sums, grad)

@@ -81,10 +81,10 @@ static inline __attribute__((always_inline)) void mix(
 /* Lanes of memory that `attention` needs: for all packed keys, for all values, and for a thread. */
 long attention_keys_size(long batch, long key_heads, long tokens, long width)
 {
-    return batch * key_heads * ((tokens + KEYS - 1) / KEYS) * KEYS * width / 2;
+    return batch * key_heads * padded(tokens) * width / 2;
 }
 
-long attention_thread_size(long tokens, long width) { return ROWS * ((tokens + KEYS - 1) / KEYS) * KEYS + ROWS * width / 2; }
+long attention_thread_size(long tokens, long width) { return ROWS * padded(tokens) + ROWS * width / 2; }
 
 /* softmax(scaling Q K^T, over the keys up to each query's own place) V, as output (B, T, H, V), contiguous.
 
@@ -95,7 +95,7 @@ void attention(
     const long *value_strides, uint16_t *output, float *log_sums, long batch, long heads, long key_heads, long tokens, long width,
     long value_width, float scaling, uint32_t *keys, float *values, float *room, int num_threads)
 {
-    long padded = (tokens + KEYS - 1) / KEYS * KEYS, pairs = width / 2, shared = heads / key_heads;
+    long length = padded(tokens), pairs = width / 2, shared = heads / key_heads;
     long tasks = (tokens + ROWS * BLOCKS - 1) / (ROWS * BLOCKS);
     Input q = {query, query_strides[0], query_strides[1], query_strides[2]};
     Input k = {key, key_strides[0], key_strides[1], key_strides[2]};
@@ -106,17 +106,17 @@ void attention(
         for (long row = 0; row < batch; row++)
             for (long head = 0; head < key_heads; head++) {
                 long at = row * key_heads + head;
-                pack_keys(k.data + row * k.batch + head * k.head, k.token, tokens, width, keys + at * padded * pairs);
+                pack_keys(k.data + row * k.batch + head * k.head, k.token, tokens, width, keys + at * length * pairs);
                 widen(v.data + row * v.batch + head * v.head, v.token, tokens, value_width, values + at * tokens * value_width);
             }
         float *scores = room + omp_get_thread_num() * attention_thread_size(tokens, width);
-        uint32_t *queries = (uint32_t *)(scores + ROWS * padded);
+        uint32_t *queries = (uint32_t *)(scores + ROWS * length);
 #pragma omp for collapse(3) schedule(dynamic)
         for (long row = 0; row < batch; row++)
             for (long head = 0; head < heads; head++)
                 for (long task = tasks - 1; task >= 0; task--) { /* the long ones first */
                     long at = row * key_heads + head / shared;
-                    const uint32_t *own_keys = keys + at * padded * pairs;
+                    const uint32_t *own_keys = keys + at * length * pairs;
                     const float *own_values = values + at * tokens * value_width;
                     long stop = (task + 1) * ROWS * BLOCKS < tokens ? (task + 1) * ROWS * BLOCKS : tokens;
                     for (long start = task * ROWS * BLOCKS; start < stop; start += ROWS) {
@@ -129,20 +129,20 @@ void attention(
                         }
                         long end = start + rows;
                         for (long j = 0; j < end; j += KEYS)
-                            score_block(queries, own_keys + j * pairs, pairs, scores + j, padded);
+                            score_block(queries, own_keys + j * pairs, pairs, scores + j, length);
                         float sums[ROWS], logs[ROWS];
                         for (int r = 0; r < ROWS; r++)
                             sums[r] = weigh(
-                                scores + r * padded, start + (r < rows ? r : 0) + 1, (end + 15) / 16 * 16, scaling, logs + r);
+                                scores + r * length, start + (r < rows ? r : 0) + 1, (end + 15) / 16 * 16, scaling, logs + r);
                         if (log_sums)
-                            memcpy(log_sums + (row * heads + head) * padded + start, logs, 4 * rows);
+                            memcpy(log_sums + (row * heads + head) * length + start, logs, 4 * rows);
                         uint16_t *to = output + ((row * tokens + start) * heads + head) * value_width;
                         long stride = heads * value_width;
                         long e = 0;
                         for (; e + 64 <= value_width; e += 64)
-                            mix(scores, padded, own_values + e, value_width, end, sums, rows, to + e, stride, 4);
+                            mix(scores, length, own_values + e, value_width, end, sums, rows, to + e, stride, 4);
                         for (; e < value_width; e += 16)
-                            mix(scores, padded, own_values + e, value_width, end, sums, rows, to + e, stride, 1);
+                            mix(scores, length, own_values + e, value_width, end, sums, rows, to + e, stride, 1);
                     }
                 }
     }

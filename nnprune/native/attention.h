@@ -33,7 +33,8 @@ static inline __m512 exponential(__m512 x)
     return _mm512_scalef_ps(p, n);
 }
 
-static inline __mmask16 first(long count) { return count >= 16 ? 0xffff : count > 0 ? (1u << count) - 1 : 0; }
+/* Tokens, rounded up to whole blocks. */
+static inline long padded(long tokens) { return (tokens + KEYS - 1) / KEYS * KEYS; }
 
 /* Keys of a head as [block of keys][pair of features][key], zero beyond the last. */
 static void pack_keys(const uint16_t *keys, long stride, long tokens, long width, uint32_t *packed)

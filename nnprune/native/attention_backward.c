@@ -31,8 +31,6 @@ typedef struct {
     uint32_t dS_rows[BLOCK * BLOCK / 2];                        /* [query][pair of keys] */
 } __attribute__((aligned(64))) Head;
 
-static long padded(long tokens) { return (tokens + BLOCK - 1) / BLOCK * BLOCK; }
-
 /* Lanes of memory that a thread needs for a head. */
 long attention_backward_size(long tokens, long width)
 {
@@ -42,7 +40,8 @@ long attention_backward_size(long tokens, long width)
 static void divide(Head *head, uint32_t *room, long tokens, long width)
 {
     long half = padded(tokens) * width / 2;
-    uint32_t **parts[] = {&head->queries, &head->grads, &head->query_pairs, &head->grad_pairs, &head->key_pairs, &head->keys, &head->values};
+    uint32_t **parts[] = {
+        &head->queries, &head->grads, &head->query_pairs, &head->grad_pairs, &head->key_pairs, &head->keys, &head->values};
     for (int part = 0; part < 7; part++, room += half)
         *parts[part] = room;
     head->query_grads = (float *)room;
@@ -70,7 +69,8 @@ static void pack_pairs(const uint16_t *from, long step, long tokens, long width,
 }
 
 /* D of each query: the product of the attention's output and its gradient. */
-static void multiply_rows(const uint16_t *outputs, long step, const uint16_t *grads, long grad_step, long tokens, long width, float *inner)
+static void multiply_rows(
+    const uint16_t *outputs, long step, const uint16_t *grads, long grad_step, long tokens, long width, float *inner)
 {
     memset(inner, 0, 4 * padded(tokens));
     for (long token = 0; token < tokens; token++) {
@@ -146,8 +146,8 @@ static void weigh_block(Head *head, long query, long key, long width, float scal
 
 /* dQ as bfloat16 (B, T, H, E), dK and dV, of every head of queries by itself, as float32 (B, H, T, E), all contiguous.
 
-   `outputs` (B, T, H, E), contiguous, and `sums`, L (B, H, T rounded up to BLOCK, zeros beyond T), are those of `attention`. E is a multiple of 16. `room`: see above,
-   for each thread. */
+   `outputs` (B, T, H, E), contiguous, and `sums`, L (B, H, T rounded up to BLOCK, zeros beyond T), are those of `attention`. E is a
+   multiple of 16. `room`: see above, for each thread. */
 void attention_backward(
     const uint16_t *query, const long *query_strides, const uint16_t *key, const long *key_strides, const uint16_t *value,
     const long *value_strides, const uint16_t *grad, const long *grad_strides, const uint16_t *outputs, const float *sums,

@@ -27,12 +27,12 @@ void gram_pack(const uint16_t *X, long tokens, long features, long stride, uint3
     long pairs = (tokens + 1) / 2;
 #pragma omp parallel for num_threads(num_threads) collapse(2) schedule(static)
     for (long panel = 0; panel < panels_of(features); panel++)
-        for (long first = 0; first < pairs; first += PAIRS) {
-            long last = first + PAIRS < pairs ? first + PAIRS : pairs;
-            for (long pair = first; pair < last; pair++)
+        for (long start = 0; start < pairs; start += PAIRS) {
+            long stop = start + PAIRS < pairs ? start + PAIRS : pairs;
+            for (long pair = start; pair < stop; pair++)
                 for (long lane = 0; lane < PANEL; lane += 16) {
-                    long feature = panel * PANEL + lane, left = features - feature;
-                    __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+                    long feature = panel * PANEL + lane;
+                    __mmask16 mask = first(features - feature);
                     const uint16_t *even = X + 2 * pair * stride + feature;
                     __mmask16 odd_mask = 2 * pair + 1 < tokens ? mask : 0;
                     __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even));
