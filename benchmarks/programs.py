@@ -83,6 +83,7 @@ def official() -> Program:
 
 def llmcompressor(python: str | None) -> Program:
     """llm-compressor in the environment of the interpreter `python`; None: this one's."""
+    python = os.path.abspath(python) if python and os.sep in python else python  # it is started in other folders
     program = Program("llmcompressor", python or sys.executable)
     find = "import importlib.util, sys; sys.exit(importlib.util.find_spec('llmcompressor') is None)"
     try:

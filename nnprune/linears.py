@@ -14,7 +14,6 @@ from nnprune.decoder import weight_OI
 from nnprune.inputs import InputCollector, check_weight
 from nnprune.method import Method
 from nnprune.patterns import PatternError, SparsityPattern, zeros_in
-from nnprune.precision import fast_products
 from nnprune.pruners.base import Pruner
 from nnprune.statistics import InputStatistic
 
@@ -116,13 +115,17 @@ def relative_error(W: Tensor, pruned: Tensor, X: Tensor, dense_output: float | N
 
 
 def squared_output(W: Tensor, X: Tensor, minus: Tensor | None = None) -> float:
-    """||X (W - minus)^T||^2 for weights (O, I) and inputs X (tokens, I)."""
+    """||X (W - minus)^T||^2 for weights (O, I) and inputs X (tokens, I).
+
+    Of a bfloat16 model difference and outputs are rounded to bfloat16: at random, so that the sum of squares keeps four digits.
+    """
     total = torch.zeros((), dtype=torch.float32, device=X.device)
     others = W.split(ROWS_AT_ONCE) if minus is None else minus.split(ROWS_AT_ONCE)
-    with fast_products(enabled=W.dtype == torch.bfloat16):
-        for rows, other in zip(W.split(ROWS_AT_ONCE), others, strict=True):
-            difference = rows.float() if minus is None else rows.float() - other.float()
-            total += (X @ difference.t()).square().sum()
+    dtype = torch.bfloat16 if W.dtype == torch.bfloat16 else torch.float32
+    X = X.to(dtype)
+    for rows, other in zip(W.split(ROWS_AT_ONCE), others, strict=True):
+        difference = rows.to(dtype) if minus is None else rows.to(dtype) - other.to(dtype)
+        total += (X @ difference.t()).float().square().sum()
     return float(total)
 
 

@@ -84,8 +84,8 @@ def nth_largest(planes: Sequence[Tensor], n: int) -> Tensor:
 
 
 def zeros_in(weight: Tensor) -> int:
-    """Zeros of a tensor; `count_nonzero` takes four times as long in bfloat16."""
-    return weight.numel() - int((weight != 0).sum())
+    """Zeros of a tensor: `count_nonzero` is fast for booleans alone, and `sum` makes integers of eight bytes of them."""
+    return weight.numel() - int((weight != 0).count_nonzero())
 
 
 @dataclass(frozen=True)

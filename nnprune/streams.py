@@ -13,12 +13,12 @@ from nnprune.activations import Activations
 from nnprune.decoder import Decoder, LayerCall, run_layer
 from nnprune.runtime import Runtime
 
-CPU_LOGITS = 1 << 22
-"""Logits at a time on a CPU: few enough for the cache and for memory that is used again."""
+CPU_LOGITS = 1 << 23
+"""Logits at a time on a CPU: few enough for the cache, and enough tokens for a fast product."""
 
 
 def tokens_of_logits(device: torch.device, seq_len: int, vocab_size: int) -> int:
-    """Tokens of a row whose logits are computed at once: all on CUDA, on a CPU not more than 64 for V beyond 65 536."""
+    """Tokens of a row whose logits are computed at once: all on CUDA, on a CPU not more than 64 for V beyond 131 072."""
     return seq_len if device.type == "cuda" else min(max(CPU_LOGITS // vocab_size, 64), seq_len)
 
 

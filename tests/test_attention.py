@@ -48,8 +48,8 @@ def test_it_is_the_formula(heads: int, shared: int, tokens: int, width: int, val
     assert (ours - wanted).norm() < 0.004 * wanted.norm()
 
 
-def test_weights_are_not_rounded() -> None:
-    """A first token that takes nearly all: its weight in bfloat16 would be wrong by up to 0.002, in every row alike."""
+def test_what_takes_nearly_all_is_not_taken_for_less() -> None:
+    """A first token's weight of nearly 1: rounded to bfloat16 after the division, it would be wrong by up to 0.002, in every row alike."""
     query, key, value = (tensor.clone() for tensor in random_heads(2, 1, 256, 64, 64))
     query[..., 0], key[..., 0, 0], value[:, :, 0] = 4.0, 20.0, 1.0
     wanted = scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=True)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attention import SHAPES, random_heads
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from nnprune.native import kernels, library
 from nnprune.pruners import sparsegpt_native
@@ -53,6 +53,19 @@ def test_squares_are_summed(tokens: int, width: int, skipped: int) -> None:
     kernels.add_squares(total, X)
     wanted = X.double().square().sum(0) + 1
     assert ((total - wanted).abs() / wanted).max() < 1e-6
+
+
+@pytest.mark.skipif(library.library() is None, reason="this machine compiles no C")
+@settings(max_examples=30)
+@given(tokens=st.integers(1, 20), vocab_size=st.integers(1, 200), scale=st.sampled_from([0.1, 3.0, 100.0]))
+def test_negative_log_likelihood(tokens: int, vocab_size: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (scale * torch.randn(tokens, vocab_size + 1, generator=generator)).bfloat16()[:, 1:]
+    targets = torch.randint(vocab_size, (tokens,), generator=generator)
+    wanted = cross_entropy(logits.double(), targets, reduction="none")
+    assert ((kernels.negative_log_likelihood(logits, targets) - wanted).abs() < 1e-6 * (1 + logits.double().abs().max())).all()
+    logits[0, vocab_size // 2] = torch.nan
+    assert not kernels.negative_log_likelihood(logits, targets)[0].isfinite()
 
 
 @needs_bfloat16

@@ -1,7 +1,8 @@
-/* Causal attention of bfloat16 sequences: scores and weights stay in float32 and in the nearest caches.
+/* Causal attention of bfloat16 sequences: scores and weights stay in the nearest caches.
 
-   A few rows of queries meet all keys before them: their scores, exact products summed in float32, then the softmax, then the
-   weights, not rounded, with the values in float32.
+   A few rows of queries meet all keys before them: their scores, exact products summed in float32; the softmax in float32; its
+   weights, as factors of the values rounded to bfloat16 before they are divided by their sum, which is that of the rounded ones: so
+   a token that takes nearly all is not taken for less or more.
 
    Letters: B batch, H heads, K heads of keys and values, T tokens, E features of a head of queries and keys, V of values. */
 
@@ -13,13 +14,6 @@
 #define ROWS 6                  /* of queries at a time; times 64 keys or features: 24 accumulators of 32 registers */
 #define BLOCKS 16               /* of ROWS queries in a task of a thread */
 
-static void widen(const uint16_t *values, long stride, long tokens, long width, float *wide)
-{
-    for (long token = 0; token < tokens; token++)
-        for (long e = 0; e < width; e++)
-            ((uint32_t *)wide)[token * width + e] = (uint32_t)values[token * stride + e] << 16;
-}
-
 /* Scores (ROWS, KEYS), rows `stride` apart, of packed queries [pair of features][row] with a block of keys. */
 static inline void score_block(const uint32_t *queries, const uint32_t *keys, long pairs, float *scores, long stride)
 {
@@ -29,45 +23,41 @@ static inline void score_block(const uint32_t *queries, const uint32_t *keys, lo
     store_tile(sum, scores, stride, ROWS, 4);
 }
 
-/* Turns the first `seen` scores of a row into weights, not divided by their sum yet, and those up to `end` into zeros.
-   Returns the sum; `log_sum`: the logarithm of the sum of the scaled scores' exponentials. */
+/* Turns the first `seen` scores of a row into weights, pairs of bfloat16 in their place, not divided by their sum yet, and those up
+   to `end`, a multiple of 32, into zeros. Returns the sum; `log_sum`: the logarithm of the sum of the scaled scores' exponentials. */
 static float weigh(float *scores, long seen, long end, float scaling, float *log_sum)
 {
-    __m512 top = _mm512_set1_ps(-__builtin_inff()), sum = _mm512_setzero_ps(), scale = _mm512_set1_ps(scaling);
+    __m512 top = _mm512_set1_ps(-__builtin_inff()), sum = _mm512_setzero_ps(), scale = _mm512_set1_ps(LOG2E * scaling);
+    __m512i odd = _mm512_set1_epi32(0xffff0000);
     for (long j = 0; j < seen; j += 16)
         top = _mm512_mask_max_ps(top, first(seen - j), top, _mm512_loadu_ps(scores + j));
-    top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
-    for (long j = 0; j < end; j += 16) {
-        __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + j), top), scale);
-        x = _mm512_maskz_mov_ps(first(seen - j), exponential(x));
-        sum = _mm512_add_ps(sum, x);
-        _mm512_storeu_ps(scores + j, x);
+    float largest = _mm512_reduce_max_ps(top);
+    top = _mm512_mul_ps(_mm512_set1_ps(largest), scale);
+    for (long j = 0; j < end; j += 32) {
+        __m512 x[2];
+#pragma GCC unroll 2
+        for (int part = 0; part < 2; part++) {
+            x[part] = _mm512_fmsub_ps(_mm512_loadu_ps(scores + j + 16 * part), scale, top);
+            x[part] = _mm512_maskz_mov_ps(first(seen - j - 16 * part), power_of_two(x[part]));
+        }
+        __m512i pairs = (__m512i)_mm512_cvtne2ps_pbh(x[1], x[0]);
+        sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)));
+        sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_and_si512(pairs, odd)));
+        _mm512_storeu_si512(scores + j / 2, pairs);
     }
     float total = _mm512_reduce_add_ps(sum);
-    *log_sum = scaling * _mm512_cvtss_f32(top) + logf(total);
+    *log_sum = scaling * largest + logf(total);
     return total;
 }
 
-/* output (rows, 16 x parts) = weights (ROWS, keys) times values (keys, 16 x parts), each row divided by its sum. */
+/* output (rows, 16 x parts) = weights (ROWS, pairs of keys) times values (pairs of keys, 16 x parts), each row divided by its sum. */
 static inline __attribute__((always_inline)) void mix(
-    const float *weights, long stride, const float *values, long width, long keys, const float *sums, int rows,
+    const uint32_t *weights, long stride, const uint32_t *values, long width, long pairs, const float *sums, int rows,
     uint16_t *output, long output_stride, const int parts)
 {
     __m512 sum[ROWS][4];
     clear_tile(sum, ROWS, parts);
-    for (long key = 0; key < keys; key++, values += width) {
-        __m512 v[4];
-#pragma GCC unroll 4
-        for (int part = 0; part < parts; part++)
-            v[part] = _mm512_loadu_ps(values + 16 * part);
-#pragma GCC unroll 6
-        for (int row = 0; row < ROWS; row++) {
-            __m512 p = _mm512_set1_ps(weights[row * stride + key]);
-#pragma GCC unroll 4
-            for (int part = 0; part < parts; part++)
-                sum[row][part] = _mm512_fmadd_ps(p, v[part], sum[row][part]);
-        }
-    }
+    add_tile(weights, stride, 1, values, width, pairs, sum, ROWS, parts);
 #pragma GCC unroll 6
     for (int row = 0; row < ROWS; row++)
 #pragma GCC unroll 4
@@ -78,8 +68,8 @@ static inline __attribute__((always_inline)) void mix(
             }
 }
 
-/* Lanes of memory that `attention` needs: for all packed keys, for all values, and for a thread. */
-long attention_keys_size(long batch, long key_heads, long tokens, long width)
+/* Lanes of memory that `attention` needs: for all packed keys of some width, or values, and for a thread. */
+long attention_packed_size(long batch, long key_heads, long tokens, long width)
 {
     return batch * key_heads * padded(tokens) * width / 2;
 }
@@ -93,7 +83,7 @@ long attention_thread_size(long tokens, long width) { return ROWS * padded(token
 void attention(
     const uint16_t *query, const long *query_strides, const uint16_t *key, const long *key_strides, const uint16_t *value,
     const long *value_strides, uint16_t *output, float *log_sums, long batch, long heads, long key_heads, long tokens, long width,
-    long value_width, float scaling, uint32_t *keys, float *values, float *room, int num_threads)
+    long value_width, float scaling, uint32_t *keys, uint32_t *values, float *room, int num_threads)
 {
     long length = padded(tokens), pairs = width / 2, shared = heads / key_heads;
     long tasks = (tokens + ROWS * BLOCKS - 1) / (ROWS * BLOCKS);
@@ -107,7 +97,8 @@ void attention(
             for (long head = 0; head < key_heads; head++) {
                 long at = row * key_heads + head;
                 pack_keys(k.data + row * k.batch + head * k.head, k.token, tokens, width, keys + at * length * pairs);
-                widen(v.data + row * v.batch + head * v.head, v.token, tokens, value_width, values + at * tokens * value_width);
+                pack_pairs(
+                    v.data + row * v.batch + head * v.head, v.token, tokens, value_width, values + at * length / 2 * value_width);
             }
         float *scores = room + omp_get_thread_num() * attention_thread_size(tokens, width);
         uint32_t *queries = (uint32_t *)(scores + ROWS * length);
@@ -117,7 +108,7 @@ void attention(
                 for (long task = tasks - 1; task >= 0; task--) { /* the long ones first */
                     long at = row * key_heads + head / shared;
                     const uint32_t *own_keys = keys + at * length * pairs;
-                    const float *own_values = values + at * tokens * value_width;
+                    const uint32_t *own_values = values + at * length / 2 * value_width;
                     long stop = (task + 1) * ROWS * BLOCKS < tokens ? (task + 1) * ROWS * BLOCKS : tokens;
                     for (long start = task * ROWS * BLOCKS; start < stop; start += ROWS) {
                         int rows = stop - start < ROWS ? stop - start : ROWS;
@@ -133,16 +124,16 @@ void attention(
                         float sums[ROWS], logs[ROWS];
                         for (int r = 0; r < ROWS; r++)
                             sums[r] = weigh(
-                                scores + r * length, start + (r < rows ? r : 0) + 1, (end + 15) / 16 * 16, scaling, logs + r);
+                                scores + r * length, start + (r < rows ? r : 0) + 1, (end + 31) / 32 * 32, scaling, logs + r);
                         if (log_sums)
                             memcpy(log_sums + (row * heads + head) * length + start, logs, 4 * rows);
                         uint16_t *to = output + ((row * tokens + start) * heads + head) * value_width;
-                        long stride = heads * value_width;
-                        long e = 0;
+                        const uint32_t *weights = (const uint32_t *)scores;
+                        long stride = heads * value_width, key_pairs = (end + 1) / 2, e = 0;
                         for (; e + 64 <= value_width; e += 64)
-                            mix(scores, length, own_values + e, value_width, end, sums, rows, to + e, stride, 4);
+                            mix(weights, length, own_values + e, value_width, key_pairs, sums, rows, to + e, stride, 4);
                         for (; e < value_width; e += 16)
-                            mix(scores, length, own_values + e, value_width, end, sums, rows, to + e, stride, 1);
+                            mix(weights, length, own_values + e, value_width, key_pairs, sums, rows, to + e, stride, 1);
                     }
                 }
     }

@@ -16,19 +16,17 @@ typedef struct {
     long batch, head, token;    /* strides; features lie side by side */
 } Input;
 
-/* e^x for x <= 0, to the last digit or two. NaN stays NaN. */
-static inline __m512 exponential(__m512 x)
+#define LOG2E 1.44269504f
+
+/* 2^x for x <= 0, to 4e-6 of it: far less than what is lost when it becomes bfloat16. A polynomial through the Chebyshev nodes of
+   what rounding x leaves. NaN stays NaN. */
+static inline __m512 power_of_two(__m512 x)
 {
-    x = _mm512_max_ps(_mm512_set1_ps(-87.f), x); /* of two, the second where one is NaN */
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.f / 720);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f / 120));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f / 24));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f / 6));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(.5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f));
+    __m512 n = _mm512_roundscale_ps(x, 8), r = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_set1_ps(.00966636837f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(.0559219755f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(.240223497f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(.693121016f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f));
     return _mm512_scalef_ps(p, n);
 }
@@ -43,6 +41,18 @@ static void pack_keys(const uint16_t *keys, long stride, long tokens, long width
         for (long key = 0; key < KEYS; key++)
             for (long pair = 0; pair < width / 2; pair++)
                 packed[pair * KEYS + key] = start + key < tokens ? ((const uint32_t *)(keys + (start + key) * stride))[pair] : 0;
+}
+
+/* Two tokens of a feature side by side, as [pair of tokens][feature], zero beyond the last token; `width` is a multiple of 16. */
+static void pack_pairs(const uint16_t *from, long step, long tokens, long width, uint32_t *to)
+{
+    for (long token = 0; token < padded(tokens); token += 2, from += 2 * step)
+        for (long e = 0; e < width; e += 16, to += 16) {
+            __mmask16 even = token < tokens ? 0xffff : 0, odd = token + 1 < tokens ? 0xffff : 0;
+            __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(even, from + e));
+            __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(odd, from + step + e));
+            _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
 }
 
 #endif

@@ -57,17 +57,6 @@ static void copy_rows(const uint16_t *from, long step, long tokens, long width, 
     memset(to + tokens * width / 2, 0, 2 * width * (padded(tokens) - tokens));
 }
 
-/* Two tokens of a feature side by side. */
-static void pack_pairs(const uint16_t *from, long step, long tokens, long width, uint32_t *to)
-{
-    for (long token = 0; token < padded(tokens); token += 2)
-        for (long e = 0; e < width; e++) {
-            uint32_t even = token < tokens ? from[token * step + e] : 0;
-            uint32_t odd = token + 1 < tokens ? from[(token + 1) * step + e] : 0;
-            *to++ = even | odd << 16;
-        }
-}
-
 /* D of each query: the product of the attention's output and its gradient. */
 static void multiply_rows(
     const uint16_t *outputs, long step, const uint16_t *grads, long grad_step, long tokens, long width, float *inner)
@@ -129,8 +118,8 @@ static void weigh_block(Head *head, long query, long key, long width, float scal
                 for (int odd = 0; odd < 2; odd++) {
                     long r = row + pair + odd, at = (pair + odd) * BLOCK + j;
                     __m512 score = _mm512_loadu_ps(scores + at), grad = _mm512_loadu_ps(grads + at);
-                    score = _mm512_fmsub_ps(score, _mm512_set1_ps(scaling), _mm512_set1_ps(sums[query + r]));
-                    p[odd] = _mm512_maskz_mov_ps(is_last ? first(r + 1 - j) : 0xffff, exponential(score));
+                    score = _mm512_fmsub_ps(score, _mm512_set1_ps(LOG2E * scaling), _mm512_set1_ps(LOG2E * sums[query + r]));
+                    p[odd] = _mm512_maskz_mov_ps(is_last ? first(r + 1 - j) : 0xffff, power_of_two(score));
                     s[odd] = _mm512_mul_ps(p[odd], _mm512_sub_ps(grad, _mm512_set1_ps(head->inner[query + r])));
                 }
                 __m512i P = (__m512i)_mm512_cvtne2ps_pbh(p[1], p[0]), dS = (__m512i)_mm512_cvtne2ps_pbh(s[1], s[0]);

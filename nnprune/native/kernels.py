@@ -16,6 +16,9 @@ from nnprune.native.library import library
 PANEL = 48
 """Features of a block of a product, as in `gram.c`."""
 
+LANES = 16
+"""Numbers that are computed at once, as in `vectors.h`."""
+
 KEYS = 64
 """Tokens of a block of attention, as in `attention.h`."""
 
@@ -56,7 +59,7 @@ def add_product(total: Tensor, X: Packed, Y: Packed, keep: bool = True, lower: b
 
 
 def has_squares(X: Tensor) -> bool:
-    """Whether `add_squares` takes X."""
+    """Whether `add_squares` and `negative_log_likelihood` take X."""
     return X.dtype == torch.bfloat16 and X.device.type == "cpu" and library() is not None
 
 
@@ -66,6 +69,41 @@ def add_squares(total: Tensor, X: Tensor) -> None:
     assert total.is_contiguous() and total.dtype == torch.float32 and total.shape == X.shape[1:]
     sizes = map(c_long, (*X.shape, X.stride(0)))
     library().add_squares(_at(X), *sizes, _at(total), c_int(torch.get_num_threads()))
+
+
+def has_elementwise(*tensors: Tensor) -> bool:
+    """Whether `rms_norm` and `silu_product` take these."""
+    return all(has_squares(tensor) and tensor.shape[-1] % LANES == 0 and tensor.is_contiguous() for tensor in tensors)
+
+
+def rms_norm(X: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * bfloat16(X / sqrt(mean(X^2) + eps)), the mean over features, shaped as X (..., I), for a weight (I,)."""
+    assert X.shape[-1:] == weight.shape
+    output = torch.empty_like(X)
+    sizes = map(c_long, (X.numel() // len(weight), len(weight)))
+    library().rms_norm(_at(X), _at(weight), *sizes, c_float(eps), _at(output), c_int(torch.get_num_threads()))
+    return output
+
+
+def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """bfloat16(silu(gate)) * up, all of one shape."""
+    assert gate.shape == up.shape
+    output = torch.empty_like(gate)
+    library().silu_product(_at(gate), _at(up), c_long(gate.numel()), _at(output), c_int(torch.get_num_threads()))
+    return output
+
+
+def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(logits) at the targets, (T,), float32, for logits (T, V), bfloat16, and targets (T,), int64, in [0, V)."""
+    logits, targets = logits if logits.stride(1) == 1 else logits.contiguous(), targets.contiguous()
+    (tokens, vocab_size), losses = logits.shape, torch.empty(len(logits))
+    assert targets.shape == losses.shape and targets.dtype == torch.int64
+    assert not tokens or 0 <= int(targets.min()) <= int(targets.max()) < vocab_size
+    sizes = map(c_long, (tokens, vocab_size))
+    library().negative_log_likelihood(
+        _at(logits), c_long(logits.stride(0)), _at(targets), *sizes, _at(losses), c_int(torch.get_num_threads())
+    )
+    return losses
 
 
 def has_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> bool:
@@ -85,9 +123,11 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, 
     query, key, value = (_in_pairs(tensor) for tensor in (query, key, value))
     (batch, heads, tokens, width), key_heads, value_width = query.shape, key.shape[1], value.shape[-1]
     kernels, threads = library(), torch.get_num_threads()
-    kernels.attention_keys_size.restype = kernels.attention_thread_size.restype = c_long
-    keys = torch.empty(kernels.attention_keys_size(*map(c_long, (batch, key_heads, tokens, width))), dtype=torch.int32)
-    values = torch.empty(batch * key_heads * tokens * value_width)
+    kernels.attention_packed_size.restype = kernels.attention_thread_size.restype = c_long
+    keys, values = (
+        torch.empty(kernels.attention_packed_size(*map(c_long, (batch, key_heads, tokens, size))), dtype=torch.int32)
+        for size in (width, value_width)
+    )
     room = torch.empty(threads * kernels.attention_thread_size(c_long(tokens), c_long(width)))
     output = query.new_empty(batch, tokens, heads, value_width)
     outputs = (_at(output), None if log_sums is None else _at(log_sums))

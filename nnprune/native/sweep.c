@@ -7,21 +7,14 @@
 
    Letters: C columns of a block, O output features. */
 
-#include "native.h"
-
 #include <math.h>
-#include <string.h>
 
-#define LANES 16
+#include "vectors.h"
+
 #define VECTORS 2
 #define OUTPUTS (LANES * VECTORS)
 #define MOST_COLUMNS 512
 #define MOST_M 32
-
-typedef float floats __attribute__((vector_size(LANES * 4)));
-typedef int32_t ints __attribute__((vector_size(LANES * 4)));
-
-static inline floats blend(ints mask, floats yes, floats no) { return (floats)((mask & (ints)yes) | (~mask & (ints)no)); }
 
 /* Which of m columns of some output features go: the m - n of lowest cost (w_j / U_jj)^2, of equal ones the later. A cost of NaN
    counts as infinite. */

@@ -1,0 +1,116 @@
+"""What lies between the products of a decoder layer, by kernels of one pass each where PyTorch makes half a dozen.
+
+There is no list of architectures: a class of modules is served when one of it, made small, gives the very numbers that the kernel
+gives.
+
+Letters: T tokens, D features, F features within an MLP.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnprune.native import kernels
+
+Forward = Callable[[nn.Module, Tensor], Tensor]
+
+WIDTH = 64
+"""Features of the small modules that are tried."""
+
+_found: dict[type[nn.Module], dict[type[nn.Module], Forward]] = {}
+"""Class of a decoder layer -> the classes within it that have a faster forward."""
+
+
+@contextmanager
+def fast_elementwise(layer: Any) -> Iterator[None]:
+    """Within it, RMS norms and gated MLPs of a decoder layer compute in bfloat16 on a CPU what they always do, faster.
+
+    Their linears are called as ever, so that hooks on these see what they always see. With gradients nothing changes.
+    """
+    if not isinstance(layer, nn.Module) or torch.is_grad_enabled() or not kernels.has_elementwise(torch.ones(WIDTH).bfloat16()):
+        yield
+        return
+    if type(layer) not in _found:
+        _found[type(layer)] = _find(layer)
+    own = {kind: kind.forward for kind in _found[type(layer)]}
+    for kind, forward in _found[type(layer)].items():
+        kind.forward = forward
+    try:
+        yield
+    finally:
+        for kind, forward in own.items():
+            kind.forward = forward
+
+
+def _find(layer: nn.Module) -> dict[type[nn.Module], Forward]:
+    """The classes of a layer's modules that have a faster forward, with it."""
+    found: dict[type[nn.Module], Forward] = {}
+    for module in layer.modules():
+        kind = type(module)
+        for make in (_fast_norm, _fast_mlp):
+            if kind not in found and (forward := make(module)):
+                found[kind] = forward
+    return found
+
+
+def _fast_norm(module: nn.Module) -> Forward | None:
+    """A forward for a class of norms, if it scales by the root mean square as Llama does (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    names = [name for name in ("variance_epsilon", "eps") if isinstance(getattr(module, name, None), float)]
+    if not names or set(module._parameters) != {"weight"} or module._modules or module._buffers:
+        return None
+    own, eps = type(module).forward, names[0]
+
+    def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        if self.weight.dtype == hidden_states.dtype and kernels.has_elementwise(hidden_states, self.weight):
+            return kernels.rms_norm(hidden_states, self.weight, getattr(self, eps))
+        return own(self, hidden_states)
+
+    small = _with(module, _parameters={"weight": nn.Parameter(_random(1, WIDTH)[0], requires_grad=False)})
+    return forward if _agree(own, forward, small) else None
+
+
+def _fast_mlp(module: nn.Module) -> Forward | None:
+    """A forward for a class of MLPs, if it is down(silu(gate(x)) * up(x)) (SwiGLU, Shazeer 2020, arXiv:2002.05202)."""
+    if set(module._modules) != {"gate_proj", "up_proj", "down_proj", "act_fn"} or module._parameters:
+        return None
+    own = type(module).forward
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if is_silu(self.act_fn) and gate.dtype == up.dtype and kernels.has_elementwise(gate, up):
+            return self.down_proj(kernels.silu_product(gate, up))
+        return self.down_proj(self.act_fn(gate) * up)
+
+    def is_silu(act_fn: nn.Module) -> bool:
+        return type(act_fn) is type(module.act_fn)
+
+    linears = {name: nn.Linear(WIDTH, WIDTH, bias=False) for name in ("gate_proj", "up_proj", "down_proj")}
+    for linear in linears.values():
+        linear.weight = nn.Parameter(_random(WIDTH, WIDTH), requires_grad=False)
+    return forward if _agree(own, forward, _with(module, _modules={**module._modules, **linears})) else None
+
+
+def _with(module: nn.Module, **changed: Any) -> nn.Module:
+    """A copy that shares all but what is changed."""
+    twin = copy.copy(module)
+    twin.__dict__ = {**module.__dict__, **changed}
+    return twin
+
+
+def _agree(own: Forward, ours: Forward, module: nn.Module) -> bool:
+    """Whether both give the same for a small module, but for some last digits: sums may be taken in another order."""
+    X = 3 * _random(256, WIDTH)
+    try:
+        wanted, found = own(module, X), ours(module, X)
+    except (TypeError, RuntimeError):  # it takes something else
+        return False
+    same = found.shape == wanted.shape and found.dtype == wanted.dtype and torch.allclose(found, wanted, rtol=2**-7, atol=1e-6)
+    return same and float((found != wanted).float().mean()) < 0.01
+
+
+def _random(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows), dtype=torch.float32).bfloat16()
