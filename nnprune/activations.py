@@ -50,6 +50,11 @@ class Activations:
         """Overwrite `rows`. On one CUDA stream a later `get` waits for it; the host must not look without synchronising."""
         self.tensor[rows].copy_(hidden, non_blocking=True)
 
+    @property
+    def is_near(self) -> bool:
+        """Whether the hidden states rest in the memory of the device itself."""
+        return self.path is None and self.tensor.device.type == self.device.type
+
     def close(self) -> None:
         """Give the memory back, and remove the mapped file."""
         del self.tensor

@@ -17,11 +17,15 @@ from nnprune.activations import Activations
 from nnprune.inputs import PROBE_TOKENS, InputCollector, input_groups
 from nnprune.layerwise import LayerwiseEngine
 from nnprune.method import Method
-from nnprune.shortcuts import Shortcut, find_shortcut
+from nnprune.runtime import available_host_bytes, resident_host_bytes
+from nnprune.shortcuts import KnownOutputs, Shortcut, find_shortcut
 from nnprune.stopwatch import Stopwatch
 from nnprune.streams import Stream
 
 PROPAGATE = ("pruned", "dense", "sequential")
+
+ROOM_SHARE = 0.25
+"""Of the host's free memory, what the outputs of one linear may take that are kept to save time."""
 
 
 class Propagation:
@@ -48,7 +52,9 @@ class Propagation:
         self._ahead: InputCollector | None = None  # what the next layer's linears have been seen to receive already
         self._reference_is_behind = False  # the layer that comes next
         self._rows = slice(0, 0)  # at hand
-        self._shortcuts: dict[str, Shortcut] = {}  # of the calibration and of the reference, through the layer at hand
+        # Of the calibration and of the reference, through the layer at hand:
+        self._shortcuts: dict[str, Shortcut] = {}
+        self._known: dict[str, KnownOutputs] = {}
 
     def skip(self, index: int) -> None:
         """Take both streams through decoder layer `index`, which is finished."""
@@ -84,20 +90,22 @@ class Propagation:
         pairs = any(method.pairs_inputs for method in methods)
         dense = copy.deepcopy(layer) if pairs or (self.reference and not self._reference_is_behind) else layer
         groups = self._groups(index, layer)
-        self._shortcuts = self._find_shortcuts(index, layer, both=dense is not layer)
+        self._find_shortcuts(index, layer, both=dense is not layer)
+        final: list[str] = []
         for names in groups:
             with self.watch.stage("calibration"):
                 collector = self._collector(index, layer, dense, methods, [names])
-                self._collect(index, layer, dense, collector, hand_on=False, is_last=names is groups[-1])
+                self._collect(index, layer, dense, collector, hand_on=False, is_last=names is groups[-1], final=final)
+            final += [self._within(index, name) for name in names]
             collector.finish()
             yield collector
         self._reference_is_behind = False
 
     def forget(self) -> None:
         """The weights of the layer at hand have changed once more: nothing of it is known any more."""
-        for shortcut in self._shortcuts.values():
-            shortcut.close()
-        self._shortcuts = {}
+        for known in (*self._shortcuts.values(), *self._known.values()):
+            known.close()
+        self._shortcuts, self._known = {}, {}
 
     def hand_on(self, index: int, methods: Sequence[Method]) -> None:
         """Take the calibration through the pruned decoder layer `index`; and, for `methods` that prune the next layer as it is, each
@@ -105,7 +113,8 @@ class Propagation:
         with self.watch.stage("calibration"):
             layer = self.store.fetch(index)
             if self.mode == "sequential" or not methods or any(method.recovery.epochs_before for method in methods):
-                with self._shortcut("calibration", layer, ()):
+                final = [self._within(index, name) for name in self.engine.decoder.linears(index)]
+                with self._without_known("calibration", layer, (), final, keep=False):
                     self.calibration.each_batch(lambda rows, hidden: self._run(index, layer, rows, hidden))
                 self.forget()
                 return
@@ -123,12 +132,13 @@ class Propagation:
         hand_on: bool,
         is_last: bool,
         before: tuple[int, nn.Module] | None = None,
+        final: Sequence[str] = (),
     ) -> None:
         """Show a collector what layer `index` receives from the whole calibration.
 
         The calibration is left with the outputs of `before`, a layer it goes through first; with those of `layer`, if they
-        are to be handed on; or as it is. The reference, unless it is behind this layer already, is left with the outputs
-        of the dense layer by the last collector.
+        are to be handed on; or as it is. `final`: linears that are pruned already. The reference, unless it is behind this
+        layer already, is left with the outputs of the dense layer by the last collector.
         """
         pairs = collector.pairs
         advances = self.reference is not None and not self._reference_is_behind and is_last
@@ -151,9 +161,9 @@ class Propagation:
 
         seen = [name for names in collector.groups for name in names]
         with collector.watching(stop=not hand_on), ExitStack() as stack:
-            stack.enter_context(self._shortcut("calibration", layer, seen))
+            stack.enter_context(self._without_known("calibration", layer, seen, final, keep=True))
             if pairs or advances:
-                stack.enter_context(self._shortcut("reference", dense, seen))
+                stack.enter_context(self._without_known("reference", dense, seen, final, keep=not advances))
             self.calibration.each_batch(step)
 
     def _run(self, index: int, layer: nn.Module, rows: slice, hidden: Tensor) -> Tensor:
@@ -161,30 +171,48 @@ class Propagation:
         return self.calibration.run(index, layer, hidden)
 
     @contextmanager
-    def _shortcut(self, stream: str, layer: nn.Module, seen: Sequence[str]) -> Iterator[None]:
-        """Record or use what is known of this stream's way through the layer, by whether the linear it ends in is now seen."""
-        shortcut = self._shortcuts.get(stream)
-        if shortcut is None:
+    def _without_known(
+        self, stream: str, layer: nn.Module, seen: Sequence[str], final: Sequence[str], keep: bool
+    ) -> Iterator[None]:
+        """A pass of this stream through the layer, up to the linears that are now `seen`, which leaves out what is known of it, and
+        with `keep` remembers what linears gave that are `final`."""
+        shortcut, known = self._shortcuts.get(stream), self._known.get(stream)
+        if known is None:
             yield
-        elif any(name.endswith(f".{shortcut.linear}") for name in seen):
-            with shortcut.recording(layer, lambda: self._rows):
-                yield
-        else:
-            with shortcut.used(layer, lambda: self._rows):
-                yield
+            return
+        with ExitStack() as stack:
+            if shortcut is not None:
+                final = [name for name in final if name == shortcut.linear or not name.startswith(f"{shortcut.module}.")]
+                is_end = any(name.endswith(f".{shortcut.linear}") for name in seen)
+                stack.enter_context((shortcut.recording if is_end else shortcut.used)(layer, lambda: self._rows))
+            stack.enter_context(known.used(layer, final, keep, lambda: self._rows))
+            yield
 
-    def _find_shortcuts(self, index: int, layer: nn.Module, both: bool) -> dict[str, Shortcut]:
+    def _find_shortcuts(self, index: int, layer: nn.Module, both: bool) -> None:
         linears = {self._within(index, name): linear for name, linear in self.engine.decoder.linears(index).items()}
         hidden = self.calibration.probe(PROBE_TOKENS)
         found = find_shortcut(layer, linears, lambda: self.calibration.run(index, layer, hidden))
-        streams = ("calibration", "reference") if both else ("calibration",)
-        return {stream: Shortcut(*found, partial(self._buffer, stream)) for stream in streams} if found else {}
+        for stream in ("calibration", "reference") if both else ("calibration",):
+            if found:
+                self._shortcuts[stream] = Shortcut(*found, partial(self._buffer, stream))
+            self._known[stream] = KnownOutputs(partial(self._room_for_outputs, stream))
 
     def _buffer(self, stream: str, width: int) -> Activations:
         """Room for what a linear of `width` inputs receives from the whole calibration."""
         like, runtime = self.calibration.activations.tensor, self.engine.runtime
         path = self.engine.scratch / f"activations-shortcut-{stream}.bin"
         return Activations((*like.shape[:2], width), like.dtype, self.engine.device, runtime.activations, path)
+
+    def _room_for_outputs(self, stream: str, width: int) -> Activations | None:
+        """Room for `width` outputs likewise, if there is plenty in the device's own memory: from elsewhere they come no sooner
+        than they are computed again."""
+        like = self.calibration.activations
+        num_bytes = like.tensor.shape[:2].numel() * width * like.tensor.itemsize
+        is_cpu = self.engine.device.type == "cpu"
+        if not like.is_near or (is_cpu and num_bytes > ROOM_SHARE * (available_host_bytes() - resident_host_bytes())):
+            return None
+        outputs = self._buffer(stream, width)
+        return outputs if outputs.is_near else None
 
     def _collector(
         self, index: int, layer: nn.Module, dense: nn.Module, methods: Sequence[Method], groups: list[list[str]]

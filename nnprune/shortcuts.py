@@ -1,15 +1,16 @@
-"""Passes over the same decoder layer that need not compute its attention again.
+"""Passes over the same decoder layer that need not compute again what is final.
 
-Sequential propagation forwards a layer once for each group of linears that share an input. What the last linear of the attention
-receives is final as soon as the linears before it are pruned: it is kept, and later passes begin there. Found by the
-forward itself, so that any architecture either has it or goes without.
+Sequential propagation forwards a layer once for each group of linears that share an input. As soon as the linears before it are
+pruned, what the last linear of the attention receives is final, and so is what a linear gives that is pruned itself: it is kept, and
+later passes begin there. Found by the forward itself, so that any architecture either has it or goes without.
 
-Letters: N samples, B batch, T tokens, I input features.
+Letters: N samples, B batch, T tokens, O output features, I input features.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -75,6 +76,66 @@ class Shortcut:
             self._inputs.close()
             self._inputs = None
         self._is_complete = False
+
+
+@dataclass
+class KnownOutputs:
+    """What linears of a decoder layer gave in an earlier pass, to be given again without computing it.
+
+    Args:
+        make: a buffer for outputs (N, T, O) of a linear, given O; None where recomputing is better than keeping.
+    """
+
+    make: Callable[[int], Activations | None]
+    _outputs: dict[str, Activations | None] = field(default_factory=dict, init=False)
+    _complete: set[str] = field(default_factory=set, init=False)
+
+    @contextmanager
+    def used(self, layer: nn.Module, final: Sequence[str], keep: bool, rows: Callable[[], slice]) -> Iterator[None]:
+        """Within it, all rows of the calibration go through `layer`, whose linears `final`, by their names within it, will give
+        the same in every later pass: those that are known are not computed; with `keep` the others will be known."""
+        seen: dict[str, int] = {}  # name -> rows
+        known = {name: layer.get_submodule(name) for name in final if name in self._complete}
+        for name, linear in known.items():
+            linear.forward = lambda X, name=name: self._outputs[name].get(rows()).clone()  # some layers go on in place
+        handles = [
+            layer.get_submodule(name).register_forward_hook(partial(self._keep, name, seen, rows))
+            for name in final
+            if keep and name not in known
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for linear in known.values():
+                del linear.forward
+        self._complete |= seen.keys()
+
+    def _keep(
+        self,
+        name: str,
+        seen: dict[str, int],
+        rows: Callable[[], slice],
+        linear: nn.Module,
+        args: tuple[Tensor, ...],
+        output: Tensor,
+    ) -> None:
+        here = rows()
+        if name not in self._outputs:
+            self._outputs[name] = self.make(output.shape[-1]) if output.ndim == 3 else None  # some layers flatten their tokens
+        if seen.get(name, 0) >= here.stop:  # called twice in one forward
+            self._outputs[name] = None
+            seen.pop(name)
+        if self._outputs[name] is not None:
+            self._outputs[name].put(here, output)
+            seen[name] = here.stop
+
+    def close(self) -> None:
+        """Give the buffers back."""
+        for outputs in filter(None, self._outputs.values()):
+            outputs.close()
+        self._outputs, self._complete = {}, set()
 
 
 def find_shortcut(
