@@ -1,7 +1,8 @@
 """Causal attention of bfloat16 sequences on a CPU's matrix units.
 
 PyTorch's own kernel reaches an eighth of their rate there. Here a few rows of queries at a time meet all keys before them in
-one large product, so that their scores stay in the cache; scores and weights are kept in float32.
+one large product, so that their scores stay in the cache; scores are kept in float32, and weights too, but for the kernel in C,
+which divides by the sum of what it rounded.
 
 Letters: B batch, H heads, K heads of keys and values, T tokens, E features of a head.
 """

@@ -1,6 +1,7 @@
 """The benchmark compares equals: programs without shared code, given the same ids, prune the same weights."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ sys.path.insert(0, str(ROOT))  # `benchmarks` is no part of the installed packag
 
 from benchmarks.flops import layer_shapes, useful_flops
 from benchmarks.products import ProductProfile
+from benchmarks.programs import llmcompressor
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +89,13 @@ def test_profiles_count_nested_products_once():
             x.sort(dim=1)
     assert 0.5 < products.shares()["products"] <= 1
     assert others.shares()["products"] == 0
+
+
+def test_an_interpreter_is_found_from_the_folder_at_hand(tmp_path, monkeypatch):
+    """It is asked, and started, in other folders. A virtual environment's is a link that must stay one."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    program = llmcompressor("bin/python")
+    assert program.python == os.path.join(tmp_path, "bin", "python")
+    assert program.missing is None or program.missing.startswith("not installed for")
