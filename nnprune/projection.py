@@ -3,6 +3,7 @@
 Letters: O output features, I input features.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -47,13 +48,25 @@ class Projection:
         score_IO.add_(mask, alpha=float(score_IO.max()))
         return self._above(score_IO, share * float(self.pattern.sparsity)).maximum(mask)
 
+    def thresholds(self, like_IO: Tensor, sample: Callable[[Tensor], Tensor], sparsity: float | None = None) -> Tensor:
+        """What scores have to exceed for `fast` to keep them, (O,), without structure.
+
+        `sample(places)` gives scores by their places in the flattened (I, O); `like_IO` is a tensor of that shape and device.
+        """
+        levels = self._levels(like_IO, sample, sparsity or float(self.pattern.sparsity))
+        return torch.cat([level.expand(size) for level, size in zip(levels, self.sizes, strict=True)])
+
     def _above(self, score_IO: Tensor, sparsity: float) -> Tensor:
-        if self._sampled is None:
-            self._sampled = self._draw(*score_IO.shape, score_IO.device)
-        rank = max(round(sparsity * SAMPLED), 1)
-        for score, sample in zip(score_IO.split(self.sizes, dim=1), score_IO.view(-1)[self._sampled], strict=True):
-            score.gt_(sample.kthvalue(rank).values)
+        levels = self._levels(score_IO, score_IO.view(-1).__getitem__, sparsity)
+        for score, level in zip(score_IO.split(self.sizes, dim=1), levels, strict=True):
+            score.gt_(level)
         return score_IO
+
+    def _levels(self, like_IO: Tensor, sample: Callable[[Tensor], Tensor], sparsity: float) -> Tensor:
+        """The thresholds of the linears."""
+        if self._sampled is None:
+            self._sampled = self._draw(*like_IO.shape, like_IO.device)
+        return sample(self._sampled).kthvalue(max(round(sparsity * SAMPLED), 1), dim=1).values
 
     def _draw(self, in_features: int, out_features: int, device: torch.device) -> Tensor:
         """Places of the scores to be sampled, a row a linear, in the flattened (I, O)."""

@@ -69,6 +69,32 @@ def test_negative_log_likelihood(tokens: int, vocab_size: int, scale: float) -> 
 
 
 @needs_bfloat16
+@settings(max_examples=30)
+@given(
+    groups=st.integers(1, 20),
+    outputs=st.integers(1, 120),
+    pattern=st.sampled_from([None, (2, 4), (4, 8), (1, 3), (30, 32)]),
+    odd=st.integers(0, 1),
+)
+def test_a_step_of_admm(groups: int, outputs: int, pattern: tuple[int, int] | None, odd: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    n, m = pattern or (0, 0)
+    inputs = groups * m if pattern else 2 * groups + odd
+    total, E, B0 = torch.randn(3, inputs, outputs, generator=generator)
+    thresholds = None if pattern else torch.rand(outputs, generator=generator)
+    found = total.clone()
+    right = kernels.admm_step(found, E, B0, thresholds, n, m, 0.5, 0.75, -0.25)
+    T = total + 0.5 * E
+    groups_of_T = T.abs().unflatten(0, (-1, m)) if pattern else None
+    kept = (groups_of_T >= groups_of_T.topk(n, dim=1).values[:, -1:]).flatten(0, 1) if pattern else T.abs() > thresholds
+    wanted = B0 + 0.75 * torch.where(kept, 0, T)
+    torch.testing.assert_close(found, wanted)
+    identity, product = torch.eye(inputs).bfloat16(), torch.empty(inputs, outputs)
+    kernels.add_product(product, kernels.pack(identity), right, keep=False)
+    torch.testing.assert_close(product, -0.25 * 0.5 * E + torch.where(kept, T, 0) - wanted, rtol=2**-8, atol=1e-6)
+
+
+@needs_bfloat16
 def test_many_tokens_lose_few_digits() -> None:
     X = random_inputs(8192, 100)
     hessian, cross = Hessian(), CrossProduct()

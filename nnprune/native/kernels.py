@@ -16,6 +16,9 @@ from nnprune.native.library import library
 PANEL = 48
 """Features of a block of a product, as in `gram.c`."""
 
+MOST_M = 32
+"""Largest group of a pattern that `admm_step` takes, as in `admm.c`."""
+
 LANES = 16
 """Numbers that are computed at once, as in `vectors.h`."""
 
@@ -56,6 +59,26 @@ def add_product(total: Tensor, X: Packed, Y: Packed, keep: bool = True, lower: b
     sizes, flags = map(c_long, (X.shape[0], *total.shape)), map(c_int, (lower, keep))
     with record_function("nnprune::add_product"):
         library().gram_add(_at(X.lanes), _at(Y.lanes), *sizes, *flags, _at(total), c_int(torch.get_num_threads()))
+
+
+def admm_step(
+    total: Tensor, E: Tensor, B0: Tensor, thresholds: Tensor | None, n: int, m: int, step: float, growth: float, pull: float
+) -> Packed:
+    """What stands in `admm.c`, for contiguous float32 (I, O): changes `total` and returns what goes to the right, packed.
+
+    Args:
+        thresholds: (O,); None: the n largest of every m inputs are kept, m at most MOST_M.
+    """
+    assert all(
+        tensor.is_contiguous() and tensor.dtype == torch.float32 and tensor.shape == total.shape for tensor in (total, E, B0)
+    )
+    assert (thresholds is None and 0 < n < m <= MOST_M and len(total) % m == 0) or thresholds.shape == total.shape[1:]
+    kernels, sizes = library(), (*map(c_long, total.shape), *map(c_int, (n, m if thresholds is None else 0)))
+    kernels.gram_packed_size.restype = c_long
+    lanes = torch.empty(kernels.gram_packed_size(*map(c_long, total.shape)), dtype=torch.int32)
+    at = [*map(_at, (total, E, B0)), None if thresholds is None else _at(thresholds)]
+    kernels.admm_step(*at, *sizes, *map(c_float, (step, growth, pull)), _at(lanes), c_int(torch.get_num_threads()))
+    return Packed(lanes, tuple(total.shape))
 
 
 def has_squares(X: Tensor) -> bool:

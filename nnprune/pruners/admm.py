@@ -1,20 +1,14 @@
 """ADMM: alternate between the best weights and the best mask (Boza 2024, arXiv:2401.02938).
 
-In scaled coordinates (nnprune/leastsquares.py) the loss of B is tr((B - B0)^T A (B - B0)), and B shall equal its own masked
-copy Z. With U the sum of their differences, one iteration is (section 3.1, algorithm 1)
-
-    B = (A + rho 1)^-1 (A B0 + rho (Z - U)),    Z = mask o (B + U),    U = U + B - Z,
-
-one product with a matrix that is inverted once; as B = B0 + rho (A + rho 1)^-1 (Z - U - B0), the same, it may be a fast one that
-rounds its factors. Gradual masks (section 3.3): the mask is chosen anew from |B + U| in each of
-the first iterations, at a sparsity that rises along a cubic curve, and then stays.
+The iterations of nnprune/alternation.py (section 3.1, algorithm 1) with one rho. Gradual masks (section 3.3): the mask is chosen anew
+in each of the first iterations, at a sparsity that rises along a cubic curve, and then stays.
 
 Letters: O output features, I input features.
 """
 
-import torch
 from torch import Tensor
 
+from nnprune.alternation import Alternation
 from nnprune.checks import check_count, check_positive
 from nnprune.leastsquares import ScaledProblem
 from nnprune.patterns import SparsityPattern
@@ -54,19 +48,14 @@ class ADMM(StackedPruner):
         problem = ScaledProblem.of(statistic, self.damping, names[0])
         inverse = statistic.memo((ADMM, self.damping, self.rho), lambda: FastFactor(problem.inverse(self.rho)))
         projection = Projection(pattern, sizes)
-        B0 = problem.scaled(weight_IO.t()).t()
-        B, U = B0.clone(), torch.zeros_like(B0)
-        mask = projection.exact(B.abs()).to(B.dtype) if self.num_mask_iterations == 0 else None
+        search = Alternation(problem.scaled(weight_IO.t()).t(), inverse, self.rho, projection)
+        mask = None
         for iteration in range(1, self.num_iterations + 1):
-            total = B.add_(U)
             if iteration < self.num_mask_iterations:
                 share = 1 - (1 - iteration / self.num_mask_iterations) ** 3
-                chosen = projection.fast(total.abs(), share * float(pattern.sparsity))
+                search.advance(self.rho, share * float(pattern.sparsity))
             else:
                 if mask is None:
-                    mask = projection.exact(total.abs()).to(total.dtype)  # masked operations take long on a CPU
-                chosen = mask
-            Z = total * chosen
-            U = total.sub_(Z)
-            B = inverse.times(Z.sub_(U).sub_(B0)).mul_(self.rho).add_(B0)
-        return problem.unscaled(B.add_(U).mul_(mask).t()).t()
+                    mask = projection.exact(search.total.abs_()).float()  # masked operations take long on a CPU
+                search.advance(self.rho, mask=mask)
+        return problem.unscaled(search.total.mul_(mask).t()).t()

@@ -1,28 +1,19 @@
 """ALPS: ADMM for the support, conjugate gradients for the weights on it (Meng et al. 2024, arXiv:2406.07831).
 
-In scaled coordinates (nnprune/leastsquares.py) the loss of B is tr((B - B0)^T A (B - B0)), and D is a copy of B that obeys the
-pattern. With U = V / rho, V the multipliers of B = D, one iteration is (section 3.2, equation 4)
+The iterations of nnprune/alternation.py (section 3.2, equation 4) with a growing rho: a small one looks for good supports, a large
+one settles on one. Then the weights on the support of the last mask are refitted by preconditioned conjugate gradients (section
+3.3).
 
-    B = (A + rho 1)^-1 (A B0 + rho (D - U)),    D = P(B + U),    U = U + B - D,
-
-P keeping the largest entries. A small rho looks for good supports, a large one settles on one; so rho grows. Then the weights on
-the support of the last P are refitted by preconditioned conjugate gradients (section 3.3).
-
-Unlike the authors' code this needs no eigendecomposition, and one factorisation serves every rho. With E = B - B0 and a constant
-alpha amid all rho, their geometric mean, the first step is replaced by
-
-    E' = (A + alpha 1)^-1 (rho (D - U - B0) + (alpha - rho) E),
-
-the same equation with (alpha - rho) B moved to its right hand side, where the last iteration's B stands for it. Repeated, it ends
-where the exact step does, as long as rho < 2 alpha. Twelve iterations so, rho growing with each, find better supports than
-growth by levels with exact steps does in as many (docs/methods.md).
+Unlike the authors' code this needs no eigendecomposition, and one factorisation, at the geometric mean of all rho, serves every
+rho. Twelve iterations so, rho growing with each, find better supports than growth by levels with exact steps does in as many
+(docs/methods.md).
 
 Letters: O output features, I input features.
 """
 
-import torch
 from torch import Tensor
 
+from nnprune.alternation import Alternation
 from nnprune.checks import check_count, check_positive
 from nnprune.leastsquares import ScaledProblem
 from nnprune.patterns import SparsityPattern
@@ -72,16 +63,8 @@ class ALPS(StackedPruner):
         problem = ScaledProblem.of(statistic, self.damping, names[0])
         inverse = statistic.memo((ALPS, self.damping, self.alpha), lambda: FastFactor(problem.inverse(self.alpha)))
         projection = Projection(pattern, sizes)
-        B0 = problem.scaled(weight_IO.t()).t()
-        E, total, mask, right = torch.zeros_like(B0), B0.clone(), torch.empty_like(B0), weight_IO
-        last_rho = self.rhos[0]
-        for rho in self.rhos:  # total = B + U; its share on the mask is D, the rest the next U
-            projection.fast(torch.abs(total, out=mask))
-            torch.mul(E, self.alpha / rho - 1, out=right).addcmul_(total, mask)
-            U = total.addcmul_(total, mask, value=-1)
-            torch.add(B0, U, alpha=last_rho / rho, out=total)  # V = rho U stays
-            inverse.times(right.sub_(total), out=E)
-            total.add_(E.mul_(rho))
-            last_rho = rho
-        B = E.add_(B0).mul_(projection.exact(total.abs_()))
-        return problem.unscaled(problem.refit(B, B0, self.num_refit_steps).t()).t()
+        search = Alternation(problem.scaled(weight_IO.t()).t(), inverse, self.alpha, projection)
+        for rho in self.rhos:
+            search.advance(rho)
+        B = search.B.mul_(projection.exact(search.total.abs_()))
+        return problem.unscaled(problem.refit(B, search.B0, self.num_refit_steps).t()).t()

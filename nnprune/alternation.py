@@ -1,0 +1,84 @@
+"""The iterations that ADMM and ALPS have in common: alternate between the best weights and the best mask.
+
+In scaled coordinates (nnprune/leastsquares.py) the loss of B is tr((B - B0)^T A (B - B0)), and D is a copy of B that obeys a pattern.
+With U = V / rho, V the multipliers of B = D, one iteration is
+
+    B = (A + rho 1)^-1 (A B0 + rho (D - U)),    D = P(B + U),    U = U + B - D,
+
+P keeping the largest entries. With E = (B - B0) / rho the first step is a correction, whose product may round its factors:
+
+    E = (A + rho 1)^-1 (D - U - B0).
+
+One factorisation, at a constant alpha, may serve every rho: that step is then replaced by
+
+    E' = (A + alpha 1)^-1 (D - U - B0 + (alpha / rho - 1) rho_last E),
+
+the same equation with (alpha - rho) B moved to its right hand side, where the last iteration's B stands for it. Repeated, it ends
+where the exact step does, as long as rho < 2 alpha.
+
+Letters: O output features (of several linears side by side), I input features.
+"""
+
+import torch
+from torch import Tensor
+
+from nnprune.native import kernels
+from nnprune.patterns import NM
+from nnprune.precision import FastFactor
+from nnprune.projection import Projection
+
+
+class Alternation:
+    """ADMM from B = B0 and U = 0 on.
+
+    Args:
+        B0: the target (I, O), float32.
+        inverse: (A + alpha 1)^-1.
+        alpha: see above.
+        projection: P.
+    """
+
+    def __init__(self, B0: Tensor, inverse: FastFactor, alpha: float, projection: Projection) -> None:
+        self.B0 = B0.contiguous()
+        self.inverse = inverse
+        self.alpha = alpha
+        self.projection = projection
+        self._total = self.B0.clone()  # B + U, without what E brings to it
+        self._E = torch.zeros_like(self.B0)
+        self._rho: float | None = None  # of the last iteration
+
+    def advance(self, rho: float, sparsity: float | None = None, mask: Tensor | None = None) -> None:
+        """One iteration, whose P keeps what the pattern does; more, at a lower `sparsity`; or what a `mask` (I, O) of zeros and
+        ones does."""
+        last = self._rho or rho
+        pull, growth = self.alpha / rho - 1, last / rho  # V = rho U stays
+        pattern = self.projection.pattern
+        is_nm = isinstance(pattern, NM)
+        is_whole = sparsity is None or sparsity >= pattern.sparsity
+        if self.inverse.takes_packed and mask is None and (not is_nm or (is_whole and pattern.m <= kernels.MOST_M)):
+            n, m = (pattern.n, pattern.m) if is_nm else (0, 0)
+            thresholds = None if is_nm else self.projection.thresholds(self.B0, self._sampled, sparsity)
+            right = kernels.admm_step(self._total, self._E, self.B0, thresholds, n, m, last, growth, pull)
+            self.inverse.times_packed(right, self._E)
+        else:
+            total = self.total
+            mask = self.projection.fast(total.abs(), sparsity) if mask is None else mask
+            right = self._E.mul_(last * pull).addcmul_(total, mask)
+            U = total.addcmul_(total, mask, value=-1)
+            self._total = torch.add(self.B0, U, alpha=growth)
+            self._E = self.inverse.times(right.sub_(self._total))
+        self._rho = rho
+
+    @property
+    def B(self) -> Tensor:
+        """The weights (I, O)."""
+        return self.B0.add(self._E, alpha=self._rho or 0)
+
+    @property
+    def total(self) -> Tensor:
+        """B + U, of which P keeps the largest entries."""
+        return self._total.add(self._E, alpha=self._rho or 0)
+
+    def _sampled(self, places: Tensor) -> Tensor:
+        """The sizes of some entries of B + U, by their places in the flattened tensor."""
+        return self._total.view(-1)[places].add_(self._E.view(-1)[places], alpha=self._rho or 0).abs_()
