@@ -9,14 +9,9 @@
 
    Letters: I input features, O output features. */
 
-#include <string.h>
-
-#include "native.h"
+#include "tile.h"
 
 #ifdef BF16
-
-#define PANEL 48
-#define MOST_M 32
 
 typedef struct {
     float *total;

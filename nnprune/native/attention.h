@@ -16,8 +16,6 @@ typedef struct {
     long batch, head, token;    /* strides; features lie side by side */
 } Input;
 
-#define LOG2E 1.44269504f
-
 /* 2^x for x <= 0, to 4e-6 of it: far less than what is lost when it becomes bfloat16. A polynomial through the Chebyshev nodes of
    what rounding x leaves. NaN stays NaN. */
 static inline __m512 power_of_two(__m512 x)

@@ -12,7 +12,6 @@
 
 #ifdef BF16
 
-#define PANEL 48                /* features: three vectors */
 #define ROWS 8                  /* of a register tile, ROWS x PANEL: 24 accumulators of 32 registers */
 #define PAIRS 64                /* of tokens at a time: two panels of them fit into the nearest cache */
 

@@ -14,10 +14,10 @@ from torch.profiler import record_function
 from nnprune.native.library import library
 
 PANEL = 48
-"""Features of a block of a product, as in `gram.c`."""
+"""Features of a block of a product, as in `tile.h`."""
 
 MOST_M = 32
-"""Largest group of a pattern that `admm_step` takes, as in `admm.c`."""
+"""Largest group of a pattern that kernels take, as in `native.h`."""
 
 LANES = 16
 """Numbers that are computed at once, as in `vectors.h`."""

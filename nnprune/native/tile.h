@@ -8,6 +8,8 @@
 
 #ifdef BF16
 
+#define PANEL 48                /* features that are packed together, three vectors: see gram.c */
+
 #define TILE static inline __attribute__((always_inline)) void
 
 /* In all of these `sum` is (rows, 16 x parts); `rows` and `parts` are constants, small enough for it to stay in registers. */

@@ -7,8 +7,6 @@
 #include "native.h"
 
 #define LANES 16
-#define LOG2E 1.44269504f
-
 typedef float floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t ints __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2)));

@@ -8,9 +8,10 @@ from ctypes import c_int, c_long, c_void_p
 import torch
 from torch import Tensor
 
+from nnprune.native.kernels import MOST_M
 from nnprune.native.library import library
 
-MAX_M = 32
+MAX_M = MOST_M
 """Largest group: the kernel compares each weight of a group with each other."""
 
 MAX_COLUMNS = 512
