@@ -2,8 +2,6 @@
 
 There is no list of architectures: a class of modules is served when one of it, made small, gives the very numbers that the kernel
 gives.
-
-Letters: T tokens, D features, F features within an MLP.
 """
 
 import copy
@@ -14,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnprune.native import kernels
+from nnprune.native import kernels, library
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 
@@ -31,7 +29,7 @@ def fast_elementwise(layer: Any) -> Iterator[None]:
 
     Their linears are called as ever, so that hooks on these see what they always see. With gradients nothing changes.
     """
-    if not isinstance(layer, nn.Module) or torch.is_grad_enabled() or not kernels.has_elementwise(torch.ones(WIDTH).bfloat16()):
+    if not isinstance(layer, nn.Module) or torch.is_grad_enabled() or library.library() is None:
         yield
         return
     if type(layer) not in _found:
@@ -65,8 +63,9 @@ def _fast_norm(module: nn.Module) -> Forward | None:
     own, eps = type(module).forward, names[0]
 
     def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
-        if self.weight.dtype == hidden_states.dtype and kernels.has_elementwise(hidden_states, self.weight):
-            return kernels.rms_norm(hidden_states, self.weight, getattr(self, eps))
+        weight = self._parameters.get("weight")  # others of this class may have none
+        if weight is not None and kernels.has_elementwise(hidden_states, weight):
+            return kernels.rms_norm(hidden_states, weight, getattr(self, eps))
         return own(self, hidden_states)
 
     small = _with(module, _parameters={"weight": nn.Parameter(_random(1, WIDTH)[0], requires_grad=False)})
@@ -81,7 +80,7 @@ def _fast_mlp(module: nn.Module) -> Forward | None:
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if is_silu(self.act_fn) and gate.dtype == up.dtype and kernels.has_elementwise(gate, up):
+        if is_silu(self.act_fn) and kernels.has_elementwise(gate, up):
             return self.down_proj(kernels.silu_product(gate, up))
         return self.down_proj(self.act_fn(gate) * up)
 

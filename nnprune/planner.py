@@ -76,14 +76,15 @@ class Plan:
         batches = num_layers * rows.numel() / probe.num_tokens
         # Sequentially what lies between two groups is computed once more for each group behind it, linears only if not kept.
         keeps = self.runtime.activations != "disk" and self.runtime.torch_device.type == "cpu"
-        sequential = (1, REPEATED_SHARE) if keeps else (2, 1)
-        collects, forwards = {"pruned": (1, 1), "dense": (1, 0), "sequential": sequential}[experiment.config["propagate"]]
+        sequential = (1, 0, REPEATED_SHARE) if keeps else (2, 1, 0)
+        modes = {"pruned": (1, 1, 0), "dense": (1, 0, 0), "sequential": sequential}
+        collects, forwards, repeated = modes[experiment.config["propagate"]]
         streams = 1 + experiment.method.needs_reference
         stages = [
             Stage(
                 "calibration",
                 batches * ((collects * streams + forwards) * probe.forward_flops + probe.statistic_flops),
-                batches * (collects * probe.collect_seconds + forwards * probe.forward_seconds),
+                batches * (collects * probe.collect_seconds + (forwards + repeated) * probe.forward_seconds),
             ),
             Stage("prune", 0.0, num_layers * probe.prune_seconds),
             Stage("evaluation", *measured),

@@ -24,6 +24,8 @@ def test_flops_by_hand(tiny_config):
     assert stages(plan)["evaluation"].flops == 5 * 32 * (2 * forward + 2 * 264 * 32)
     assert stages(plan).keys() == {"dense_evaluation", "calibration", "prune", "evaluation"}
     assert all(stage.seconds > 0 for stage in plan.stages)
+    sequential = Plan(build(tiny_config("pruner=sparsegpt", "propagate=sequential")))
+    assert stages(sequential)["calibration"].flops == 2 * 6 * 32 * (forward + gram)  # each linear once
     assert stages(Plan(build(tiny_config("sparsity=dense")))).keys() == {"dense_evaluation"}
 
 
