@@ -45,7 +45,7 @@ class ModelSource:
         layers_path: the module that lists the decoder layers, where it cannot be found without help.
 
     Raises:
-        ValueError: an unknown dtype, or a local path that is no directory.
+        ValueError: no path, an unknown dtype, or a local path that is no directory.
     """
 
     path: str
@@ -56,6 +56,8 @@ class ModelSource:
     directory: Path | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        if self.path is None:
+            raise ValueError("model.path=null: has no value; add model.path=DIR, or a hub id, to the command line")
         self.path = str(self.path)  # the command line makes numbers of some names
         if self.dtype not in ("auto", *DTYPES):
             raise ValueError(f"model.dtype={self.dtype}: must be auto, {', '.join(DTYPES)}")

@@ -93,6 +93,14 @@ def test_settings(tiny_config, overrides, start, remedy):
     assert remedy in message
 
 
+@pytest.mark.parametrize("kind", ["hub", "local"])
+@pytest.mark.usefixtures("no_weights")
+def test_a_model_without_a_path_is_not_the_demo(kind, tmp_path):
+    message = failure(compose_config(f"model={kind}", f"outputs={tmp_path}"))
+    assert message.startswith("model.path=null: ")
+    assert "add model.path=" in message
+
+
 def test_unknown_option_lists_those_there_are():
     with pytest.raises(MissingConfigException) as caught:
         compose_config("pruner=wandaa")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from nnprune.native import kernels, library
+from nnprune.patterns import keep_largest
 from nnprune.pruners import sparsegpt_native
 from nnprune.statistics import CrossProduct, Hessian
 
@@ -53,6 +54,41 @@ def test_squares_are_summed(tokens: int, width: int, skipped: int) -> None:
     kernels.add_squares(total, X)
     wanted = X.double().square().sum(0) + 1
     assert ((total - wanted).abs() / wanted).max() < 1e-6
+
+
+SCORES = [0.0, -0.0, 1.0, -1.5, 3e-42, torch.inf, -torch.inf]
+
+
+@pytest.mark.skipif(library.library() is None, reason="this machine compiles no C")
+@settings(max_examples=60)
+@given(
+    data=st.data(), groups=st.integers(1, 5), width=st.integers(1, 3000), share=st.floats(0, 1), kind=st.sampled_from("sdtn")
+)
+def test_the_kth_smallest_is_found(data: st.DataObject, groups: int, width: int, share: float, kind: str) -> None:
+    generator = torch.Generator().manual_seed(width)
+    scores = torch.randn(groups, width, generator=generator)
+    if kind == "s":
+        scores = scores.square() * 1e-3
+    elif kind == "t":  # few values, so that almost everything is a tie
+        scores = torch.tensor(SCORES)[torch.randint(len(SCORES), scores.shape, generator=generator)]
+    elif kind == "n":
+        scores.view(-1)[data.draw(st.integers(0, scores.numel() - 1))] = torch.nan
+    k = max(round(share * width), 1)
+    values, spoilt = kernels.kth_smallest(scores, k)
+    ordered = scores.sort(dim=1).values  # NaN last
+    assert torch.equal(values.nan_to_num(nan=7), ordered[:, k - 1].nan_to_num(nan=7))
+    wanted = ((scores <= values[:, None]).sum(1) > k) | scores.isnan().any(1)
+    assert torch.equal(spoilt, wanted)
+
+
+@pytest.mark.skipif(library.library() is None, reason="this machine compiles no C")
+@pytest.mark.parametrize("step", [1e-6, 0.5])
+def test_masks_are_those_of_a_selection_by_index(step: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = (torch.randn(7, 600, generator=torch.Generator().manual_seed(0)) / step).round() * step
+    scores[3, 5] = torch.nan
+    kept = keep_largest(scores, 250)
+    monkeypatch.setattr(library, "_is_enabled", False)
+    assert torch.equal(kept, keep_largest(scores, 250))
 
 
 @pytest.mark.skipif(library.library() is None, reason="this machine compiles no C")

@@ -94,6 +94,23 @@ def add_squares(total: Tensor, X: Tensor) -> None:
     library().add_squares(_at(X), *sizes, _at(total), c_int(torch.get_num_threads()))
 
 
+def has_selection(scores: Tensor) -> bool:
+    """Whether `kth_smallest` takes these."""
+    return scores.dtype == torch.float32 and scores.device.type == "cpu" and library() is not None
+
+
+def kth_smallest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k-th smallest (G,) of each group of scores (G, width), float32, 1 <= k <= width; and whether there are a NaN, or more than k
+    scores up to it, (G,), bool."""
+    scores, (groups, width) = scores.contiguous(), scores.shape
+    assert 1 <= k <= width
+    values, spoilt = torch.empty(groups), torch.empty(groups, dtype=torch.bool)
+    sizes = map(c_long, (groups, width, k))
+    if library().kth_smallest(_at(scores), *sizes, _at(values), _at(spoilt), c_int(torch.get_num_threads())):
+        raise MemoryError(f"no memory for {width} scores")
+    return values, spoilt
+
+
 def has_elementwise(*tensors: Tensor) -> bool:
     """Whether `rms_norm` and `silu_product` take these."""
     return all(has_squares(tensor) and tensor.shape[-1] % LANES == 0 and tensor.is_contiguous() for tensor in tensors)
