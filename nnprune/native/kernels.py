@@ -19,6 +19,9 @@ PANEL = 48
 MOST_M = 32
 """Largest group of a pattern that kernels take, as in `native.h`."""
 
+MOST_AT_ONCE = 64
+"""Swaps of a step that there is room for, as in `swaps.c`."""
+
 LANES = 16
 """Numbers that are computed at once, as in `vectors.h`."""
 
@@ -95,7 +98,7 @@ def add_squares(total: Tensor, X: Tensor) -> None:
 
 
 def has_selection(scores: Tensor) -> bool:
-    """Whether `kth_smallest` takes these."""
+    """Whether `kth_smallest` and `search_swaps` take these."""
     return scores.dtype == torch.float32 and scores.device.type == "cpu" and library() is not None
 
 
@@ -109,6 +112,39 @@ def kth_smallest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if library().kth_smallest(_at(scores), *sizes, _at(values), _at(spoilt), c_int(torch.get_num_threads())):
         raise MemoryError(f"no memory for {width} scores")
     return values, spoilt
+
+
+def search_swaps(
+    weight: Tensor,
+    mask: Tensor,
+    c: Tensor,
+    hessian: Tensor,
+    least: Tensor,
+    size: int,
+    max_swaps: int,
+    num_candidates: int,
+    at_once: int,
+) -> None:
+    """Improve a mask (O, I) in place as nnprune/pruners/swaps.py has it.
+
+    Args:
+        weight: (O, I), like the others but the mask float32; all contiguous.
+        mask: (O, I), bool.
+        c: (O, I), the pruned part of the weight times the Hessian, brought up to date in place.
+        hessian: (I, I).
+        least: (O,), the least gain of a swap.
+        size: columns of a group, a divisor of I.
+        max_swaps: of a row.
+        num_candidates: kept and pruned columns of a group that are paired.
+        at_once: swaps of a step, at most MOST_AT_ONCE.
+    """
+    assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in (weight, c, hessian, least))
+    assert mask.is_contiguous() and mask.dtype == torch.bool and mask.shape == weight.shape == c.shape
+    assert at_once <= MOST_AT_ONCE and weight.shape[1] % size == 0
+    sizes = map(c_long, (*weight.shape, size, max_swaps, num_candidates))
+    at = map(_at, (weight, mask, c, hessian, least))
+    if library().search_swaps(*at, *sizes, c_int(at_once), c_int(torch.get_num_threads())):
+        raise MemoryError(f"no memory for rows of {weight.shape[1]} weights")
 
 
 def has_elementwise(*tensors: Tensor) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nnprune.checks import check_count
+from nnprune.native import kernels
 from nnprune.patterns import NM, SparsityPattern
 from nnprune.pruners.base import Pruner
 from nnprune.statistics import Hessian
@@ -62,25 +63,30 @@ class Swaps(Pruner):
         score = W.abs().float()
         mask = pattern.mask(score * hessian.diagonal().sqrt() if self.start == "wanda" else score, per="row")
         group_size = pattern.m if isinstance(pattern, NM) else W.shape[1]
-        num_groups, num_kept = W.shape[1] // group_size, int(mask[0, :group_size].sum())
+        num_kept = int(mask[0, :group_size].sum())
         if num_kept:  # else there is nothing to swap
             num_pairs = min(num_kept, self.num_candidates) * min(group_size - num_kept, self.num_candidates)
-            rows_at_once = max(PAIRS_AT_ONCE // (num_groups * max(num_pairs, group_size)), 1)
+            rows_at_once = max(PAIRS_AT_ONCE // (W.shape[1] // group_size * max(num_pairs, group_size)), 1)
             for weight, found in zip(W.split(rows_at_once), mask.split(rows_at_once), strict=True):
-                self._search(weight.float(), found, hessian, num_groups)
+                self._search(weight.float(), found, hessian, group_size)
         return torch.where(mask, W, 0)
 
-    def _search(self, weight_RI: Tensor, found_RI: Tensor, hessian: Tensor, num_groups: int) -> None:
+    def _search(self, weight_RI: Tensor, found_RI: Tensor, hessian: Tensor, group_size: int) -> None:
         """Improve the mask `found_RI` in place, until no pair of candidates lowers a row's error any more or `max_swaps`.
 
         One swap a step would be slow: each needs a fresh look at all pairs. So a step takes a row's best swaps one after the
         other, each at its exact cost given those before it, and none that does not gain: the error falls with every swap,
         and no step is ever taken back. One product with the Hessian then brings c up to date in all rows.
         """
-        mask_RI, rows = found_RI, torch.arange(len(found_RI), device=found_RI.device)  # those still searching
-        dropped_RI = weight_RI.masked_fill(mask_RI, 0)
+        dropped_RI = weight_RI.masked_fill(found_RI, 0)
         c_RI = dropped_RI @ hessian
         least = LEAST_GAIN * (dropped_RI.square() * hessian.diagonal()).sum(1)
+        if kernels.has_selection(weight_RI):
+            limits = (self.max_swaps, self.num_candidates, SWAPS_A_STEP)
+            kernels.search_swaps(weight_RI, found_RI, c_RI, hessian, least, group_size, *limits)
+            return
+        num_groups = weight_RI.shape[1] // group_size
+        mask_RI, rows = found_RI, torch.arange(len(found_RI), device=found_RI.device)  # those still searching
         budget = torch.full_like(rows, self.max_swaps)
         while len(rows):
             change_RS, u_RS, p_RS = self._propose(weight_RI, mask_RI, c_RI, hessian, num_groups)
