@@ -11,6 +11,7 @@ Letters: O output features (of several linears side by side), I input features. 
 import torch
 from torch import Tensor
 
+from nnprune.native import kernels
 from nnprune.precision import FastFactor
 from nnprune.statistics import Hessian
 
@@ -84,12 +85,18 @@ class ScaledProblem:
         return torch.cat([self._refit(factor, piece, goal, num_steps) for piece, goal in pieces], dim=1)
 
     def _refit(self, factor: FastFactor, B: Tensor, B0: Tensor, num_steps: int) -> Tensor:
-        support = (B != 0).to(B.dtype)
-        residual = (self.A @ (B0 - B)).mul_(support)
-        direction = residual.clone()
+        residual = self.A @ (B0 - B)
         B = B.clone(memory_format=torch.contiguous_format)
-        norm = residual.square().sum(0)
         product = torch.empty_like(B)
+        if factor.takes_packed:
+            search = kernels.ConjugateGradients(B, residual)
+            for _ in range(num_steps):
+                factor.times_packed(search.direction, product)
+                search.step(product)
+            return B
+        support = (B != 0).to(B.dtype)
+        direction = residual.mul_(support).clone()
+        norm = residual.square().sum(0)
         for _ in range(num_steps):
             factor.times(direction, out=product)
             step = norm / (direction * product).sum(0)

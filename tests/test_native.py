@@ -131,6 +131,35 @@ def test_a_step_of_admm(groups: int, outputs: int, pattern: tuple[int, int] | No
 
 
 @needs_bfloat16
+@settings(max_examples=30)
+@given(inputs=st.integers(1, 90), outputs=st.integers(1, 70), num_steps=st.integers(1, 4), seed=st.integers(0, 99))
+def test_conjugate_gradients(inputs: int, outputs: int, num_steps: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(inputs + 5, inputs, generator=generator).double()
+    A = root.t() @ root / inputs + torch.eye(inputs)
+    B, residual = torch.randn(2, inputs, outputs, generator=generator)
+    B[torch.rand(B.shape, generator=generator) < 0.5] = 0
+    B[:, 0] = 0  # no support at all
+    wanted, left, support = B.double(), torch.where(B != 0, residual, 0).double(), B != 0
+    direction = left.bfloat16().double()
+    search = kernels.ConjugateGradients(B, residual)
+    for _ in range(num_steps):
+        found = torch.empty(inputs, outputs)
+        kernels.add_product(found, kernels.pack(torch.eye(inputs).bfloat16()), search.direction, keep=False)
+        torch.testing.assert_close(found.double(), direction, rtol=2**-7, atol=1e-4)
+        direction = found.double()  # as the kernel has rounded it
+        product = A @ direction
+        search.step(product.float())
+        norm = left.square().sum(0)
+        step = (norm / (direction * product).sum(0)).nan_to_num(0, 0, 0)
+        wanted += step * direction
+        left = torch.where(support, left - step * product, 0)
+        direction = left + direction * (left.square().sum(0) / norm).nan_to_num(0, 0, 0)
+    torch.testing.assert_close(B.double(), wanted, rtol=1e-3, atol=1e-3)
+    assert torch.equal((B != 0) & ~support, torch.zeros_like(support))
+
+
+@needs_bfloat16
 def test_many_tokens_lose_few_digits() -> None:
     X = random_inputs(8192, 100)
     hessian, cross = Hessian(), CrossProduct()

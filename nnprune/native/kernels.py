@@ -84,6 +84,41 @@ def admm_step(
     return Packed(lanes, tuple(total.shape))
 
 
+class ConjugateGradients:
+    """What stands in `conjugate.c`: a step at a time for the columns of B (I, O), float32, whose nonzeros are the support.
+
+    Attributes:
+        B: moved in place, contiguous.
+        direction: to be multiplied, packed.
+    """
+
+    def __init__(self, B: Tensor, residual: Tensor) -> None:
+        """`residual` (I, O) is what the first direction is to be, on the support; it is overwritten."""
+        assert all(
+            tensor.is_contiguous() and tensor.dtype == torch.float32 and tensor.shape == B.shape for tensor in (B, residual)
+        )
+        kernels, (inputs, outputs) = library(), B.shape
+        self._sizes = (c_long(inputs), c_long(outputs))
+        kernels.gram_packed_size.restype = c_long
+        lanes = torch.empty(kernels.gram_packed_size(*self._sizes), dtype=torch.int32)
+        self.B, self.direction = B, Packed(lanes, (inputs, outputs))
+        vectors = -(-outputs // PANEL) * PANEL // LANES
+        self._residual, self._support, self._norm = (
+            residual,
+            torch.empty(vectors, inputs, dtype=torch.int16),
+            torch.empty(outputs),
+        )
+        kernels.conjugate_start(_at(B), _at(residual), *self._sizes, *self._rest())
+
+    def step(self, product: Tensor) -> None:
+        """Move along the direction, whose product (I, O) with the matrix is given, and turn it."""
+        assert product.is_contiguous() and product.dtype == torch.float32 and product.shape == self.B.shape
+        library().conjugate_step(_at(self.B), _at(self._residual), _at(product), *self._sizes, *self._rest())
+
+    def _rest(self) -> tuple[ctypes.c_void_p | c_int, ...]:
+        return *map(_at, (self._support, self._norm, self.direction.lanes)), c_int(torch.get_num_threads())
+
+
 def has_squares(X: Tensor) -> bool:
     """Whether `add_squares` and `negative_log_likelihood` take X."""
     return X.dtype == torch.bfloat16 and X.device.type == "cpu" and library() is not None
