@@ -126,6 +126,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dense", type=Path, required=True, metavar="DENSE_DIR")
     parser.add_argument("--pattern", type=parse_pattern, required=True, help="such as 2:4 or 0.5")
     args = parser.parse_args(argv)
+    for folder in (args.saved, args.dense):
+        if not folder.is_dir():
+            parser.error(f"{folder}: no such directory")
     try:
         check = SavedCheck(args.saved, args.dense, args.pattern)
     except ValueError as error:

@@ -315,7 +315,13 @@ def test_settings_that_do_not_tell_experiments_apart_are_those_of_the_fingerprin
 
 def test_figures_with_a_spread():
     texts = {(46.78, 0.43): "46.8 ± 0.4", (3.834, 0.0): "3.83 ± 0.00", (636.49, 12.3): "636 ± 12", (46.78, 1.44): "46.8 ± 1.4"}
-    texts |= {(1934.0, 120.0): "1.9e3 ± 0.1e3", (math.inf, math.nan): "inf", (46.784, math.nan): "46.78"}
+    texts |= {
+        (1934.0, 120.0): "1.9e3 ± 0.1e3",
+        (69760.0, 499.0): "7.0e4 ± 499",
+        (1900.0, 0.52): "1.9e3 ± 0.5",
+        (4724.0, 0.0): "4.7e3 ± 0",
+    }
+    texts |= {(math.inf, math.nan): "inf", (46.784, math.nan): "46.78"}
     assert {key: tables.format_mean(*key) for key in texts} == texts
 
 
