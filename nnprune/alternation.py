@@ -22,7 +22,7 @@ Letters: O output features (of several linears side by side), I input features.
 import torch
 from torch import Tensor
 
-from nnprune.native import kernels
+from nnprune.native import solving
 from nnprune.patterns import NM
 from nnprune.precision import FastFactor
 from nnprune.projection import Projection
@@ -55,10 +55,10 @@ class Alternation:
         pattern = self.projection.pattern
         is_nm = isinstance(pattern, NM)
         is_whole = sparsity is None or sparsity >= pattern.sparsity
-        if self.inverse.takes_packed and mask is None and (not is_nm or (is_whole and pattern.m <= kernels.MOST_M)):
+        if self.inverse.takes_packed and mask is None and (not is_nm or (is_whole and pattern.m <= solving.MOST_M)):
             n, m = (pattern.n, pattern.m) if is_nm else (0, 0)
             thresholds = None if is_nm else self.projection.thresholds(self.B0, self._sampled, sparsity)
-            right = kernels.admm_step(self._total, self._E, self.B0, thresholds, n, m, last, growth, pull)
+            right = solving.admm_step(self._total, self._E, self.B0, thresholds, n, m, last, growth, pull)
             self.inverse.times_packed(right, self._E)
         else:
             total = self.total

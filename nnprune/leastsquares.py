@@ -11,7 +11,7 @@ Letters: O output features (of several linears side by side), I input features. 
 import torch
 from torch import Tensor
 
-from nnprune.native import kernels
+from nnprune.native import solving
 from nnprune.precision import FastFactor
 from nnprune.statistics import Hessian
 
@@ -89,7 +89,7 @@ class ScaledProblem:
         B = B.clone(memory_format=torch.contiguous_format)
         product = torch.empty_like(B)
         if factor.takes_packed:
-            search = kernels.ConjugateGradients(B, residual)
+            search = solving.ConjugateGradients(B, residual)
             for _ in range(num_steps):
                 factor.times_packed(search.direction, product)
                 search.step(product)

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nnprune.native import kernels
+from nnprune.native import solving
 
 ComparisonGroup = Literal["row", "matrix"]
 
@@ -44,8 +44,10 @@ def keep_largest(score: Tensor, num_keep: int) -> Tensor:
     chunks = zip(score.flatten(0, -2).split(groups_at_once), mask.flatten(0, -2).split(groups_at_once), strict=True)
     if 0 < num_keep < width <= LARGEST_M and can_list(num_keep, width):
         select = _keep_in_small_groups
+    elif num_keep < width and solving.has_selection(score):
+        select = _keep_above
     else:
-        select = _keep_above if num_keep < width and kernels.has_selection(score) else _keep_by_index
+        select = _keep_by_index
     for scores, kept in chunks:
         select(scores, kept, num_keep)
     return mask
@@ -67,7 +69,7 @@ def _keep_in_small_groups(scores: Tensor, kept: Tensor, num_keep: int) -> None:
 
 def _keep_above(scores: Tensor, kept: Tensor, num_keep: int) -> None:
     """The same by thresholds that a kernel finds, again several times as fast."""
-    level, spoilt = kernels.kth_smallest(scores, scores.shape[-1] - num_keep)
+    level, spoilt = solving.kth_smallest(scores, scores.shape[-1] - num_keep)
     torch.gt(scores, level[:, None], out=kept)
     _mend(scores, kept, num_keep, spoilt)
 

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nnprune.native import kernels
+from nnprune.native import solving
 from nnprune.patterns import NM, SparsityPattern, can_list, nth_largest
 
 SAMPLED = 1 << 13
@@ -68,7 +68,7 @@ class Projection:
         if self._sampled is None:
             self._sampled = self._draw(*like_IO.shape, like_IO.device)
         scores, k = sample(self._sampled), max(round(sparsity * SAMPLED), 1)
-        return kernels.kth_smallest(scores, k)[0] if kernels.has_selection(scores) else scores.kthvalue(k, dim=1).values
+        return solving.kth_smallest(scores, k)[0] if solving.has_selection(scores) else scores.kthvalue(k, dim=1).values
 
     def _draw(self, in_features: int, out_features: int, device: torch.device) -> Tensor:
         """Places of the scores to be sampled, a row a linear, in the flattened (I, O)."""

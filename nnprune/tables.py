@@ -39,9 +39,9 @@ def format_mean(mean: float, std: float) -> str:
     text = format_value(mean)
     if "e" in text:
         exponent = int(text.split("e")[1])
-        share = std / 10**exponent
-        # A spread that the mean's decimals do not show stands in full.
-        return f"{text} ± " + (f"{share:.1f}e{exponent}" if share >= 0.05 else f"{std:.0f}" if std >= 1 else f"{std:.1g}")
+        if std >= 0.05 * 10**exponent:
+            return f"{text} ± {std / 10**exponent:.1f}e{exponent}"
+        return f"{text} ± {std:.0f}" if std >= 1 else f"{text} ± {std:.1g}"  # what the mean's decimals would not show
     decimals = 2 if std < 0.1 else 1 if std < 10 else 0
     return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
 

@@ -12,7 +12,7 @@ from test_attention import SHAPES, random_heads
 from torch import Tensor
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-from nnprune.native import kernels, library
+from nnprune.native import kernels, library, solving
 from nnprune.patterns import keep_largest
 from nnprune.pruners import sparsegpt_native
 from nnprune.statistics import CrossProduct, Hessian
@@ -74,7 +74,7 @@ def test_the_kth_smallest_is_found(data: st.DataObject, groups: int, width: int,
     elif kind == "n":
         scores.view(-1)[data.draw(st.integers(0, scores.numel() - 1))] = torch.nan
     k = max(round(share * width), 1)
-    values, spoilt = kernels.kth_smallest(scores, k)
+    values, spoilt = solving.kth_smallest(scores, k)
     ordered = scores.sort(dim=1).values  # NaN last
     assert torch.equal(values.nan_to_num(nan=7), ordered[:, k - 1].nan_to_num(nan=7))
     wanted = ((scores <= values[:, None]).sum(1) > k) | scores.isnan().any(1)
@@ -119,7 +119,7 @@ def test_a_step_of_admm(groups: int, outputs: int, pattern: tuple[int, int] | No
     total, E, B0 = torch.randn(3, inputs, outputs, generator=generator)
     thresholds = None if pattern else torch.rand(outputs, generator=generator)
     found = total.clone()
-    right = kernels.admm_step(found, E, B0, thresholds, n, m, 0.5, 0.75, -0.25)
+    right = solving.admm_step(found, E, B0, thresholds, n, m, 0.5, 0.75, -0.25)
     T = total + 0.5 * E
     groups_of_T = T.abs().unflatten(0, (-1, m)) if pattern else None
     kept = (groups_of_T >= groups_of_T.topk(n, dim=1).values[:, -1:]).flatten(0, 1) if pattern else T.abs() > thresholds
@@ -142,7 +142,7 @@ def test_conjugate_gradients(inputs: int, outputs: int, num_steps: int, seed: in
     B[:, 0] = 0  # no support at all
     wanted, left, support = B.double(), torch.where(B != 0, residual, 0).double(), B != 0
     direction = left.bfloat16().double()
-    search = kernels.ConjugateGradients(B, residual)
+    search = solving.ConjugateGradients(B, residual)
     for _ in range(num_steps):
         found = torch.empty(inputs, outputs)
         kernels.add_product(found, kernels.pack(torch.eye(inputs).bfloat16()), search.direction, keep=False)

@@ -58,11 +58,11 @@ void admm_step(
     float growth, float pull, uint32_t *packed, int num_threads)
 {
     Step s = {total, E, B0, thresholds, outputs, n, m, step, growth, pull};
-    long pairs = (inputs + 1) / 2, panels = (outputs + PANEL - 1) / PANEL;
+    long pairs = (inputs + 1) / 2;
     int at_once = m ? m : 2, whole = at_once % 2 ? 2 * at_once : at_once; /* inputs, whole pairs of them */
 #pragma omp parallel for num_threads(num_threads) schedule(static)
     for (long input = 0; input < inputs; input += whole)
-        for (long output = 0; output < panels * PANEL; output += 16) {
+        for (long output = 0; output < panels_of(outputs) * PANEL; output += 16) {
             __m512 right[2 * MOST_M];
             __mmask16 lanes = first(outputs - output);
             int count = inputs - input < whole ? inputs - input : whole;
@@ -70,12 +70,8 @@ void admm_step(
                 advance(&s, input + j, count - j < at_once ? count - j : at_once, output, lanes, right + j);
             if (count % 2)
                 right[count] = _mm512_setzero_ps();
-            for (int j = 0; j < count; j += 2) {
-                __m512i even = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(right[j]));
-                __m512i odd = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(right[j + 1]));
-                uint32_t *to = packed + (output / PANEL * pairs + (input + j) / 2) * PANEL + output % PANEL;
-                _mm512_storeu_si512(to, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
-            }
+            for (int j = 0; j < count; j += 2)
+                store_pair(packed_at(packed, pairs, (input + j) / 2, output), right[j], right[j + 1]);
         }
 }
 

@@ -15,8 +15,6 @@
 #define ROWS 8                  /* of a register tile, ROWS x PANEL: 24 accumulators of 32 registers */
 #define PAIRS 64                /* of tokens at a time: two panels of them fit into the nearest cache */
 
-static long panels_of(long features) { return (features + PANEL - 1) / PANEL; }
-
 /* Number of 32-bit lanes that `gram_pack` writes. */
 long gram_packed_size(long tokens, long features) { return panels_of(features) * ((tokens + 1) / 2) * PANEL; }
 

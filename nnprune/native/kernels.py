@@ -1,4 +1,4 @@
-"""The kernels in C as functions of tensors. What each computes stands in its own file of C.
+"""The kernels in C that a forward and statistics need, as functions of tensors. What each computes stands in its own file of C.
 
 Letters: B batch, H heads, K heads of keys and values, T tokens, E features of a head, I and J columns of matrices.
 """
@@ -15,12 +15,6 @@ from nnprune.native.library import library
 
 PANEL = 48
 """Features of a block of a product, as in `tile.h`."""
-
-MOST_M = 32
-"""Largest group of a pattern that kernels take, as in `native.h`."""
-
-MOST_AT_ONCE = 64
-"""Swaps of a step that there is room for, as in `swaps.c`."""
 
 LANES = 16
 """Numbers that are computed at once, as in `vectors.h`."""
@@ -41,15 +35,20 @@ class Packed:
     lanes: Tensor
     shape: tuple[int, int]
 
+    @classmethod
+    def empty(cls, tokens: int, width: int) -> "Packed":
+        """Room for such a matrix."""
+        kernels = library()
+        kernels.gram_packed_size.restype = c_long
+        return cls(torch.empty(kernels.gram_packed_size(c_long(tokens), c_long(width)), dtype=torch.int32), (tokens, width))
+
 
 def pack(X: Tensor) -> Packed:
     """X (T, I), bfloat16, to be multiplied once or many times."""
-    kernels, (tokens, width) = library(), map(c_long, X.shape)
     X = X if X.stride(1) == 1 else X.contiguous()
-    kernels.gram_packed_size.restype = c_long
-    lanes = torch.empty(kernels.gram_packed_size(tokens, width), dtype=torch.int32)
-    kernels.gram_pack(_at(X), tokens, width, c_long(X.stride(0)), _at(lanes), c_int(torch.get_num_threads()))
-    return Packed(lanes, tuple(X.shape))
+    packed, sizes = Packed.empty(*X.shape), map(c_long, (*X.shape, X.stride(0)))
+    library().gram_pack(address(X), *sizes, address(packed.lanes), c_int(torch.get_num_threads()))
+    return packed
 
 
 def add_product(total: Tensor, X: Packed, Y: Packed, keep: bool = True, lower: bool = False) -> None:
@@ -61,62 +60,7 @@ def add_product(total: Tensor, X: Packed, Y: Packed, keep: bool = True, lower: b
     assert X.shape[0] == Y.shape[0], f"{X.shape[0]} rows against {Y.shape[0]}"
     sizes, flags = map(c_long, (X.shape[0], *total.shape)), map(c_int, (lower, keep))
     with record_function("nnprune::add_product"):
-        library().gram_add(_at(X.lanes), _at(Y.lanes), *sizes, *flags, _at(total), c_int(torch.get_num_threads()))
-
-
-def admm_step(
-    total: Tensor, E: Tensor, B0: Tensor, thresholds: Tensor | None, n: int, m: int, step: float, growth: float, pull: float
-) -> Packed:
-    """What stands in `admm.c`, for contiguous float32 (I, O): changes `total` and returns what goes to the right, packed.
-
-    Args:
-        thresholds: (O,); None: the n largest of every m inputs are kept, m at most MOST_M.
-    """
-    assert all(
-        tensor.is_contiguous() and tensor.dtype == torch.float32 and tensor.shape == total.shape for tensor in (total, E, B0)
-    )
-    assert (thresholds is None and 0 < n < m <= MOST_M and len(total) % m == 0) or thresholds.shape == total.shape[1:]
-    kernels, sizes = library(), (*map(c_long, total.shape), *map(c_int, (n, m if thresholds is None else 0)))
-    kernels.gram_packed_size.restype = c_long
-    lanes = torch.empty(kernels.gram_packed_size(*map(c_long, total.shape)), dtype=torch.int32)
-    at = [*map(_at, (total, E, B0)), None if thresholds is None else _at(thresholds)]
-    kernels.admm_step(*at, *sizes, *map(c_float, (step, growth, pull)), _at(lanes), c_int(torch.get_num_threads()))
-    return Packed(lanes, tuple(total.shape))
-
-
-class ConjugateGradients:
-    """What stands in `conjugate.c`: a step at a time for the columns of B (I, O), float32, whose nonzeros are the support.
-
-    Attributes:
-        B: moved in place, contiguous.
-        direction: to be multiplied, packed.
-    """
-
-    def __init__(self, B: Tensor, residual: Tensor) -> None:
-        """`residual` (I, O) is what the first direction is to be, on the support; it is overwritten."""
-        assert all(
-            tensor.is_contiguous() and tensor.dtype == torch.float32 and tensor.shape == B.shape for tensor in (B, residual)
-        )
-        kernels, (inputs, outputs) = library(), B.shape
-        self._sizes = (c_long(inputs), c_long(outputs))
-        kernels.gram_packed_size.restype = c_long
-        lanes = torch.empty(kernels.gram_packed_size(*self._sizes), dtype=torch.int32)
-        self.B, self.direction = B, Packed(lanes, (inputs, outputs))
-        vectors = -(-outputs // PANEL) * PANEL // LANES
-        self._residual, self._support, self._norm = (
-            residual,
-            torch.empty(vectors, inputs, dtype=torch.int16),
-            torch.empty(outputs),
-        )
-        kernels.conjugate_start(_at(B), _at(residual), *self._sizes, *self._rest())
-
-    def step(self, product: Tensor) -> None:
-        """Move along the direction, whose product (I, O) with the matrix is given, and turn it."""
-        assert product.is_contiguous() and product.dtype == torch.float32 and product.shape == self.B.shape
-        library().conjugate_step(_at(self.B), _at(self._residual), _at(product), *self._sizes, *self._rest())
-
-    def _rest(self) -> tuple[ctypes.c_void_p | c_int, ...]:
-        return *map(_at, (self._support, self._norm, self.direction.lanes)), c_int(torch.get_num_threads())
+        library().gram_add(address(X.lanes), address(Y.lanes), *sizes, *flags, address(total), c_int(torch.get_num_threads()))
 
 
 def has_squares(X: Tensor) -> bool:
@@ -129,57 +73,7 @@ def add_squares(total: Tensor, X: Tensor) -> None:
     X = X if X.stride(1) == 1 else X.contiguous()
     assert total.is_contiguous() and total.dtype == torch.float32 and total.shape == X.shape[1:]
     sizes = map(c_long, (*X.shape, X.stride(0)))
-    library().add_squares(_at(X), *sizes, _at(total), c_int(torch.get_num_threads()))
-
-
-def has_selection(scores: Tensor) -> bool:
-    """Whether `kth_smallest` and `search_swaps` take these."""
-    return scores.dtype == torch.float32 and scores.device.type == "cpu" and library() is not None
-
-
-def kth_smallest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k-th smallest (G,) of each group of scores (G, width), float32, 1 <= k <= width; and whether there are a NaN, or more than k
-    scores up to it, (G,), bool."""
-    scores, (groups, width) = scores.contiguous(), scores.shape
-    assert 1 <= k <= width
-    values, spoilt = torch.empty(groups), torch.empty(groups, dtype=torch.bool)
-    sizes = map(c_long, (groups, width, k))
-    if library().kth_smallest(_at(scores), *sizes, _at(values), _at(spoilt), c_int(torch.get_num_threads())):
-        raise MemoryError(f"no memory for {width} scores")
-    return values, spoilt
-
-
-def search_swaps(
-    weight: Tensor,
-    mask: Tensor,
-    c: Tensor,
-    hessian: Tensor,
-    least: Tensor,
-    size: int,
-    max_swaps: int,
-    num_candidates: int,
-    at_once: int,
-) -> None:
-    """Improve a mask (O, I) in place as nnprune/pruners/swaps.py has it.
-
-    Args:
-        weight: (O, I), like the others but the mask float32; all contiguous.
-        mask: (O, I), bool.
-        c: (O, I), the pruned part of the weight times the Hessian, brought up to date in place.
-        hessian: (I, I).
-        least: (O,), the least gain of a swap.
-        size: columns of a group, a divisor of I.
-        max_swaps: of a row.
-        num_candidates: kept and pruned columns of a group that are paired.
-        at_once: swaps of a step, at most MOST_AT_ONCE.
-    """
-    assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in (weight, c, hessian, least))
-    assert mask.is_contiguous() and mask.dtype == torch.bool and mask.shape == weight.shape == c.shape
-    assert at_once <= MOST_AT_ONCE and weight.shape[1] % size == 0
-    sizes = map(c_long, (*weight.shape, size, max_swaps, num_candidates))
-    at = map(_at, (weight, mask, c, hessian, least))
-    if library().search_swaps(*at, *sizes, c_int(at_once), c_int(torch.get_num_threads())):
-        raise MemoryError(f"no memory for rows of {weight.shape[1]} weights")
+    library().add_squares(address(X), *sizes, address(total), c_int(torch.get_num_threads()))
 
 
 def has_elementwise(*tensors: Tensor) -> bool:
@@ -192,7 +86,7 @@ def rms_norm(X: Tensor, weight: Tensor, eps: float) -> Tensor:
     assert X.shape[-1:] == weight.shape
     output = torch.empty_like(X)
     sizes = map(c_long, (X.numel() // len(weight), len(weight)))
-    library().rms_norm(_at(X), _at(weight), *sizes, c_float(eps), _at(output), c_int(torch.get_num_threads()))
+    library().rms_norm(address(X), address(weight), *sizes, c_float(eps), address(output), c_int(torch.get_num_threads()))
     return output
 
 
@@ -200,7 +94,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     """bfloat16(silu(gate)) * up, all of one shape."""
     assert gate.shape == up.shape
     output = torch.empty_like(gate)
-    library().silu_product(_at(gate), _at(up), c_long(gate.numel()), _at(output), c_int(torch.get_num_threads()))
+    library().silu_product(address(gate), address(up), c_long(gate.numel()), address(output), c_int(torch.get_num_threads()))
     return output
 
 
@@ -212,7 +106,7 @@ def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     assert not tokens or 0 <= int(targets.min()) <= int(targets.max()) < vocab_size
     sizes = map(c_long, (tokens, vocab_size))
     library().negative_log_likelihood(
-        _at(logits), c_long(logits.stride(0)), _at(targets), *sizes, _at(losses), c_int(torch.get_num_threads())
+        address(logits), c_long(logits.stride(0)), address(targets), *sizes, address(losses), c_int(torch.get_num_threads())
     )
     return losses
 
@@ -241,11 +135,18 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, 
     )
     room = torch.empty(threads * kernels.attention_thread_size(c_long(tokens), c_long(width)))
     output = query.new_empty(batch, tokens, heads, value_width)
-    outputs = (_at(output), None if log_sums is None else _at(log_sums))
+    outputs = (address(output), None if log_sums is None else address(log_sums))
     sizes = map(c_long, (batch, heads, key_heads, tokens, width, value_width))
     with record_function("nnprune::causal_attention"):
         kernels.attention(
-            *_heads(query, key, value), *outputs, *sizes, c_float(scaling), _at(keys), _at(values), _at(room), c_int(threads)
+            *_heads(query, key, value),
+            *outputs,
+            *sizes,
+            c_float(scaling),
+            address(keys),
+            address(values),
+            address(room),
+            c_int(threads),
         )
     return output.transpose(1, 2)
 
@@ -283,14 +184,19 @@ def attention_gradients(
     sizes = map(c_long, (batch, heads, key_heads, tokens, width))
     with record_function("nnprune::attention_gradients"):
         kernels.attention_backward(
-            *_heads(query, key, value, grad), *map(_at, (*given, *wanted)), *sizes, c_float(scaling), _at(room), c_int(threads)
+            *_heads(query, key, value, grad),
+            *map(address, (*given, *wanted)),
+            *sizes,
+            c_float(scaling),
+            address(room),
+            c_int(threads),
         )
     return query_grad.transpose(1, 2), *others.sum(3).bfloat16()
 
 
 def _heads(*tensors: Tensor) -> list[ctypes.c_void_p | ctypes.Array]:
     """Address and strides of tensors (B, H, T, E)."""
-    return [part for tensor in tensors for part in (_at(tensor), (c_long * 3)(*tensor.stride()[:3]))]
+    return [part for tensor in tensors for part in (address(tensor), (c_long * 3)(*tensor.stride()[:3]))]
 
 
 def _in_pairs(tensor: Tensor) -> Tensor:
@@ -299,5 +205,6 @@ def _in_pairs(tensor: Tensor) -> Tensor:
     return tensor if is_fit else tensor.contiguous()
 
 
-def _at(tensor: Tensor) -> ctypes.c_void_p:
+def address(tensor: Tensor) -> ctypes.c_void_p:
+    """Of the first number, for a kernel."""
     return ctypes.c_void_p(tensor.data_ptr())

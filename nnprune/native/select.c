@@ -3,20 +3,19 @@
 
    Letters: G groups. */
 
-#include <math.h>
-#include <stdlib.h>
-
 #include "native.h"
 
 #define DIGITS 11               /* binary ones at a time: sign, exponent and two of the mantissa first */
 #define BINS (1 << DIGITS)
 #define FEW 256                 /* candidates that are compared with each other */
 
+#define NOT_A_NUMBER 0xffffffffu
+
 /* Unsigned numbers in the order of the scores, NaN last; both zeros are one. */
 static inline uint32_t key_of(float score)
 {
     union { float value; uint32_t bits; } x = {score + 0.0f};
-    return score == score ? x.bits ^ ((uint32_t)((int32_t)x.bits >> 31) | 0x80000000u) : 0xffffffffu;
+    return score == score ? x.bits ^ ((uint32_t)((int32_t)x.bits >> 31) | 0x80000000u) : NOT_A_NUMBER;
 }
 
 static inline float score_of(uint32_t key)
@@ -76,30 +75,18 @@ static uint32_t kth_key(uint32_t *keys, long count, long k, uint8_t *is_tied)
 }
 
 /* The k-th smallest, 1 <= k <= width, of each group of scores (G, width), contiguous. spoilt (G,): 1 where taking all scores up to it
-   would take more than k, or where there is a NaN. Returns 0, or 1 when there was no memory. */
-int kth_smallest(const float *scores, long groups, long width, long k, float *values, uint8_t *spoilt, int num_threads)
+   would take more than k, or where there is a NaN. room: of `width` keys for each thread. */
+void kth_smallest(
+    const float *scores, long groups, long width, long k, float *values, uint8_t *spoilt, uint32_t *room, int num_threads)
 {
-    int failed = 0;
-#pragma omp parallel num_threads(num_threads < groups ? num_threads : groups)
-    {
-        uint32_t *keys = malloc(width * sizeof *keys);
-#pragma omp for schedule(static)
-        for (long group = 0; group < groups; group++) {
-            const float *from = scores + group * width;
-            uint32_t last = 0;
-            for (long i = 0; keys && i < width; i++) {
-                keys[i] = key_of(from[i]);
-                last = keys[i] > last ? keys[i] : last;
-            }
-            if (keys) {
-                values[group] = score_of(kth_key(keys, width, k, spoilt + group));
-                spoilt[group] |= last == 0xffffffffu;
-            } else {
-#pragma omp atomic write
-                failed = 1;
-            }
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+    for (long group = 0; group < groups; group++) {
+        uint32_t *keys = room + omp_get_thread_num() * width, last = 0;
+        for (long i = 0; i < width; i++) {
+            keys[i] = key_of(scores[group * width + i]);
+            last = keys[i] > last ? keys[i] : last;
         }
-        free(keys);
+        values[group] = score_of(kth_key(keys, width, k, spoilt + group));
+        spoilt[group] |= last == NOT_A_NUMBER;
     }
-    return failed;
 }

@@ -3,8 +3,6 @@
    Letters: O output features, I input features. */
 
 #include <math.h>
-#include <stdlib.h>
-#include <string.h>
 
 #include "native.h"
 
@@ -115,9 +113,9 @@ static long take(const Row *row, Swap *swaps, int count, float least, long budge
         int best = 0;
         for (int i = 1; i < count; i++)
             best = swaps[i].change < swaps[best].change ? i : best;
-        Swap swap = swaps[best];
-        if (count == 0 || !(swap.change < -least))
+        if (count == 0 || !(swaps[best].change < -least))
             break;
+        Swap swap = swaps[best];
         int left = 0;
         for (int i = 0; i < count; i++)
             if (swaps[i].p != swap.p) { /* what wants the same p is out, and so is this one */
@@ -136,43 +134,30 @@ static long take(const Row *row, Swap *swaps, int count, float least, long budge
     return taken;
 }
 
+/* Numbers of 32 bits that a thread needs. */
+long swaps_thread_size(long inputs) { return 2 * inputs + 2 * inputs * (sizeof(Candidate) / sizeof(float)); }
+
 /* Improves mask (O, I) of weight (O, I) in place, in groups of `size` columns. c (O, I) = d H, brought up to date. least (O,): the least
-   gain of a swap. Returns 0, or 1 when there was no memory. */
-int search_swaps(
-    const float *weight, uint8_t *mask, float *c, const float *hessian, const float *least, long outputs, long inputs, long size,
-    long max_swaps, long most_candidates, int at_once, int num_threads)
+   gain of a swap. room: what `swaps_thread_size` tells, for each thread. */
+void search_swaps(
+    const float *weight, uint8_t *mask, float *c, const float *hessian, const float *least, float *room, long outputs, long inputs,
+    long size, long max_swaps, long most_candidates, int at_once, int num_threads)
 {
-    int failed = 0;
-#pragma omp parallel num_threads(num_threads)
-    {
-        float *room = malloc(2 * inputs * sizeof *room);
-        Candidate *candidates = malloc(2 * inputs * sizeof *candidates);
-        if (!room || !candidates) {
-#pragma omp atomic write
-            failed = 1;
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 4)
+    for (long output = 0; output < outputs; output++) {
+        float *square = room + omp_get_thread_num() * swaps_thread_size(inputs);
+        Candidate *candidates = (Candidate *)(square + 2 * inputs);
+        Row row = {
+            weight + output * inputs, hessian, mask + output * inputs, c + output * inputs, square, candidates, candidates + inputs,
+            square + inputs, inputs};
+        for (long i = 0; i < inputs; i++)
+            square[i] = row.weight[i] * row.weight[i] * hessian[i * (inputs + 1)];
+        for (long budget = max_swaps, taken = 1; budget > 0 && taken; budget -= taken) {
+            Swap best[MOST_AT_ONCE];
+            int count = 0;
+            for (long first = 0; first < inputs; first += size)
+                count = propose(&row, first, size, most_candidates, best, count, at_once);
+            taken = take(&row, best, count, least[output], budget);
         }
-#pragma omp for schedule(dynamic, 4)
-        for (long output = 0; output < outputs; output++) {
-            if (!room || !candidates)
-                continue;
-            Row row = {
-                weight + output * inputs, hessian, mask + output * inputs, c + output * inputs, room, candidates, candidates + inputs,
-                room + inputs, inputs};
-            for (long i = 0; i < inputs; i++)
-                row.square[i] = row.weight[i] * row.weight[i] * hessian[i * (inputs + 1)];
-            for (long budget = max_swaps; budget > 0;) {
-                Swap best[MOST_AT_ONCE];
-                int count = 0;
-                for (long first = 0; first < inputs; first += size)
-                    count = propose(&row, first, size, most_candidates, best, count, at_once);
-                long taken = take(&row, best, count, least[output], budget);
-                if (taken == 0)
-                    break;
-                budget -= taken;
-            }
-        }
-        free(room);
-        free(candidates);
     }
-    return failed;
 }

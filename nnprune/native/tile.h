@@ -10,6 +10,23 @@
 
 #define PANEL 48                /* features that are packed together, three vectors: see gram.c */
 
+/* Packed factors are [panel][pair of terms][feature of the panel]; what is beyond the last feature or term is zero. */
+static inline long panels_of(long features) { return (features + PANEL - 1) / PANEL; }
+
+/* Where pair `pair` of 16 features from `feature` on stands among `pairs`. */
+static inline uint32_t *packed_at(uint32_t *packed, long pairs, long pair, long feature)
+{
+    return packed + (feature / PANEL * pairs + pair) * PANEL + feature % PANEL;
+}
+
+/* The two terms of a pair, rounded to bfloat16. */
+static inline void store_pair(uint32_t *to, __m512 even, __m512 odd)
+{
+    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
+    __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
+    _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+
 #define TILE static inline __attribute__((always_inline)) void
 
 /* In all of these `sum` is (rows, 16 x parts); `rows` and `parts` are constants, small enough for it to stay in registers. */

@@ -8,8 +8,8 @@ from ctypes import c_int, c_long, c_void_p
 import torch
 from torch import Tensor
 
-from nnprune.native.kernels import MOST_M
 from nnprune.native.library import library
+from nnprune.native.solving import MOST_M
 
 MAX_M = MOST_M
 """Largest group: the kernel compares each weight of a group with each other."""

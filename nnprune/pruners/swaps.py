@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nnprune.checks import check_count
-from nnprune.native import kernels
+from nnprune.native import solving
 from nnprune.patterns import NM, SparsityPattern
 from nnprune.pruners.base import Pruner
 from nnprune.statistics import Hessian
@@ -81,9 +81,9 @@ class Swaps(Pruner):
         dropped_RI = weight_RI.masked_fill(found_RI, 0)
         c_RI = dropped_RI @ hessian
         least = LEAST_GAIN * (dropped_RI.square() * hessian.diagonal()).sum(1)
-        if kernels.has_selection(weight_RI):
+        if solving.has_selection(weight_RI):
             limits = (self.max_swaps, self.num_candidates, SWAPS_A_STEP)
-            kernels.search_swaps(weight_RI, found_RI, c_RI, hessian, least, group_size, *limits)
+            solving.search_swaps(weight_RI, found_RI, c_RI, hessian, least, group_size, *limits)
             return
         num_groups = weight_RI.shape[1] // group_size
         mask_RI, rows = found_RI, torch.arange(len(found_RI), device=found_RI.device)  # those still searching
