@@ -42,10 +42,10 @@ def keep_largest(score: Tensor, num_keep: int) -> Tensor:
     mask = torch.ones_like(score, dtype=torch.bool)
     groups_at_once = max(SELECTED_AT_ONCE // width, 1)
     chunks = zip(score.flatten(0, -2).split(groups_at_once), mask.flatten(0, -2).split(groups_at_once), strict=True)
-    if 0 < num_keep < width <= LARGEST_M and can_list(num_keep, width):
+    if num_keep < width and solving.has_selection(score):
+        select = _keep_in_groups if width <= solving.MOST_M else _keep_above
+    elif 0 < num_keep < width <= LARGEST_M and can_list(num_keep, width):
         select = _keep_in_small_groups
-    elif num_keep < width and solving.has_selection(score):
-        select = _keep_above
     else:
         select = _keep_by_index
     for scores, kept in chunks:
@@ -67,8 +67,13 @@ def _keep_in_small_groups(scores: Tensor, kept: Tensor, num_keep: int) -> None:
     _mend(scores, kept, num_keep, above.sum(0, dtype=torch.uint8) != num_keep)
 
 
+def _keep_in_groups(scores: Tensor, kept: Tensor, num_keep: int) -> None:
+    """The same by a kernel that counts the larger ones of each, again several times as fast."""
+    _mend(scores, kept, num_keep, solving.keep_in_groups(scores, num_keep, kept))
+
+
 def _keep_above(scores: Tensor, kept: Tensor, num_keep: int) -> None:
-    """The same by thresholds that a kernel finds, again several times as fast."""
+    """The same by thresholds that a kernel finds, in groups of any size."""
     level, spoilt = solving.kth_smallest(scores, scores.shape[-1] - num_keep)
     torch.gt(scores, level[:, None], out=kept)
     _mend(scores, kept, num_keep, spoilt)
@@ -101,9 +106,16 @@ def nth_largest(planes: Sequence[Tensor], n: int) -> Tensor:
     return best[-1]
 
 
+def keep_where(mask: Tensor, weight: Tensor) -> Tensor:
+    """The weights, bit for bit, where a mask of the same shape is True, and +0 elsewhere: a product of whole numbers, which takes a
+    tenth of the time of `torch.where`."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize]
+    return (weight.view(integers) * mask).view(weight.dtype)
+
+
 def zeros_in(weight: Tensor) -> int:
     """Zeros of a tensor: `count_nonzero` is fast for booleans alone, and `sum` makes integers of eight bytes of them."""
-    return weight.numel() - int((weight != 0).count_nonzero())
+    return weight.numel() - int(weight.bool().count_nonzero())
 
 
 @dataclass(frozen=True)
@@ -172,7 +184,7 @@ class NM:
     def check(self, weight: Tensor) -> None:
         """Raise PatternError when a group of m inputs of `weight` (O, I) has more than n nonzeros."""
         self.check_width(weight.shape[-1])
-        fullest = int(weight.unflatten(-1, (-1, self.m)).count_nonzero(-1).max())
+        fullest = int(weight.bool().unflatten(-1, (-1, self.m)).sum(-1, dtype=torch.int32).max())
         if fullest > self.n:
             raise PatternError(f"keeps {fullest} weights in a group of {self.m}, more than {self} allows")
 

@@ -83,12 +83,17 @@ def test_the_kth_smallest_is_found(data: st.DataObject, groups: int, width: int,
 
 @pytest.mark.skipif(library.library() is None, reason="this machine compiles no C")
 @pytest.mark.parametrize("step", [1e-6, 0.5])
-def test_masks_are_those_of_a_selection_by_index(step: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = (torch.randn(7, 600, generator=torch.Generator().manual_seed(0)) / step).round() * step
-    scores[3, 5] = torch.nan
-    kept = keep_largest(scores, 250)
+@pytest.mark.parametrize(("num_keep", "width"), [(250, 600), (2, 4), (4, 8), (1, 3), (31, 32), (0, 5)])
+def test_masks_are_those_of_a_selection_by_index(
+    num_keep: int, width: int, step: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = (torch.randn(4200, generator=torch.Generator().manual_seed(0)) / step).round() * step
+    scores[5], scores[100:104], scores[200:232] = torch.nan, torch.inf, torch.nan
+    scores = scores[: len(scores) // width * width].view(-1, width)
+    kept = keep_largest(scores, num_keep)
+    assert (kept.sum(1) == num_keep).all()
     monkeypatch.setattr(library, "_is_enabled", False)
-    assert torch.equal(kept, keep_largest(scores, 250))
+    assert torch.equal(kept, keep_largest(scores, num_keep))
 
 
 @pytest.mark.skipif(library.library() is None, reason="this machine compiles no C")

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnprune.patterns import NM, PatternError, Unstructured, keep_largest, parse_pattern
+from nnprune.patterns import NM, PatternError, Unstructured, keep_largest, keep_where, parse_pattern
 
 GROUPS = ("row", "matrix")
 hypothesis_settings = settings(deadline=None, max_examples=60, derandomize=True)
@@ -149,6 +149,15 @@ def test_mask_depends_on_the_order_alone_and_not_on_thresholds(score, pattern):
 @pytest.mark.parametrize("num_keep", [0, 1, 4, 5, 7, 8])
 def test_keep_largest_with_all_scores_equal(num_keep):
     assert keep_largest(torch.zeros(3, 8), num_keep).sum(1).tolist() == [num_keep] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_keep_where_keeps_bits_and_leaves_positive_zeros(dtype):
+    weight = torch.tensor([[1.5, -2.0, -0.0], [torch.nan, -torch.inf, 3e-8]]).to(dtype).t()  # not contiguous
+    mask = torch.tensor([[True, False, True], [True, False, False]]).t()
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize]
+    kept = keep_where(mask, weight)
+    assert torch.equal(kept.view(integers), torch.where(mask, weight, 0).view(integers))
 
 
 def test_row_and_matrix_are_different_groups():

@@ -1,9 +1,9 @@
-/* The k-th smallest score of a group, without sorting: by counting the leading digits of all scores, then those of the scores that share
-   the k-th one's, until few are left.
+/* Which scores of a group are the largest, without sorting. Of a long group the k-th smallest score is found by counting the leading digits
+   of all, then those of the scores that share the k-th one's, until few are left; in a short one each score is compared with each other.
 
    Letters: G groups. */
 
-#include "native.h"
+#include "vectors.h"
 
 #define DIGITS 11               /* binary ones at a time: sign, exponent and two of the mantissa first */
 #define BINS (1 << DIGITS)
@@ -88,5 +88,45 @@ void kth_smallest(
         }
         values[group] = score_of(kth_key(keys, width, k, spoilt + group));
         spoilt[group] |= last == NOT_A_NUMBER;
+    }
+}
+
+/* LANES short groups at once, each in a lane. */
+static inline __attribute__((always_inline)) void keep_lanes(
+    const float *scores, int groups, int n, const int m, uint8_t *kept, uint8_t *spoilt)
+{
+    floats score[MOST_M] = {{0}};
+    ints keep[MOST_M], num_kept = {0};
+    for (int group = 0; group < groups; group++)
+        for (int i = 0; i < m; i++)
+            score[i][group] = scores[group * m + i];
+    for (int i = 0; i < m; i++) {
+        ints larger = {0};
+        for (int j = 0; j < m; j++)
+            larger -= score[j] > score[i];
+        keep[i] = larger < n;
+        num_kept -= keep[i];
+    }
+    for (int group = 0; group < groups; group++) {
+        for (int i = 0; i < m; i++)
+            kept[group * m + i] = keep[i][group] != 0;
+        spoilt[group] = num_kept[group] != n;
+    }
+}
+
+/* kept (G, m): 1 for scores (G, m), contiguous, of which fewer than n in their group are larger; m is at most MOST_M. spoilt (G,): 1 where
+   ties or NaNs make that more than n. */
+void keep_in_groups(const float *scores, long groups, int n, int m, uint8_t *kept, uint8_t *spoilt, int num_threads)
+{
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+    for (long group = 0; group < groups; group += LANES) {
+        int here = groups - group < LANES ? groups - group : LANES;
+        const float *from = scores + group * m;
+        if (m == 4)
+            keep_lanes(from, here, n, 4, kept + group * m, spoilt + group);
+        else if (m == 8)
+            keep_lanes(from, here, n, 8, kept + group * m, spoilt + group);
+        else
+            keep_lanes(from, here, n, m, kept + group * m, spoilt + group);
     }
 }

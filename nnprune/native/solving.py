@@ -67,7 +67,7 @@ class ConjugateGradients:
 
 
 def has_selection(scores: Tensor) -> bool:
-    """Whether `kth_smallest` and `search_swaps` take these."""
+    """Whether `keep_in_groups`, `kth_smallest` and `search_swaps` take these."""
     return scores.dtype == torch.float32 and scores.device.type == "cpu" and library() is not None
 
 
@@ -81,6 +81,19 @@ def kth_smallest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     at, room = map(address, (values, spoilt)), torch.empty(threads, width, dtype=torch.int32)
     library().kth_smallest(address(scores), *map(c_long, (groups, width, k)), *at, address(room), c_int(threads))
     return values, spoilt
+
+
+def keep_in_groups(scores: Tensor, n: int, kept: Tensor) -> Tensor:
+    """Choose the n largest scores of each group (G, m), float32, m at most MOST_M, in a mask `kept` (G, m), bool, contiguous.
+
+    Returns where that has failed, for ties or a NaN have made them more than n: (G,), bool.
+    """
+    scores, (groups, m) = scores.contiguous(), scores.shape
+    assert kept.shape == scores.shape and kept.dtype == torch.bool and kept.is_contiguous() and m <= MOST_M
+    spoilt = torch.empty(groups, dtype=torch.bool)
+    at = map(address, (kept, spoilt))
+    library().keep_in_groups(address(scores), c_long(groups), *map(c_int, (n, m)), *at, c_int(torch.get_num_threads()))
+    return spoilt
 
 
 def search_swaps(

@@ -14,10 +14,9 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from nnprune.patterns import NM, ComparisonGroup, SparsityPattern, Unstructured
+from nnprune.patterns import NM, ComparisonGroup, SparsityPattern, Unstructured, keep_where
 from nnprune.statistics import InputStatistic
 
 
@@ -92,10 +91,10 @@ class ScorePruner(Pruner):
 
     def prune_linear(self, W: Tensor, module_name: str, pattern: SparsityPattern) -> Tensor:
         score = self.score(W, module_name)
-        if score.shape != W.shape or score.isnan().any():
+        if score.shape != W.shape or score.max().isnan():
             found = f"NaN, or {tuple(score.shape)} for {tuple(W.shape)}"
             raise ValueError(f"{module_name}: {type(self).__name__}.score returned {found}")
-        return torch.where(pattern.mask(score, per=self.comparison_group), W, 0)
+        return keep_where(pattern.mask(score, per=self.comparison_group), W)
 
 
 class BaseActAwareUnstructuredPruner(Pruner):

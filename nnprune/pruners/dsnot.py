@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nnprune.checks import check_count, check_number
-from nnprune.patterns import NM, SparsityPattern
+from nnprune.patterns import NM, SparsityPattern, keep_where
 from nnprune.pruners.base import Pruner
 from nnprune.statistics import Moments
 
@@ -77,7 +77,7 @@ class DSnoT(Pruner):
                 effect = weight.double() * mean
                 gain = effect.abs() / variance**self.variance_power
                 kept.logical_xor_(self._flips(effect, gain, score, kept, group_size))
-        return torch.where(mask, W, 0)
+        return keep_where(mask, W)
 
     def _flips(self, effect_RI: Tensor, gain_RI: Tensor, wanda_RI: Tensor, mask_RI: Tensor, group_size: int | None) -> Tensor:
         """Where the mask (R, I) is to change: e_j, |e_j| / Var^power and Wanda's scores decide."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nnprune.checks import check_count
 from nnprune.native import solving
-from nnprune.patterns import NM, SparsityPattern
+from nnprune.patterns import NM, SparsityPattern, keep_where
 from nnprune.pruners.base import Pruner
 from nnprune.statistics import Hessian
 
@@ -69,7 +69,7 @@ class Swaps(Pruner):
             rows_at_once = max(PAIRS_AT_ONCE // (W.shape[1] // group_size * max(num_pairs, group_size)), 1)
             for weight, found in zip(W.split(rows_at_once), mask.split(rows_at_once), strict=True):
                 self._search(weight.float(), found, hessian, group_size)
-        return torch.where(mask, W, 0)
+        return keep_where(mask, W)
 
     def _search(self, weight_RI: Tensor, found_RI: Tensor, hessian: Tensor, group_size: int) -> None:
         """Improve the mask `found_RI` in place, until no pair of candidates lowers a row's error any more or `max_swaps`.
