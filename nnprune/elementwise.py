@@ -1,10 +1,11 @@
 """What lies between the products of a decoder layer, by kernels of one pass each where PyTorch makes half a dozen.
 
 There is no list of architectures: a class of modules is served when one of it, made small, gives the very numbers that the kernel
-gives.
+gives, and a function when it does for small tensors.
 """
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,16 +17,22 @@ from nnprune.native import kernels, library
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 
+Patch = tuple[Any, str, Callable]
+"""A class or Python module, the name of one of its functions, and a faster one."""
+
+ROTATION = "apply_rotary_pos_emb"
+"""What transformers' models call, in the Python module of their attention, to rotate queries and keys."""
+
 WIDTH = 64
 """Features of the small modules that are tried."""
 
-_found: dict[type[nn.Module], dict[type[nn.Module], Forward]] = {}
-"""Class of a decoder layer -> the classes within it that have a faster forward."""
+_found: dict[type[nn.Module], list[Patch]] = {}
+"""Class of a decoder layer -> what can be faster within it."""
 
 
 @contextmanager
 def fast_elementwise(layer: Any) -> Iterator[None]:
-    """Within it, RMS norms and gated MLPs of a decoder layer compute in bfloat16 on a CPU what they always do, faster.
+    """Within it, RMS norms, rotations and gated MLPs of a decoder layer compute in bfloat16 on a CPU what they always do, faster.
 
     Their linears are called as ever, so that hooks on these see what they always see. With gradients nothing changes.
     """
@@ -34,25 +41,30 @@ def fast_elementwise(layer: Any) -> Iterator[None]:
         return
     if type(layer) not in _found:
         _found[type(layer)] = _find(layer)
-    own = {kind: kind.forward for kind in _found[type(layer)]}
-    for kind, forward in _found[type(layer)].items():
-        kind.forward = forward
+    own = [(owner, name, getattr(owner, name)) for owner, name, _ in _found[type(layer)]]
     try:
+        _put(_found[type(layer)])
         yield
     finally:
-        for kind, forward in own.items():
-            kind.forward = forward
+        _put(own)
 
 
-def _find(layer: nn.Module) -> dict[type[nn.Module], Forward]:
-    """The classes of a layer's modules that have a faster forward, with it."""
-    found: dict[type[nn.Module], Forward] = {}
+def _put(functions: list[Patch]) -> None:
+    for owner, name, function in functions:
+        setattr(owner, name, function)
+
+
+def _find(layer: nn.Module) -> list[Patch]:
+    """What can be faster in a layer, once each."""
+    found: dict[tuple[int, str], Patch] = {}
     for module in layer.modules():
-        kind = type(module)
-        for make in (_fast_norm, _fast_mlp):
-            if kind not in found and (forward := make(module)):
-                found[kind] = forward
-    return found
+        kind, home = type(module), sys.modules[type(module).__module__]
+        candidates = [(kind, "forward", make(module)) for make in (_fast_norm, _fast_mlp)]
+        candidates.append((home, ROTATION, _fast_rotation(getattr(home, ROTATION, None))))
+        for owner, name, function in candidates:
+            if function is not None:
+                found.setdefault((id(owner), name), (owner, name, function))
+    return list(found.values())
 
 
 def _fast_norm(module: nn.Module) -> Forward | None:
@@ -91,6 +103,24 @@ def _fast_mlp(module: nn.Module) -> Forward | None:
     for linear in linears.values():
         linear.weight = nn.Parameter(_random(WIDTH, WIDTH), requires_grad=False)
     return forward if _agree(own, forward, _with(module, _modules={**module._modules, **linears})) else None
+
+
+def _fast_rotation(own: Callable | None) -> Callable | None:
+    """The function itself for a Python module's rotary embedding, if it is that of GPT-NeoX, in one pass."""
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not args and not kwargs and all(kernels.has_rotation(X, cos, sin) for X in (q, k)):
+            return kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
+        return own(q, k, cos, sin, *args, **kwargs)
+
+    tokens, heads = 8, (2, 1)
+    q, k = (_random(count * tokens, WIDTH).view(1, count, tokens, WIDTH) for count in heads)
+    cos, sin = _random(2 * tokens, WIDTH).view(2, 1, tokens, WIDTH)
+    try:
+        wanted, found = own(q, k, cos, sin), rotate(q, k, cos, sin)
+    except Exception:  # there is none, or it takes something else
+        return None
+    return rotate if all(map(torch.equal, wanted, found)) else None
 
 
 def _with(module: nn.Module, **changed: Any) -> nn.Module:

@@ -98,6 +98,36 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     return output
 
 
+def has_rotation(X: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether `rotate` takes these."""
+    if X.ndim != 4 or not all(map(has_squares, (X, cos, sin))):
+        return False
+    (batch, _, tokens, width), shape = X.shape, tuple(cos.shape)
+    return (
+        width % (2 * LANES) == 0
+        and X.stride(-1) == 1
+        and shape in ((1, tokens, width), (batch, tokens, width))
+        and shape == sin.shape
+        and cos.is_contiguous()
+        and sin.is_contiguous()
+    )
+
+
+def rotate(X: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864) in the order of GPT-NeoX: X cos + (-X_2, X_1) sin, X_1 and X_2 the
+    halves of a head's features.
+
+    Args:
+        X: (B, H, T, E), bfloat16.
+        cos, sin: (B or 1, T, E), bfloat16.
+    """
+    batch, heads, tokens, width = X.shape
+    output = X.new_empty(batch, tokens, heads, width)
+    sizes = map(c_long, (tokens * width if len(cos) > 1 else 0, *X.shape))
+    library().rotate(*_heads(X), address(cos), address(sin), *sizes, address(output), c_int(torch.get_num_threads()))
+    return output.transpose(1, 2)
+
+
 def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     """-log softmax(logits) at the targets, (T,), float32, for logits (T, V), bfloat16, and targets (T,), int64, in [0, V)."""
     logits, targets = logits if logits.stride(1) == 1 else logits.contiguous(), targets.contiguous()
