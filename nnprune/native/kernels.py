@@ -19,6 +19,9 @@ PANEL = 48
 LANES = 16
 """Numbers that are computed at once, as in `vectors.h`."""
 
+FEWEST_TOKENS = 1024
+"""Of a forward that is worth packing a weight for."""
+
 KEYS = 64
 """Tokens of a block of attention, as in `attention.h`."""
 
@@ -61,6 +64,29 @@ def add_product(total: Tensor, X: Packed, Y: Packed, keep: bool = True, lower: b
     sizes, flags = map(c_long, (X.shape[0], *total.shape)), map(c_int, (lower, keep))
     with record_function("nnprune::add_product"):
         library().gram_add(address(X.lanes), address(Y.lanes), *sizes, *flags, address(total), c_int(torch.get_num_threads()))
+
+
+def has_linear(X: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `linear` takes these, and is faster than PyTorch: some tokens have to share its packing of the weight."""
+    return (
+        X.numel() >= FEWEST_TOKENS * X.shape[-1]
+        and X.shape[-1] == weight.shape[-1]
+        and X.shape[-1] % 2 == 0
+        and multiply_bfloat16(X, weight, *([] if bias is None else [bias]))
+        and all(tensor.is_contiguous() and tensor.data_ptr() % 4 == 0 for tensor in (X, weight))
+    )
+
+
+def linear(X: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """X weight^T + bias, (..., O), summed in float32, for X (..., I), weight (O, I) and bias (O,), bfloat16."""
+    (outputs, inputs), kernels = weight.shape, library()
+    output, room = X.new_empty(*X.shape[:-1], outputs), Packed.empty(inputs, outputs)
+    sizes, shift = map(c_long, (X.numel() // inputs, inputs, outputs)), None if bias is None else address(bias)
+    with record_function("nnprune::linear"):
+        kernels.linear(
+            address(X), address(weight), shift, *sizes, address(output), address(room.lanes), c_int(torch.get_num_threads())
+        )
+    return output
 
 
 def has_squares(X: Tensor) -> bool:
