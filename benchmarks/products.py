@@ -19,6 +19,7 @@ PRODUCTS = frozenset(
         "aten::_scaled_dot_product_attention_math",
         "aten::scaled_dot_product_attention",
         "mkldnn::_linear_pointwise",
+        "nnprune::linear",
         "nnprune::add_product",
         "nnprune::causal_attention",
         "nnprune::attention_gradients",

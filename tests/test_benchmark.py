@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 sys.path.insert(0, str(ROOT))  # `benchmarks` is no part of the installed package
 
 from benchmarks.flops import layer_shapes, useful_flops
-from benchmarks.products import ProductProfile
+from benchmarks.products import PRODUCTS, ProductProfile
 from benchmarks.programs import llmcompressor
 
 
@@ -89,6 +90,12 @@ def test_profiles_count_nested_products_once():
             x.sort(dim=1)
     assert 0.5 < products.shares()["products"] <= 1
     assert others.shares()["products"] == 0
+
+
+def test_every_product_of_our_own_kernels_counts():
+    sources = (ROOT / "nnprune" / "native").glob("*.py")
+    names = {name for source in sources for name in re.findall(r'record_function\("(.*?)"\)', source.read_text())}
+    assert names and names <= PRODUCTS
 
 
 def test_an_interpreter_is_found_from_the_folder_at_hand(tmp_path, monkeypatch):
