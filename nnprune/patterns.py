@@ -39,7 +39,8 @@ def keep_largest(score: Tensor, num_keep: int) -> Tensor:
     smallest entries too: weights that were once quantised have many.
     """
     width = score.shape[-1]
-    mask = torch.ones_like(score, dtype=torch.bool)
+    # Contiguous whatever the scores are, or its flattened form may be a copy.
+    mask = torch.ones_like(score, dtype=torch.bool, memory_format=torch.contiguous_format)
     groups_at_once = max(SELECTED_AT_ONCE // width, 1)
     chunks = zip(score.flatten(0, -2).split(groups_at_once), mask.flatten(0, -2).split(groups_at_once), strict=True)
     if num_keep < width and solving.has_selection(score):

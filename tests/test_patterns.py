@@ -151,6 +151,14 @@ def test_keep_largest_with_all_scores_equal(num_keep):
     assert keep_largest(torch.zeros(3, 8), num_keep).sum(1).tolist() == [num_keep] * 3
 
 
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(4, 8), Unstructured(0.5)])
+def test_scores_may_be_stored_by_columns(pattern):
+    score = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(pattern.mask(score.t().contiguous().t()), pattern.mask(score))
+    rest = torch.randn(24, 16, 2, generator=torch.Generator().manual_seed(0)).transpose(0, 1)
+    assert torch.equal(keep_largest(rest, 1), keep_largest(rest.contiguous(), 1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_keep_where_keeps_bits_and_leaves_positive_zeros(dtype):
     weight = torch.tensor([[1.5, -2.0, -0.0], [torch.nan, -torch.inf, 3e-8]]).to(dtype).t()  # not contiguous
