@@ -56,15 +56,17 @@ def _put(functions: list[Patch]) -> None:
 
 def _find(layer: nn.Module) -> list[Patch]:
     """What can be faster in a layer, once each."""
-    found: dict[tuple[int, str], Patch] = {}
+    found: dict[tuple[Any, str], Callable] = {}
     for module in layer.modules():
         kind, home = type(module), sys.modules[type(module).__module__]
-        candidates = [(kind, "forward", make(module)) for make in (_fast_norm, _fast_mlp)]
-        candidates.append((home, ROTATION, _fast_rotation(getattr(home, ROTATION, None))))
-        for owner, name, function in candidates:
-            if function is not None:
-                found.setdefault((id(owner), name), (owner, name, function))
-    return list(found.values())
+        for owner, name, make, subject in (
+            (kind, "forward", _fast_norm, module),
+            (kind, "forward", _fast_mlp, module),
+            (home, ROTATION, _fast_rotation, getattr(home, ROTATION, None)),
+        ):
+            if (owner, name) not in found and (function := make(subject)):
+                found[owner, name] = function
+    return [(owner, name, function) for (owner, name), function in found.items()]
 
 
 def _fast_norm(module: nn.Module) -> Forward | None:

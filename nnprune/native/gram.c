@@ -47,13 +47,8 @@ static inline void add_rows(const uint32_t *A, const uint32_t *B, long pairs, fl
     __m512 sum[ROWS][4];
     clear_tile(sum, ROWS, 3);
     add_tile(A, 1, PANEL, B, PANEL, pairs, sum, ROWS, 3);
-#pragma GCC unroll 8
-    for (int row = 0; row < ROWS; row++)
-#pragma GCC unroll 3
-        for (int part = 0; part < 3; part++) {
-            float *at = total + row * PANEL + 16 * part;
-            _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), sum[row][part]));
-        }
+    add_to_tile(sum, total, PANEL, ROWS, 3);
+    store_tile(sum, total, PANEL, ROWS, 3);
 }
 
 /* total (I, J) = `keep` times itself + X^T Y for packed X and Y, keep being 0 or 1. With `lower`, only panels that touch the lower
