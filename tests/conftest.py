@@ -26,6 +26,7 @@ from nnprune.run import CONF
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+HANGS = 1200  # seconds after which a program from outside counts as hung, on a machine of a tenth of the usual speed too
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
@@ -115,7 +116,7 @@ def run_cli() -> Callable[..., subprocess.CompletedProcess]:
 
     def run(*arguments: str, cwd: Path = ROOT, **options: object) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "nnprune.run", *arguments]
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, check=False, **options)
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=HANGS, check=False, **options)
 
     return run
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, compose_config
+from conftest import HANGS, ROOT, compose_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,7 +31,7 @@ with open(sys.argv[1], "rb") as file:
 
 def memory_limit(*arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "benchmarks" / "memory_limit.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=False)
 
 
 def make_checkpoint(folder: Path, *arguments: str) -> Path:
