@@ -16,7 +16,8 @@ from nnprune import records
 from nnprune.names import DENSE, normal_sparsity
 
 CELL = ["model", "pruner", "sparsity"]
-OF_RECORD = ["value", "dense_value", "linear_sparsity", "seconds_total", "peak_host_bytes", "fingerprint", "finished", "path"]
+PEAKS = ["peak_host_bytes", "peak_device_bytes"]
+OF_RECORD = ["value", "dense_value", "linear_sparsity", "seconds_total", *PEAKS, "fingerprint", "finished", "path"]
 OF_EXPERIMENT = ["experiment", "seed", "num_seeds", "mean", "std"]
 COLUMNS = [*CELL, "metric", *OF_RECORD, *OF_EXPERIMENT]
 NOT_SCIENCE = ("seed", *records.NOT_SCIENCE)
@@ -40,7 +41,7 @@ def to_frame(records: list[dict[str, Any]]) -> tuple[pd.DataFrame, list[str]]:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             problems.append(f"{path}: skipped, not a usable record ({type(error).__name__}: {_one_line(error)})")
     frame = pd.DataFrame(rows, columns=[column for column in COLUMNS if column not in ("num_seeds", "mean", "std")])
-    frame = frame.astype({"peak_host_bytes": "Int64", "value": float})
+    frame = frame.astype({**dict.fromkeys(PEAKS, "Int64"), "value": float})
     # Sorted by instant, not by text: records may carry different UTC offsets. Unreadable times count as oldest.
     instants = pd.to_datetime(frame["finished"], utc=True, format="ISO8601", errors="coerce")
     frame = frame.assign(instant=instants).sort_values(["instant", "path"], kind="stable", na_position="first")
@@ -79,7 +80,7 @@ def _record_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
             "dense_value": _number(dense_metrics.get(metric)),
             "linear_sparsity": _number(record.get("linear_sparsity")),
             "seconds_total": _number((record.get("seconds") or {}).get("total")),
-            "peak_host_bytes": None if record.get("peak_host_bytes") is None else int(record["peak_host_bytes"]),
+            **{name: None if record.get(name) is None else int(record[name]) for name in PEAKS},
             "fingerprint": str(record["fingerprint"]),
             "finished": str(record["finished"] or ""),
             "path": record["path"],

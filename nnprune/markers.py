@@ -12,7 +12,7 @@ START = re.compile(r"<!--\s*nnprune:table\b(.*?)-->\s*")
 END = re.compile(r"<!--\s*/nnprune:table\s*-->\s*")
 EXAMPLE = "<!-- nnprune:table metric=NAME --> and, on a later line, <!-- /nnprune:table -->"
 LISTS = ("models", "pruners", "sparsities")
-CHOICES = {"layout": ["models", "methods"], "seconds": ["true", "false"]}
+CHOICES = {"layout": ["models", "methods"], "costs": ["true", "false"]}
 
 
 class MarkerError(ValueError):
@@ -28,7 +28,7 @@ class Block:
     metric: str
     filters: dict[str, list[str]]
     layout: str
-    seconds: bool
+    costs: bool
 
 
 def find_blocks(lines: list[str], name: str) -> list[Block]:
@@ -55,7 +55,7 @@ def find_blocks(lines: list[str], name: str) -> list[Block]:
 
 
 def parse_options(text: str, where: str) -> dict[str, Any]:
-    """What a marker asks for: `metric`, `filters`, `layout` and `seconds`."""
+    """What a marker asks for: `metric`, `filters`, `layout` and `costs`."""
     given = dict(item.partition("=")[::2] for item in text.split())
     for key, value in given.items():
         if key not in ("metric", *LISTS, *CHOICES) or not value or value not in CHOICES.get(key, [value]):
@@ -66,9 +66,9 @@ def parse_options(text: str, where: str) -> dict[str, Any]:
     filters = {key: list(dict.fromkeys(given[key].split(","))) for key in LISTS if key in given}
     if "sparsities" in filters:
         filters["sparsities"] = [normal_sparsity(value) for value in filters["sparsities"]]
-    layout, seconds = given.get("layout", "models"), given.get("seconds") == "true"
+    layout, costs = given.get("layout", "models"), given.get("costs") == "true"
     if layout == "methods" and len(filters.get("models", [])) != 1:
         raise MarkerError(f"{where}: layout=methods shows one model; name it with models=NAME")
-    if layout != "methods" and seconds:
-        raise MarkerError(f"{where}: seconds=true is a column of layout=methods; add that, or leave it out")
-    return {"metric": given["metric"], "filters": filters, "layout": layout, "seconds": seconds}
+    if layout != "methods" and costs:
+        raise MarkerError(f"{where}: costs=true adds columns to layout=methods; add that, or leave it out")
+    return {"metric": given["metric"], "filters": filters, "layout": layout, "costs": costs}

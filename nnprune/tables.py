@@ -1,6 +1,6 @@
 """The collector's frame -> tables. Pure formatting with pandas; no metric is computed and no file is read or written.
 
-All arithmetic is a mean and a spread over seeds, in cells.py, and the mean of the seconds that runs took.
+All arithmetic is a mean and a spread over seeds, in cells.py, and the mean and the most of what runs took.
 
 Two layouts, dense on top in both and the best of a block and column in bold. Models: rows are method x sparsity, columns
 are models, one block a sparsity. Methods: rows are methods, columns are sparsities, for one model.
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from nnprune.cells import dense_disagreements, dense_values, one_per_cell, shown
+from nnprune.cells import PEAKS, dense_disagreements, dense_values, one_per_cell, shown
 from nnprune.names import DENSE, model_key, pretty_pruner, pretty_sparsity, pruner_key, sparsity_key
 
 MISSING = "--"
@@ -80,12 +80,12 @@ def build_table(frame: pd.DataFrame, metric: str, **filters: list[str] | None) -
 
 
 def build_methods_table(
-    frame: pd.DataFrame, metric: str, model: str, seconds: bool = False, **filters: list[str] | None
+    frame: pd.DataFrame, metric: str, model: str, costs: bool = False, **filters: list[str] | None
 ) -> Table:
     """The table of one metric and model over methods. Filters: `pruners`, `sparsities`, as in `build_table`.
 
-    The dense figure stands in each column. `seconds` adds the mean over a row's runs of what a whole run took,
-    evaluation included.
+    The dense figure stands in each column. `costs` adds what a row's runs took: the mean of their seconds, evaluation
+    included, and the most memory that any of them held at a time, that of a device only where one was used.
     """
     rows, warnings = _select(frame, metric, {**filters, "models": [model]})
     dense, sources = dense_values(rows)
@@ -95,13 +95,13 @@ def build_methods_table(
     if sparsities:
         blocks.append(_block(pruned, "sparsity", sparsities, metric, []))
     columns = [pretty_sparsity(sparsity) for sparsity in sparsities]
-    if seconds:
-        columns.append("Seconds")
-        means = pruned.groupby("pruner")["seconds_total"].mean()
-        taken = [math.nan, *(means[pruner] for pruner in sorted(means.index, key=pruner_key))]  # a dense run prunes nothing
-        for row, value in zip([row for block in blocks for row in block], taken, strict=True):
-            row.cells.append(MISSING if math.isnan(value) else f"{value:.{0 if value >= 10 else 1}f}")
-            row.best.append(False)
+    if costs:
+        taken = _costs(pruned)
+        columns += list(taken.columns)
+        dense_costs = [math.nan] * len(taken.columns)  # a dense run prunes nothing
+        for row, values in zip([row for block in blocks for row in block], [dense_costs, *taken.to_numpy()], strict=True):
+            row.cells += [MISSING if math.isnan(value) else f"{value:.{0 if value >= 10 else 1}f}" for value in values]
+            row.best += [False] * len(values)
     return Table(f"{metric}, {model}", ["Method"], columns, blocks, len(set(pruned["path"]) | sources), warnings)
 
 
@@ -121,6 +121,16 @@ def _select(frame: pd.DataFrame, metric: str, filters: dict[str, list[str] | Non
 
 def _sparsities(rows: pd.DataFrame) -> list[str]:
     return sorted(rows["sparsity"].unique(), key=lambda label: (sparsity_key(label), label))
+
+
+def _costs(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row a pruner, in the order of a block's; columns are what its runs took."""
+    groups = rows.groupby("pruner")
+    peaks = groups[PEAKS].max().astype(float).replace(0, math.nan) / 2**30  # a run on a CPU holds nothing of a device
+    costs = pd.DataFrame({"Seconds": groups["seconds_total"].mean(), "GiB": peaks["peak_host_bytes"]})
+    if peaks["peak_device_bytes"].notna().any():
+        costs["GiB of device"] = peaks["peak_device_bytes"]
+    return costs.reindex(sorted(costs.index, key=pruner_key))
 
 
 def _dense_row(beside: list[str], values: list[float | None]) -> Row:

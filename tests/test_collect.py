@@ -128,11 +128,18 @@ def test_readme_is_rewritten_and_stays_put(call, readme):
 def methods(tmp_path):
     folder = tmp_path / "methods"
     for seed, value in enumerate((20.0, 22.0)):
-        write_record(folder / f"r{seed}", pruner="wanda_refit", value=value, seconds={"total": 4.0 + seed}, **config(seed))
-    write_record(folder / "w", value=25.0, seconds={"total": 2.0})
-    write_record(folder / "w24", sparsity="2:4", value=50.0, seconds={"total": 3.0})
+        write_record(
+            folder / f"r{seed}",
+            pruner="wanda_refit",
+            value=value,
+            seconds={"total": 4.0 + seed},
+            peak_host_bytes=(seed + 1) * 2**30,
+            **config(seed),
+        )
+    write_record(folder / "w", value=25.0, seconds={"total": 2.0}, peak_host_bytes=2**29, peak_device_bytes=3 * 2**30)
+    write_record(folder / "w24", sparsity="2:4", value=50.0, seconds={"total": 3.0}, peak_host_bytes=None)
     write_record(folder / "own", pruner="mine+layer", sparsity="2:4", value=40.0, seconds={"total": 1234.5})
-    write_record(folder / "b", pruner="best", sparsity="0.7", value=21.0, seconds={})
+    write_record(folder / "b", pruner="best", sparsity="0.7", value=21.0, seconds={}, peak_host_bytes=None)
     write_record(folder / "other", model="opt-125m", pruner="ria", value=1.0)
     return folder
 
@@ -146,19 +153,19 @@ def methods_table(call, tmp_path, folder, options):
 
 
 def test_layout_of_methods(call, tmp_path, methods):
-    table, err = methods_table(call, tmp_path, methods, "models=demo layout=methods seconds=true")
+    table, err = methods_table(call, tmp_path, methods, "models=demo layout=methods costs=true")
     assert err == ""
     assert (
         table
         == """\
-| Method | 50% | 70% | 2:4 | Seconds |
-| :--- | :--- | :--- | :--- | :--- |
-| **Dense** | 15.00 | 15.00 | 15.00 | -- |
-| | | | | |
-| **Wanda** | 25.00 | -- | 50.00 | 2.5 |
-| **Wanda + refit** | **21.0 ± 1.4** | -- | -- | 4.5 |
-| **best** | -- | 21.00 | -- | -- |
-| **mine + layer** | -- | -- | **40.00** | 1234 |
+| Method | 50% | 70% | 2:4 | Seconds | GiB | GiB of device |
+| :--- | :--- | :--- | :--- | :--- | :--- | :--- |
+| **Dense** | 15.00 | 15.00 | 15.00 | -- | -- | -- |
+| | | | | | | |
+| **Wanda** | 25.00 | -- | 50.00 | 2.5 | 0.5 | 3.0 |
+| **Wanda + refit** | **21.0 ± 1.4** | -- | -- | 4.5 | 2.0 | -- |
+| **best** | -- | 21.00 | -- | -- | -- | -- |
+| **mine + layer** | -- | -- | **40.00** | 1234 | 1024 | -- |
 """
     )
 
@@ -175,15 +182,15 @@ def test_layout_of_methods_is_filtered(call, tmp_path, methods):
 
 
 def test_layout_of_methods_without_records(call, tmp_path, methods):
-    table, err = methods_table(call, tmp_path, methods, "layout=methods models=opt-13b seconds=true")
-    assert table.endswith("| **Dense** | -- |\n") and "models=opt-13b: no record" in err
+    table, err = methods_table(call, tmp_path, methods, "layout=methods models=opt-13b costs=true")
+    assert table.endswith("| **Dense** | -- | -- |\n") and "models=opt-13b: no record" in err
 
 
 def test_layout_of_methods_in_latex(methods):
     frame, _ = cells.to_frame(read_all(methods)[0])
-    latex = tables.to_latex(tables.build_methods_table(frame, "demo_perplexity", "demo", seconds=True))
-    assert r"\caption{demo\_perplexity, demo}" in latex and r"\begin{tabular}{lrrrr}" in latex
-    assert r"Wanda + refit & \textbf{21.0 $\pm$ 1.4} & -- & -- & 4.5 \\" in latex
+    latex = tables.to_latex(tables.build_methods_table(frame, "demo_perplexity", "demo", costs=True))
+    assert r"\caption{demo\_perplexity, demo}" in latex and r"\begin{tabular}{lrrrrrr}" in latex
+    assert r"Wanda + refit & \textbf{21.0 $\pm$ 1.4} & -- & -- & 4.5 & 2.0 & -- \\" in latex
 
 
 def test_check(call, readme):
@@ -479,8 +486,8 @@ def test_usage_errors_are_one_line(call, argv, message):
         ("<!-- nnprune:table -->\n<!-- /nnprune:table -->\n", "names no metric"),
         ("<!-- nnprune:table metric=x model=y -->\n<!-- /nnprune:table -->\n", "'model=y' is not understood"),
         ("<!-- nnprune:table metric=x layout=rows -->\n", "'layout=rows' is not understood; use metric=NAME, models=A,B"),
-        ("<!-- nnprune:table metric=x seconds=1 -->\n", "'seconds=1' is not understood"),
-        ("<!-- nnprune:table metric=x seconds=true -->\n", "README.md:1: seconds=true is a column of layout=methods"),
+        ("<!-- nnprune:table metric=x costs=1 -->\n", "'costs=1' is not understood"),
+        ("<!-- nnprune:table metric=x costs=true -->\n", "README.md:1: costs=true adds columns to layout=methods"),
         ("<!-- nnprune:table metric=x layout=methods -->\n", "README.md:1: layout=methods shows one model"),
         ("<!-- nnprune:table metric=x layout=methods models=a,b -->\n", "README.md:1: layout=methods shows one model"),
         ("\n<!-- nnprune:table metric=x -->\n<!-- /nnprune:table -->\n", "README.md:2: metric=x: no record has this"),
