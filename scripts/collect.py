@@ -1,7 +1,7 @@
 """Run records -> the README's tables, CSV, JSON, LaTeX, a plot. Formats what runs measured; computes no metric.
 
-All arithmetic is the mean and standard deviation of records that differ in nothing but the seed, and the mean
-and the most of what they took.
+All arithmetic is the mean and standard deviation of records that differ in nothing but the seed, and the mean and the
+most of what they took.
 
     python scripts/collect.py                               rewrite every marked table of README.md and docs/methods.md
     python scripts/collect.py --check                       write nothing; exit 1 if a table is out of date

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import ROOT, compose_config
+from conftest import HANGS, ROOT, compose_config
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
@@ -73,7 +73,7 @@ def test_readme_experiment_is_the_nine_cells_and_dense():
 def test_other_launchers_know_the_registered_sparsities(launcher, run_cli, tmp_path):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher", reason="needs the launcher's extra")
     outputs = tmp_path / "records"
-    workers = "hydra.launcher.n_jobs=2" if launcher == "joblib" else "hydra.launcher.timeout_min=20"
+    workers = "hydra.launcher.n_jobs=2" if launcher == "joblib" else f"hydra.launcher.timeout_min={HANGS // 60}"
     result = run_cli(
         "-m", f"hydra/launcher={launcher}", workers, "pruner=magnitude", "sparsity=0.65,3:4", f"outputs={outputs}", *TINY_DEMO
     )
