@@ -2,7 +2,8 @@
 
 A *cell* is one (model, pruner, sparsity) of one metric. An *experiment* is all records of a cell whose configs differ in
 nothing but the seed, the newest record of each seed. Where experiments compete for a cell, the one with the newest
-`finished` is shown: the mean over its seeds and their sample standard deviation, which is all that is computed here.
+`finished` is shown: the mean over its seeds and their sample standard deviation. That, and on demand a perplexity beside
+another's, is all that is computed here.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from nnprune import records
@@ -59,12 +61,16 @@ def _with_seeds(frame: pd.DataFrame) -> pd.DataFrame:
     key = [*CELL, "metric", "experiment"]
     age = frame.groupby([*key, "seed"]).cumcount(ascending=False)
     frame["experiment"] = frame["experiment"].where(age == 0, frame["experiment"] + "-" + age.astype(str))
-    values = frame.groupby(key)["value"]
-    frame["num_seeds"] = values.transform("size").astype(int)
-    whole = values.transform("count") == frame["num_seeds"]  # no mean over some of the seeds: one that is NaN makes NaN
-    frame["mean"] = frame["value"].where(frame["num_seeds"] == 1, values.transform("mean").where(whole))
-    frame["std"] = values.transform("std").where(whole)
-    return frame[COLUMNS]
+    return _with_means(frame)[COLUMNS]
+
+
+def _with_means(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with the number of seeds of each row's experiment, the mean of their values and its standard deviation."""
+    values = frame.groupby([*CELL, "metric", "experiment"])["value"]
+    num_seeds = values.transform("size").astype(int)
+    whole = values.transform("count") == num_seeds  # no mean over some of the seeds: one that is NaN makes NaN
+    mean = frame["value"].where(num_seeds == 1, values.transform("mean").where(whole))
+    return frame.assign(num_seeds=num_seeds, mean=mean, std=values.transform("std").where(whole))
 
 
 def _record_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -124,6 +130,19 @@ def shown(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
                 f"shown is the newest, {last['fingerprint']}{seeds}: {last['path']}"
             )
     return rows[rows["experiment"] == rows.groupby(CELL)["experiment"].transform("last")], warnings
+
+
+def relative_to(rows: pd.DataFrame, pruner: str) -> pd.DataFrame:
+    """The shown rows of one perplexity, each value x / x of `pruner` at the same model, sparsity and seed.
+
+    x = ln(perplexity / dense perplexity): 0 for the dense model, 1 for `pruner` itself, NaN where that has no record.
+    """
+    place = pd.MultiIndex.from_frame(rows[["model", "sparsity", "seed"]])
+    with np.errstate(divide="ignore", invalid="ignore"):  # beside a pruner that loses nothing no ratio is finite
+        x = pd.Series(np.log(rows["value"] / rows["dense_value"]).to_numpy(), place)
+        of_pruner = x[(rows["pruner"] == pruner).to_numpy()].reindex(place)
+        relative = x.to_numpy() / of_pruner.to_numpy()
+    return _with_means(rows.assign(value=relative, dense_value=rows["dense_value"] * 0))
 
 
 def one_per_cell(rows: pd.DataFrame) -> pd.DataFrame:

@@ -29,6 +29,7 @@ class Block:
     filters: dict[str, list[str]]
     layout: str
     costs: bool
+    relative: str | None
 
 
 def find_blocks(lines: list[str], name: str) -> list[Block]:
@@ -55,20 +56,25 @@ def find_blocks(lines: list[str], name: str) -> list[Block]:
 
 
 def parse_options(text: str, where: str) -> dict[str, Any]:
-    """What a marker asks for: `metric`, `filters`, `layout` and `costs`."""
+    """What a marker asks for: the fields of `Block` but for its lines."""
     given = dict(item.partition("=")[::2] for item in text.split())
     for key, value in given.items():
-        if key not in ("metric", *LISTS, *CHOICES) or not value or value not in CHOICES.get(key, [value]):
+        if key not in ("metric", "relative", *LISTS, *CHOICES) or not value or value not in CHOICES.get(key, [value]):
             known = ["metric=NAME", *(f"{name}=A,B" for name in LISTS), *(f"{k}={'|'.join(v)}" for k, v in CHOICES.items())]
+            known += ["relative=PRUNER"]
             raise MarkerError(f"{where}: '{key}={value}' is not understood; use {', '.join(known)}")
     if "metric" not in given:
         raise MarkerError(f"{where}: the marker names no metric; write <!-- nnprune:table metric=NAME -->")
     filters = {key: list(dict.fromkeys(given[key].split(","))) for key in LISTS if key in given}
     if "sparsities" in filters:
         filters["sparsities"] = [normal_sparsity(value) for value in filters["sparsities"]]
-    layout, costs = given.get("layout", "models"), given.get("costs") == "true"
+    layout, costs, relative = given.get("layout", "models"), given.get("costs") == "true", given.get("relative")
     if layout == "methods" and len(filters.get("models", [])) != 1:
         raise MarkerError(f"{where}: layout=methods shows one model; name it with models=NAME")
     if layout != "methods" and costs:
         raise MarkerError(f"{where}: costs=true adds columns to layout=methods; add that, or leave it out")
-    return {"metric": given["metric"], "filters": filters, "layout": layout, "costs": costs}
+    if layout != "methods" and relative:
+        raise MarkerError(f"{where}: relative={relative} is for layout=methods; add that, or leave it out")
+    if relative and not given["metric"].endswith("perplexity"):
+        raise MarkerError(f"{where}: relative={relative} compares logarithms of perplexities; {given['metric']} is none")
+    return {"metric": given["metric"], "filters": filters, "layout": layout, "costs": costs, "relative": relative}

@@ -1,6 +1,6 @@
 """The collector's frame -> tables. Pure formatting with pandas; no metric is computed and no file is read or written.
 
-All arithmetic is a mean and a spread over seeds, in cells.py, and the mean and the most of what runs took.
+All arithmetic is in cells.py, a mean and a spread over seeds, but for the mean and the most of what runs took.
 
 Two layouts, dense on top in both and the best of a block and column in bold. Models: rows are method x sparsity, columns
 are models, one block a sparsity. Methods: rows are methods, columns are sparsities, for one model.
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from nnprune.cells import PEAKS, dense_disagreements, dense_values, one_per_cell, shown
+from nnprune.cells import PEAKS, dense_disagreements, dense_values, one_per_cell, relative_to, shown
 from nnprune.names import DENSE, model_key, pretty_pruner, pretty_sparsity, pruner_key, sparsity_key
 
 MISSING = "--"
@@ -80,14 +80,26 @@ def build_table(frame: pd.DataFrame, metric: str, **filters: list[str] | None) -
 
 
 def build_methods_table(
-    frame: pd.DataFrame, metric: str, model: str, costs: bool = False, **filters: list[str] | None
+    frame: pd.DataFrame,
+    metric: str,
+    model: str,
+    costs: bool = False,
+    relative: str | None = None,
+    **filters: list[str] | None,
 ) -> Table:
     """The table of one metric and model over methods. Filters: `pruners`, `sparsities`, as in `build_table`.
 
     The dense figure stands in each column. `costs` adds what a row's runs took: the mean of their seconds, evaluation
-    included, and the most memory that any of them held at a time, that of a device only where one was used.
+    included, and the most memory that any of them held at a time, that of a device only where one was used. `relative`
+    names a pruner: a cell is then ln(perplexity / dense perplexity) relative to that pruner's (`cells.relative_to`), whose
+    row is there whatever `pruners` says.
     """
+    if relative and filters.get("pruners"):
+        filters["pruners"] = [*filters["pruners"], relative]
     rows, warnings = _select(frame, metric, {**filters, "models": [model]})
+    caption = f"{metric}, {model}"
+    if relative:
+        rows, caption = relative_to(rows, relative), f"{caption}, ln(value / dense) relative to {pretty_pruner(relative)}'s"
     dense, sources = dense_values(rows)
     pruned = rows[rows["pruner"] != DENSE]
     sparsities = _sparsities(pruned)
@@ -102,7 +114,7 @@ def build_methods_table(
         for row, values in zip([row for block in blocks for row in block], [dense_costs, *taken.to_numpy()], strict=True):
             row.cells += [MISSING if math.isnan(value) else f"{value:.{0 if value >= 10 else 1}f}" for value in values]
             row.best += [False] * len(values)
-    return Table(f"{metric}, {model}", ["Method"], columns, blocks, len(set(pruned["path"]) | sources), warnings)
+    return Table(caption, ["Method"], columns, blocks, len(set(pruned["path"]) | sources), warnings)
 
 
 def _select(frame: pd.DataFrame, metric: str, filters: dict[str, list[str] | None]) -> tuple[pd.DataFrame, list[str]]:

@@ -1,7 +1,7 @@
 """Run records -> the README's tables, CSV, JSON, LaTeX, a plot. Formats what runs measured; computes no metric.
 
-All arithmetic is the mean and standard deviation of records that differ in nothing but the seed, and the mean and the
-most of what they took.
+All arithmetic is the mean and standard deviation of records that differ in nothing but the seed, the mean and the most of
+what they took, and, where a table asks for it, ln(perplexity / dense perplexity) beside that of one method.
 
     python scripts/collect.py                               rewrite every marked table of README.md and docs/methods.md
     python scripts/collect.py --check                       write nothing; exit 1 if a table is out of date
@@ -16,7 +16,7 @@ A table stands between two lines, and is rewritten from the records each time:
 
 Only `metric` is needed. The next three are comma lists that filter; `models` gives the order of the columns as well.
 `layout=methods` is a table of one model, `models=demo`, with sparsities as columns; `costs=true` adds what its runs took:
-seconds, and memory.
+seconds, and memory; with `relative=sparsegpt` cells are ln(perplexity / dense perplexity), SparseGPT's of the same seed as 1.
 """
 
 from __future__ import annotations
@@ -107,7 +107,11 @@ def known_metric(frame: pd.DataFrame, name: str, where: str) -> str:
 def render_block(frame: pd.DataFrame, block: Block, name: str) -> tables.Table:
     metric = known_metric(frame, block.metric, f"{name}:{block.start + 1}: metric=")
     if block.layout == "methods":
-        options = {**block.filters, "model": block.filters["models"][0], "costs": block.costs}
+        pruners = sorted(frame["pruner"].unique())
+        if block.relative not in [None, *pruners]:
+            where = f"{name}:{block.start + 1}: relative={block.relative}"
+            raise UsageError(f"{where}: no record has this pruner; known: {', '.join(pruners)}")
+        options = {**block.filters, "model": block.filters["models"][0], "costs": block.costs, "relative": block.relative}
         del options["models"]
         return tables.build_methods_table(frame, metric, **options)
     return tables.build_table(frame, metric, **block.filters)

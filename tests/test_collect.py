@@ -181,6 +181,26 @@ def test_layout_of_methods_is_filtered(call, tmp_path, methods):
     ]
 
 
+def test_relative_to_a_method(call, tmp_path):
+    folder = tmp_path / "relative"
+    for seed, x in enumerate((1.0, 2.0)):  # ln(perplexity / 15) of SparseGPT; the dense perplexity is 15
+        write_record(folder / f"s{seed}", pruner="sparsegpt", value=15 * math.exp(x), **config(seed))
+        write_record(folder / f"a{seed}", pruner="alps", value=15 * math.exp(x * (0.5 + 0.25 * seed)), **config(seed))
+        write_record(folder / f"w{seed}", value=15 * math.exp(2 * x), sparsity="2:4", **config(seed))
+    write_record(folder / "s24", pruner="sparsegpt", value=15 * math.e, sparsity="2:4", **config(0))
+    write_record(folder / "b24", pruner="best", value=15 * math.exp(0.25), sparsity="2:4", **config(0))
+    table, err = methods_table(call, tmp_path, folder, "models=demo layout=methods relative=sparsegpt pruners=alps,wanda,best")
+    assert err == ""
+    assert table.splitlines()[2:] == [
+        "| **Dense** | 0.00 | 0.00 |",
+        "| | | |",
+        "| **Wanda** | -- | -- |",  # a seed of Wanda at 2:4 has nothing to stand beside
+        "| **SparseGPT** | 1.00 ± 0.00 | 1.00 |",
+        "| **ALPS** | **0.6 ± 0.2** | -- |",
+        "| **best** | -- | **0.25** |",
+    ]
+
+
 def test_layout_of_methods_without_records(call, tmp_path, methods):
     table, err = methods_table(call, tmp_path, methods, "layout=methods models=opt-13b costs=true")
     assert table.endswith("| **Dense** | -- | -- |\n") and "models=opt-13b: no record" in err
@@ -488,6 +508,12 @@ def test_usage_errors_are_one_line(call, argv, message):
         ("<!-- nnprune:table metric=x layout=rows -->\n", "'layout=rows' is not understood; use metric=NAME, models=A,B"),
         ("<!-- nnprune:table metric=x costs=1 -->\n", "'costs=1' is not understood"),
         ("<!-- nnprune:table metric=x costs=true -->\n", "README.md:1: costs=true adds columns to layout=methods"),
+        ("<!-- nnprune:table metric=x relative=a -->\n", "README.md:1: relative=a is for layout=methods"),
+        ("<!-- nnprune:table metric=x layout=methods models=a relative=a -->\n", "perplexities; x is none"),
+        (
+            "<!-- nnprune:table metric=demo_perplexity layout=methods models=a relative=b -->\n<!-- /nnprune:table -->\n",
+            "README.md:1: relative=b: no record has this pruner; known: alps, dense, magnitude",
+        ),
         ("<!-- nnprune:table metric=x layout=methods -->\n", "README.md:1: layout=methods shows one model"),
         ("<!-- nnprune:table metric=x layout=methods models=a,b -->\n", "README.md:1: layout=methods shows one model"),
         ("\n<!-- nnprune:table metric=x -->\n<!-- /nnprune:table -->\n", "README.md:2: metric=x: no record has this"),
