@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from nnprune import records
@@ -137,12 +136,11 @@ def relative_to(rows: pd.DataFrame, pruner: str) -> pd.DataFrame:
 
     x = ln(perplexity / dense perplexity): 0 for the dense model, 1 for `pruner` itself, NaN where that has no record.
     """
+    ratios = rows["value"] / rows["dense_value"]
+    x = ratios.map(lambda ratio: math.log(ratio) if ratio > 0 else math.nan)
     place = pd.MultiIndex.from_frame(rows[["model", "sparsity", "seed"]])
-    with np.errstate(divide="ignore", invalid="ignore"):  # beside a pruner that loses nothing no ratio is finite
-        x = pd.Series(np.log(rows["value"] / rows["dense_value"]).to_numpy(), place)
-        of_pruner = x[(rows["pruner"] == pruner).to_numpy()].reindex(place)
-        relative = x.to_numpy() / of_pruner.to_numpy()
-    return _with_means(rows.assign(value=relative, dense_value=rows["dense_value"] * 0))
+    of_pruner = x.set_axis(place)[(rows["pruner"] == pruner).to_numpy()].reindex(place)
+    return _with_means(rows.assign(value=x / of_pruner.to_numpy(), dense_value=rows["dense_value"] * 0))
 
 
 def one_per_cell(rows: pd.DataFrame) -> pd.DataFrame:

@@ -97,20 +97,20 @@ def warn(lines: list[str]) -> None:
         print(f"warning: {line}", file=sys.stderr)
 
 
-def known_metric(frame: pd.DataFrame, name: str, where: str) -> str:
-    known = sorted(frame["metric"].unique())
-    if name not in known:
-        raise UsageError(f"{where}{name}: no record has this metric; known: {', '.join(known)}")
+def known(frame: pd.DataFrame, column: str, name: str, where: str) -> str:
+    """`name`, a value of the frame's `column`: "metric" or "pruner"."""
+    names = sorted(frame[column].unique())
+    if name not in names:
+        raise UsageError(f"{where}{name}: no record has this {column}; known: {', '.join(names)}")
     return name
 
 
 def render_block(frame: pd.DataFrame, block: Block, name: str) -> tables.Table:
-    metric = known_metric(frame, block.metric, f"{name}:{block.start + 1}: metric=")
+    where = f"{name}:{block.start + 1}: "
+    metric = known(frame, "metric", block.metric, f"{where}metric=")
     if block.layout == "methods":
-        pruners = sorted(frame["pruner"].unique())
-        if block.relative not in [None, *pruners]:
-            where = f"{name}:{block.start + 1}: relative={block.relative}"
-            raise UsageError(f"{where}: no record has this pruner; known: {', '.join(pruners)}")
+        if block.relative:
+            known(frame, "pruner", block.relative, f"{where}relative=")
         options = {**block.filters, "model": block.filters["models"][0], "costs": block.costs, "relative": block.relative}
         del options["models"]
         return tables.build_methods_table(frame, metric, **options)
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parse_args(argv)
         frame = load(args.records)
         if args.metric:
-            known_metric(frame, args.metric, "--metric ")
+            known(frame, "metric", args.metric, "--metric ")
         metrics = [args.metric] if args.metric else sorted(frame["metric"].unique())
         if args.plot:
             plot(frame, args.plot, args.metric)
