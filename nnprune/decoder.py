@@ -155,7 +155,12 @@ class Decoder:
         if kind not in self._tuple_classes:
             replaced = layer.__dict__.pop("forward")
             state = dict(layer.named_parameters()) | dict(layer.named_buffers())
-            state, hidden, args, kwargs = tree_map_only(Tensor, lambda x: x.to("meta"), (state, hidden, args, kwargs))
+            computing = hidden.dtype  # weights may be stored in another one
+
+            def to_meta(x: Tensor) -> Tensor:
+                return x.to("meta", computing if x.is_floating_point() else x.dtype)
+
+            state, hidden, args, kwargs = tree_map_only(Tensor, to_meta, (state, hidden, args, kwargs))
             output = torch.func.functional_call(layer, state, (hidden, *args), kwargs)
             layer.forward = replaced
             self._tuple_classes[kind] = isinstance(output, tuple)

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from nnprune.allocations.base import Allocation
 from nnprune.calibration import Calibration
 from nnprune.checks import check_count
+from nnprune.dtypes import name_of
 from nnprune.evaluation import Evaluation
 from nnprune.loading import ModelSource
 from nnprune.method import Method
@@ -60,9 +62,15 @@ class Experiment:
         return self.pattern == Unstructured(0.0)
 
     @property
+    def computing_dtype(self) -> torch.dtype:
+        """The dtype that the device computes in."""
+        return self.source.computing_dtype(self.runtime.torch_device)
+
+    @property
     def science(self) -> dict[str, Any]:
         """What the fingerprint is a hash of."""
         model = {**self.config["model"], "path": self.source.digest() or self.source.path, "name": None}
+        model["dtype"] = {"stored": name_of(self.source.stored_dtype), "computing": name_of(self.computing_dtype)}
         evaluation = {**self.config["evaluation"], "path": None}
         evaluation["datasets"] = {
             name: {"source": _science_of(source), "max_windows": self.evaluation.max_windows[name]}
@@ -140,6 +148,7 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
     for source in sources:
         if source:
             source.check()
+    experiment.source.config()  # what names the experiment needs it
     return experiment
 
 

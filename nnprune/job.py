@@ -14,6 +14,7 @@ from nnprune.allocations.base import Plan
 from nnprune.allocations.uniform import Uniform
 from nnprune.calibration import token_hash
 from nnprune.decoder import Decoder
+from nnprune.dtypes import name_of
 from nnprune.experiment import Experiment
 from nnprune.finished import FinishedLayers
 from nnprune.folders import locked
@@ -50,6 +51,7 @@ class Job:
         self.watch = Stopwatch()
         experiment.runtime.start(experiment.config["seed"])
         _warn_of_demo_texts(experiment)
+        _tell_dtype(experiment)
         with self.watch.stage("data"):
             self._read_data(like)
         with self.watch.stage("load"):
@@ -201,6 +203,14 @@ def _warn_of_demo_texts(experiment: Experiment) -> None:
         )
 
 
+def _tell_dtype(experiment: Experiment) -> None:
+    """Say so where the dtype that computes is not the checkpoint's."""
+    stored, computing = name_of(experiment.source.stored_dtype), name_of(experiment.computing_dtype)
+    if computing != stored:
+        device = experiment.runtime.torch_device.type.replace("cpu", "CPU").replace("cuda", "CUDA device")
+        log.info("computing in %s: this %s has no units for the checkpoint's %s", computing, device, stored)
+
+
 def skeleton(experiment: Experiment, config: Any) -> Decoder:
     """The model without its weights."""
     return Decoder(experiment.source.skeleton(config), experiment.source.layers_path)
@@ -238,7 +248,7 @@ def _engine(experiment: Experiment, config: Any) -> LayerwiseEngine:
     decoder = Decoder(source.skeleton(config) if lazy else source.load(config), source.layers_path)
     checkpoint = source.checkpoint(decoder.model) if lazy else None
     finished = FinishedLayers(experiment.folder / SCRATCH, decoder.path)
-    store = LayerStore(decoder, runtime.torch_device, runtime.layers, finished, checkpoint)
+    store = LayerStore(decoder, runtime.torch_device, runtime.layers, finished, checkpoint, experiment.computing_dtype)
     return LayerwiseEngine(decoder, store, runtime, experiment.folder)
 
 
@@ -250,6 +260,7 @@ def _new_record(experiment: Experiment) -> RunRecord:
         model=experiment.source.name,
         pruner=experiment.label,
         sparsity=str(experiment.pattern),
+        dtype=name_of(experiment.computing_dtype),
         config=experiment.config,
         versions=versions(),
         commit=head,

@@ -15,7 +15,7 @@ from nnprune.loading import Checkpoint
 
 
 class LayerStore:
-    """Brings decoder layers to the device and back.
+    """Brings decoder layers to the device, in the dtype that computes, and back, in the dtype that they are stored in.
 
     Args:
         decoder: its layers hold weights when `checkpoint` is None, otherwise they are on the meta device.
@@ -23,17 +23,29 @@ class LayerStore:
         rest: host, device or disk.
         finished: the layers that are pruned already.
         checkpoint: the dense weights, for rest "disk".
+        computing_dtype: what the model's 16-bit weights are converted to on the device; None: they stay as they are.
     """
 
     def __init__(
-        self, decoder: Decoder, device: torch.device, rest: str, finished: FinishedLayers, checkpoint: Checkpoint | None
+        self,
+        decoder: Decoder,
+        device: torch.device,
+        rest: str,
+        finished: FinishedLayers,
+        checkpoint: Checkpoint | None,
+        computing_dtype: torch.dtype | None = None,
     ) -> None:
         self.decoder = decoder
         self.device = device
+        self.stored_dtype = decoder.model.dtype
+        self.computing_dtype = computing_dtype or self.stored_dtype
         self.rest = rest
         self.finished = finished
         self.checkpoint = checkpoint
-        self.moves = device.type == "cuda" and rest == "host"
+        is_copied = device.type == "cuda" or self.computing_dtype != self.stored_dtype
+        self.moves = is_copied and rest == "host"
+        self._on_device: set[int] = set()
+        self._stored = {name: tensor.dtype for name, tensor in decoder.model.state_dict().items()}
         self._holds: dict[int, str] = {}  # index -> "dense", "pruned" or "foreign", for layers that hold weights
         self._at_rest: dict[int, dict[str, Tensor]] = {}  # pinned host tensors of layers that move
         self._ahead: tuple[int, str, Future] | None = None
@@ -42,11 +54,13 @@ class LayerStore:
         if checkpoint is None:
             self._holds = dict.fromkeys(range(len(decoder.layers)), "dense")
             for index, layer in enumerate(decoder.layers):
+                state = layer.state_dict()
                 if self.moves:
-                    self._at_rest[index] = {name: tensor.pin_memory() for name, tensor in layer.state_dict().items()}
+                    self._at_rest[index] = {name: self._pinned(tensor) for name, tensor in state.items()}
                     self._assign(index, self._at_rest[index])
                 else:
-                    layer.to(device)
+                    self._assign(index, {name: self._computing(tensor) for name, tensor in state.items()})
+                    self._on_device.add(index)
         else:
             self._load_shell()
         self._move_shell()
@@ -67,11 +81,11 @@ class LayerStore:
         Dense weights cannot be had again once finished ones took their place, unless layers rest on disk.
         """
         layer, wanted = self.decoder.layers[index], self._wanted(index, pruned)
-        on_device = next(layer.parameters()).device.type == self.device.type
-        if self._holds.get(index) != wanted or not on_device:
+        if self._holds.get(index) != wanted or index not in self._on_device:
             assert wanted == "pruned" or self.checkpoint or self._holds[index] == "dense"
             self._assign(index, self._take(index, wanted))
             self._holds[index] = wanted
+            self._on_device.add(index)
         return layer
 
     def prefetch(self, index: int) -> None:
@@ -80,6 +94,21 @@ class LayerStore:
             return
         if self.moves or self._holds.get(index) != "dense":
             self._ahead = (index, "dense", self._reader.submit(self._bring, index, "dense"))
+
+    @torch.no_grad()
+    def round(self, index: int) -> None:
+        """Round the weights of decoder layer `index`, which is on the device, to the dtype that they are stored in."""
+        for name, parameter in self.decoder.layers[index].named_parameters():
+            parameter.copy_(parameter.to(self._stored[f"{self.decoder.path}.{index}.{name}"]))
+
+    def stored_state(self, index: int) -> dict[str, Tensor]:
+        """Name within the layer -> tensor of decoder layer `index`, as it is now, in the dtype that it is stored in."""
+        prefix = f"{self.decoder.path}.{index}."
+        return {name: self.as_stored(prefix + name, tensor) for name, tensor in self.decoder.layers[index].state_dict().items()}
+
+    def as_stored(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the model's, by its full name, in the dtype that it is stored in."""
+        return tensor.detach().to(self._stored[name])
 
     def adopt(self, index: int) -> None:
         """Decoder layer `index` was pruned where it is, and its finished file written: what it holds is pruned."""
@@ -92,8 +121,10 @@ class LayerStore:
         """Put decoder layer `index` back where it rests. On disk only finished weights survive."""
         if self.moves:
             self._assign(index, self._at_rest[index])
+            self._on_device.discard(index)
         elif self.checkpoint is not None:
             self._holds.pop(index, None)
+            self._on_device.discard(index)
             for module in self.decoder.layers[index].modules():
                 for name, parameter in module._parameters.items():
                     if parameter is not None:
@@ -126,14 +157,22 @@ class LayerStore:
         elif wanted == "pruned":
             state = self.finished.read(index)
             if self.moves:
-                state = self._at_rest[index] = {name: tensor.pin_memory() for name, tensor in state.items()}
+                state = self._at_rest[index] = {name: self._pinned(tensor) for name, tensor in state.items()}
         else:
             state = self._read_dense(index)
         if self._copies is None:  # the files are mapped: a copy is what reads them, and lets go of them
-            return {name: tensor.clone() for name, tensor in state.items()}, None
+            return {name: self._computing(tensor, copy=True) for name, tensor in state.items()}, None
         with torch.cuda.stream(self._copies):
-            state = {name: tensor.to(self.device, non_blocking=True) for name, tensor in state.items()}
+            state = {name: self._computing(tensor) for name, tensor in state.items()}
             return state, self._copies.record_event()
+
+    def _computing(self, tensor: Tensor, copy: bool = False) -> Tensor:
+        """A stored tensor on the device, in the dtype that computes."""
+        dtype = self.computing_dtype if tensor.dtype == self.stored_dtype else tensor.dtype
+        return tensor.to(self.device, dtype, non_blocking=True, copy=copy)
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor.clone()
 
     def _read_dense(self, index: int) -> dict[str, Tensor]:
         prefix = f"{self.decoder.path}.{index}."
@@ -155,10 +194,10 @@ class LayerStore:
             if module not in inside:
                 for parameter in module._parameters.values():
                     if parameter is not None:
-                        parameter.data = parameter.data.to(self.device)
+                        parameter.data = self._computing(parameter.data)
                 for name, buffer in module._buffers.items():
                     if buffer is not None:
-                        module._buffers[name] = buffer.to(self.device)
+                        module._buffers[name] = self._computing(buffer)
 
     def _assign(self, index: int, state: dict[str, Tensor]) -> None:
         layer = self.decoder.layers[index]

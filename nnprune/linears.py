@@ -22,11 +22,20 @@ ROWS_AT_ONCE = 1024
 
 
 def prune_linears(
-    method: Method, plan: dict[str, SparsityPattern], collector: InputCollector, linears: dict[str, nn.Module]
+    method: Method,
+    plan: dict[str, SparsityPattern],
+    collector: InputCollector,
+    linears: dict[str, nn.Module],
+    stored_dtype: torch.dtype,
 ) -> list[dict[str, Any]]:
-    """Prune in place all linears whose inputs were collected, and report on each. Raises ValueError, naming the linear,
-    for a weight that is not finite and for a pruner that breaks its contract."""
-    return [report for names in collector.groups for report in _prune_group(method, plan, collector, linears, names)]
+    """Prune in place all linears whose inputs were collected, and report on each.
+
+    Pruned weights are rounded to `stored_dtype` before anything looks at them. Raises ValueError, naming the linear, for a
+    weight that is not finite and for a pruner that breaks its contract.
+    """
+    return [
+        report for names in collector.groups for report in _prune_group(method, plan, collector, linears, names, stored_dtype)
+    ]
 
 
 def _prune_group(
@@ -35,6 +44,7 @@ def _prune_group(
     collector: InputCollector,
     linears: dict[str, nn.Module],
     names: list[str],
+    stored_dtype: torch.dtype,
 ) -> list[dict[str, Any]]:
     """Prune linears `names` that share an input."""
     start = time.perf_counter()
@@ -49,7 +59,7 @@ def _prune_group(
     reports = []
     for name, W in weights.items():
         pruner.clear_linear_activations(name)
-        weight = _checked(pruner, pruned[name], W, name, plan[name])
+        weight = _checked(pruner, pruned[name], W, name, plan[name], stored_dtype)
         dense_output = collector.squared_output(name, lambda W=W: squared_output(W, sample))
         error = relative_error(W, weight, sample, dense_output)
         weight_OI(linears[name]).copy_(weight)  # from here on W is the pruned weight too, where it is a view
@@ -89,13 +99,16 @@ def _answers(
     return method.update.update_group(pruned, targets, statistics.get(method.update.statistic))
 
 
-def _checked(pruner: Pruner, pruned: Tensor, W: Tensor, name: str, pattern: SparsityPattern) -> Tensor:
-    """A pruner's answer in the dtype of `W`. Raises ValueError, naming pruner and linear, when it breaks the contract."""
+def _checked(
+    pruner: Pruner, pruned: Tensor, W: Tensor, name: str, pattern: SparsityPattern, stored_dtype: torch.dtype | None = None
+) -> Tensor:
+    """A pruner's answer in the dtype of `W`, rounded to `stored_dtype` if that is given. Raises ValueError, naming pruner and
+    linear, when it breaks the contract."""
     method = type(pruner).__name__
     if not isinstance(pruned, Tensor) or pruned.shape != W.shape:
         found = tuple(pruned.shape) if isinstance(pruned, Tensor) else type(pruned).__name__
         raise ValueError(f"{name}: {method} returned {found} instead of a weight {tuple(W.shape)}")
-    pruned = pruned.detach().to(W)
+    pruned = pruned.detach().to(stored_dtype).to(W)
     if not is_finite(pruned):
         raise ValueError(f"{name}: {method} returned NaN or infinite weights")
     try:

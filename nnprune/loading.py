@@ -3,11 +3,13 @@
 Everything that can be known without weights (configuration, tokenizer, shapes of linears) is checked before they are read.
 """
 
+import copy
 import hashlib
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,9 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from nnprune.dtypes import DTYPES, choose_computing_dtype
 from nnprune.texts import DEMO_FOLDER
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SMALL_FILES = ["config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json"]
 CHECKPOINT_FILES = ["*.safetensors", "*.safetensors.index.json"]
 
@@ -40,7 +42,8 @@ class ModelSource:
     Args:
         path: a hub id, a local directory, or "demo".
         name: what the model is called in folders and tables; None: the last part of `path`.
-        dtype: auto (the checkpoint's), bfloat16, float16 or float32.
+        dtype: bfloat16, float16 or float32: what the model is loaded, computed and saved in. auto: the checkpoint's is stored
+            and saved, and computes where the hardware has units for it, else float32.
         revision: branch, tag or commit on the hub.
         layers_path: the module that lists the decoder layers, where it cannot be found without help.
 
@@ -73,7 +76,11 @@ class ModelSource:
         return {"pretrained_model_name_or_path": str(self.directory or self.path), "revision": self.revision}
 
     def config(self) -> Any:
-        """The model's configuration. Raises ValueError when it cannot be had or is no causal language model's."""
+        """The model's configuration, a fresh copy. Raises ValueError when it cannot be had or is no causal language model's."""
+        return copy.deepcopy(self._config)
+
+    @cached_property
+    def _config(self) -> Any:
         if self.directory and not (self.directory / "config.json").is_file():
             raise ValueError(f"model.path={self.path}: has no config.json; give a directory made by save_pretrained")
         with self._explained():
@@ -98,20 +105,29 @@ class ModelSource:
         except OSError:
             return None
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype that weights are kept, and saved, in."""
+        return DTYPES.get(self.dtype) or self._config.dtype or torch.float32
+
+    def computing_dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype that `device` computes in."""
+        return DTYPES.get(self.dtype) or choose_computing_dtype(self.stored_dtype, device)
+
     def skeleton(self, config: Any) -> PreTrainedModel:
         """The model with its parameters on the meta device and its buffers real: shapes without weights."""
         with _parameters_on_meta():
             return self.random(config)
 
-    def random(self, config: Any) -> PreTrainedModel:
-        """A model of this configuration in host memory, with random weights."""
-        return AutoModelForCausalLM.from_config(config, dtype=self._dtype(config)).eval()
+    def random(self, config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """A model of this configuration in host memory, with random weights, in `dtype` or else the stored one."""
+        return AutoModelForCausalLM.from_config(config, dtype=dtype or self.stored_dtype).eval()
 
     def load(self, config: Any) -> PreTrainedModel:
         """The whole model in host memory. Raises ValueError when the checkpoint lacks weights."""
         with self._explained():
             model, info = AutoModelForCausalLM.from_pretrained(
-                **self._location, config=config, dtype=self._dtype(config), output_loading_info=True
+                **self._location, config=config, dtype=self.stored_dtype, output_loading_info=True
             )
         if info["missing_keys"]:
             raise ValueError(f"model.path={self.path}: the checkpoint lacks {min(info['missing_keys'])}; is it complete?")
@@ -145,9 +161,6 @@ class ModelSource:
                     file.seek(size * step // 64)
                     sha.update(file.read(4096))
         return sha.hexdigest()[:16]
-
-    def _dtype(self, config: Any) -> torch.dtype:
-        return DTYPES.get(self.dtype) or config.dtype or torch.float32
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

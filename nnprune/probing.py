@@ -46,7 +46,9 @@ class Probe:
 def measure_layer(experiment: Experiment, config: Any, seq_len: int) -> Probe:
     """Do with one random layer what a run does with each."""
     runtime, method, device = experiment.runtime, experiment.method, experiment.runtime.torch_device
-    decoder = Decoder(experiment.source.random(_one_layer(config)).to(device), experiment.source.layers_path)
+    decoder = Decoder(
+        experiment.source.random(_one_layer(config), experiment.computing_dtype).to(device), experiment.source.layers_path
+    )
     linears, layer = decoder.linears(0), decoder.layers[0]
     ids = torch.randint(VOCABULARY, (runtime.rows_per_batch(seq_len), seq_len), generator=torch.Generator().manual_seed(0))
     layer_bytes = sum(parameter.nbytes for parameter in layer.parameters())
@@ -72,7 +74,9 @@ def measure_layer(experiment: Experiment, config: Any, seq_len: int) -> Probe:
                 collect_seconds = _seconds(collect, device)
             collector.finish()
             plan = Uniform().plan(experiment.pattern, decoder.shapes_by_layer())  # one layer can have no other
-            prune_seconds = _seconds(lambda: prune_linears(method, plan, collector, linears), device)
+            prune_seconds = _seconds(
+                lambda: prune_linears(method, plan, collector, linears, experiment.source.stored_dtype), device
+            )
             if method.recovery.is_on:
                 tune_seconds = _tune_seconds(experiment, decoder, seq_len) * ids.numel() / (TUNED_ROWS * seq_len)
             if experiment.allocation.looks_at != "nothing":

@@ -155,7 +155,7 @@ class PruningPass:
             self.store.prefetch(index + 1)
             for cell, reports in zip(todo, by_cell, strict=True):
                 with self.watch.stage("prune"):
-                    reports += prune_linears(cell.method, cell.plan, collector, linears)
+                    reports += prune_linears(cell.method, cell.plan, collector, linears, self.store.stored_dtype)
                 if dense:
                     self._finish(index, layer, cell, reports, start)
                     for name, weight in dense.items():
@@ -184,11 +184,12 @@ class PruningPass:
         self, index: int, layer: nn.Module, cell: Cell, reports: list[dict[str, Any]], start: float, **more: Any
     ) -> None:
         """Write the layer as it is now as finished by a cell."""
+        self.store.round(index)  # the weights handed on are those that are saved
         with self.watch.stage("prune"):
             counts = count_zeros(layer, self.engine.decoder.linears(index))
             seconds = time.perf_counter() - start
             report = {"linears": reports, **counts, "seconds": seconds, "num_cells": len(self.cells), **more}
         with self.watch.stage("write"):
-            cell.finished.write(index, layer.state_dict(), report)
+            cell.finished.write(index, self.store.stored_state(index), report)
         if len(self.cells) == 1:
             self.store.adopt(index)

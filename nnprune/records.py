@@ -28,7 +28,8 @@ class RunRecord:
     """Everything that is known about one run. `metrics` are those of the pruned model alone.
 
     Keys of `metrics` and `dense_metrics` are `<evaluation>_perplexity`; sparsities are fractions of zeros; times are
-    seconds; sizes are bytes. `per_linear` holds a dict a linear: name, pattern, sparsity, relative_error, seconds. `recovered` holds
+    seconds; sizes are bytes; `dtype` is the one that computed. `per_linear` holds a dict a linear: name, pattern, sparsity,
+    relative_error, seconds. `recovered` holds
     a dict a decoder layer, where layers were tuned: what `Recovery.tune` reports of its tuning before and after pruning.
     """
 
@@ -48,6 +49,7 @@ class RunRecord:
     peak_device_bytes: int | None = None
     calibration_hash: str | None = None
     evaluation_hashes: dict[str, str] = field(default_factory=dict)
+    dtype: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     commit: str | None = None

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from nnprune.finished import save_atomically
@@ -40,11 +41,11 @@ def save_model(store: LayerStore, tokenizer: Any, generation_config: Any, summar
         if index in store.finished:
             _link_or_copy(store.finished.path(index), unfinished / name)
         else:
-            save_atomically(store.finished.named(index, store.fetch(index).state_dict()), unfinished / name)
+            save_atomically(store.finished.named(index, _fetched_state(store, index)), unfinished / name)
             store.release(index)
-        layer = store.finished.named(index, decoder.layers[index].state_dict())
-        weight_map |= dict.fromkeys(layer, name)
-        size += sum(tensor.nbytes for tensor in layer.values())
+        with safe_open(unfinished / name, "pt") as file:
+            weight_map |= dict.fromkeys(file.keys(), name)
+            size += sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
     index_file = {"metadata": {"total_size": size}, "weight_map": weight_map}
     write_atomically(unfinished / "model.safetensors.index.json", json.dumps(index_file, indent=1) + "\n")
     model.config.save_pretrained(unfinished)
@@ -55,6 +56,12 @@ def save_model(store: LayerStore, tokenizer: Any, generation_config: Any, summar
     if target.exists():
         shutil.rmtree(target)
     unfinished.replace(target)
+
+
+def _fetched_state(store: LayerStore, index: int) -> dict[str, Tensor]:
+    """The tensors of decoder layer `index`, which is not pruned, by their names within it."""
+    store.fetch(index)
+    return store.stored_state(index)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -73,5 +80,5 @@ def _shell_state(store: LayerStore) -> dict[str, Tensor]:
     for name, tensor in decoder.model.state_dict().items():
         if not name.startswith(f"{decoder.path}.") and tensor.data_ptr() not in seen:
             seen.add(tensor.data_ptr())
-            state[name] = tensor.detach().cpu().contiguous()
+            state[name] = store.as_stored(name, tensor)
     return state
