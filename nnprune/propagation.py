@@ -1,7 +1,7 @@
-"""How the calibration travels: what the linears of each decoder layer are seen to receive, and what is handed on.
+"""Takes the calibration through the decoder layers, and collects the inputs of their linears.
 
-Two streams of the same tokens: the calibration, behind the layers as `propagate` has it, and, where a method compares the two,
-the reference, behind dense layers.
+There are up to two streams of the same tokens: the calibration, which passes through the layers that `propagate` chooses, and, for
+methods that compare the two, the reference, which passes through dense layers.
 
 Letters: N samples, B batch, T tokens, D hidden.
 """
@@ -23,15 +23,15 @@ PROPAGATE = ("pruned", "dense", "sequential")
 
 
 class Propagation:
-    """The calibration before the decoder layer that comes next.
+    """The calibration at the input of one decoder layer after another.
 
     Args:
         engine: the model and its layers.
         mode: what later linears see. pruned: outputs of pruned layers; dense: of dense layers; sequential: of pruned layers,
             and within a layer of the linears already pruned.
         calibration: its hidden states.
-        reference: those of the dense model, if a method needs them.
-        watch: told how long forwards take.
+        reference: the hidden states of the dense model, if a method needs them.
+        watch: times the forwards.
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class Propagation:
         self.calibration = calibration
         self.reference = reference
         self.watch = watch
-        self._ahead: InputCollector | None = None  # what the next layer's linears have been seen to receive already
-        self._reference_is_behind = False  # the layer that comes next
-        self._cached: dict[nn.Module, CachedOutputs] = {}  # of the layer at hand, and of its dense copy
+        self._ahead: InputCollector | None = None  # inputs of the next layer's linears, if they are collected already
+        self._reference_is_behind = False  # the reference has passed through the current layer, the calibration has not
+        self._cached: dict[nn.Module, CachedOutputs] = {}  # for the current layer, and for its dense copy
 
     def skip(self, index: int) -> None:
         """Take both streams through decoder layer `index`, which is finished."""
@@ -56,17 +56,17 @@ class Propagation:
             self.calibration.advance(index, self.store.fetch(index, pruned=self.mode != "dense"))
 
     def advance_reference(self, index: int, layer: nn.Module) -> None:
-        """Take the reference through the dense decoder layer `index` before its linears' inputs are looked at.
+        """Take the reference through the dense decoder layer `index` before the inputs of its linears are collected.
 
-        Those are then compared with what the same layer makes of the calibration itself.
+        These are then compared with the inputs that the same dense layer gives its linears for the calibration.
         """
         self.reference.advance(index, layer)
         self._reference_is_behind = True
 
     def collectors(self, index: int, layer: nn.Module, methods: Sequence[Method], hand_on: bool) -> Iterator[InputCollector]:
-        """What the linears of decoder layer `index` receive: of all at once, or, sequentially, of a group at a time, between
-        which the caller prunes it. Afterwards the reference is behind this layer, and the calibration too if dense outputs
-        are to be handed on."""
+        """The inputs of the linears of decoder layer `index`: of all at once or, in sequential mode, of one group at a time, which
+        the caller prunes before it asks for the next. Afterwards the reference has passed through this layer, and in dense mode
+        with `hand_on` the calibration has too."""
         groups = self._groups(index, layer) if self._ahead is None else self._ahead.groups
         passes, dense = [groups], layer
         if self.mode == "sequential":
@@ -85,14 +85,14 @@ class Propagation:
         self._reference_is_behind = False
 
     def invalidate(self) -> None:
-        """Drop cached outputs: the weights of the layer at hand have changed, or it is done."""
+        """Drop cached outputs: the weights of the current layer have changed, or it is done."""
         for cached in self._cached.values():
             cached.close()
         self._cached = {}
 
     def hand_on(self, index: int, methods: Sequence[Method]) -> None:
-        """Take the calibration through the pruned decoder layer `index`; and, for `methods` that prune the next layer as it is, each
-        batch at once into the next layer's linears, so that the activations are read once a layer."""
+        """Take the calibration through the pruned decoder layer `index`. For `methods` that prune the next layer as it is, each batch
+        goes on to that layer's linears at once, so that activations are read once per layer."""
         with self.watch.stage("calibration"):
             layer = self.store.fetch(index)
             if self.mode == "sequential" or not methods or any(method.recovery.epochs_before for method in methods):
@@ -115,11 +115,11 @@ class Propagation:
         is_last: bool,
         before: tuple[int, nn.Module] | None = None,
     ) -> InputCollector:
-        """What `groups` of linears of layer `index` receive from the whole calibration.
+        """The inputs of `groups` of linears of layer `index` for the whole calibration.
 
-        The calibration is left with the outputs of `before`, a layer it goes through first; with those of `layer`, if they
-        are to be handed on; or as it is. The reference, unless it is behind this layer already, is left with the outputs of
-        the dense layer by the last pass.
+        With `hand_on` the calibration is replaced by the outputs of `layer`; with `before`, a layer to pass through first, by the
+        outputs of that one. The last pass over a layer replaces the reference by the outputs of the dense layer, unless it has
+        passed through already.
         """
         linears = self.engine.decoder.linears(index)
         modules = self._modules(index, dense)
@@ -141,7 +141,7 @@ class Propagation:
             output = None
             with collector.rows(rows):
                 output = self.calibration.run(index, layer, hidden)
-            if advances:  # last of all: a batch that failed halfway comes again
+            if advances:  # at the very end: a batch that ran out of memory is repeated from the start
                 self.reference.activations.put(rows, reference)
             return output if hand_on else hidden if before is not None else None
 
@@ -152,7 +152,7 @@ class Propagation:
         return collector
 
     def _cache(self, index: int, layer: nn.Module, dense: nn.Module) -> None:
-        """Begin to cache outputs of a layer, and of its dense copy if it has one."""
+        """Start to cache outputs of a layer, and of its dense copy if there is one."""
         hidden = self.calibration.probe(PROBE_TOKENS)
         linears = self.engine.decoder.linears(index)
         parts = find_parts(self._modules(index, layer), linears, lambda: self.calibration.run(index, layer, hidden))
