@@ -29,17 +29,14 @@ def check_grid(experiments: Sequence[Experiment]) -> None:
         )
 
 
-def prune_grid(experiments: Sequence[Experiment]) -> Job:
-    """Prune what the cells of a grid have not pruned yet, in one pass. All have the same model and calibration.
-
-    Returns a job whose data and model serve the cells' own runs.
-    """
+def prune_grid(experiments: Sequence[Experiment]) -> None:
+    """Prune what the cells of a grid have not pruned yet, in one pass. All have the same model and calibration."""
     first = experiments[0]
     with ExitStack() as stack:
         for folder in sorted({experiment.folder for experiment in experiments}):
             stack.enter_context(locked(folder))
         shapes = skeleton(first, first.source.config())
-        for experiment in experiments:  # before the one model of all is loaded
+        for experiment in experiments:  # before the model is loaded
             check_shapes(experiment, shapes)
         job = Job(first)
         decoder = job.engine.decoder
@@ -51,4 +48,3 @@ def prune_grid(experiments: Sequence[Experiment]) -> Job:
         ]
         log.info("grid: %d cells in one pass", len(cells))
         PruningPass(job.engine, cells, "dense").run(job.calibration_ids)
-        return job

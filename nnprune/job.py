@@ -1,4 +1,4 @@
-"""The steps of one run behind its checks: ids, model, one pass over the layers, record."""
+"""The steps of one run after its settings are checked: ids, model, one pass over the layers, record."""
 
 import logging
 import shutil
@@ -34,7 +34,7 @@ from nnprune.survey import Planned, make_plans
 log = logging.getLogger(__name__)
 
 SCRATCH = "unfinished"
-"""Folder, in a run's own, of what an interrupted run has finished; removed once the record is written."""
+"""Folder within a run's own for per-layer checkpoints used to resume; removed once the record is written."""
 
 
 class Job:
@@ -42,10 +42,9 @@ class Job:
 
     Args:
         experiment: what to do.
-        like: a job of the same model, calibration and evaluation, whose token ids, model and checks of it serve here too.
     """
 
-    def __init__(self, experiment: Experiment, like: "Job | None" = None) -> None:
+    def __init__(self, experiment: Experiment) -> None:
         quieten_transformers()
         self.experiment = experiment
         self.watch = Stopwatch()
@@ -53,39 +52,13 @@ class Job:
         _warn_of_demo_texts(experiment)
         _tell_dtype(experiment)
         with self.watch.stage("data"):
-            self._read_data(like)
+            self.config = experiment.source.config()
+            check_shapes(experiment, skeleton(experiment, self.config))  # before the texts are read
+            self.tokenizer = experiment.source.tokenizer()
+            self.calibration_ids, self.evaluation_ids = token_ids(experiment, self.config, self.tokenizer)
         with self.watch.stage("load"):
-            self.engine = self._engine_of(like) if like else _engine(experiment, self.config)
-            if like is None:
-                self.engine.check_model()
-
-    def _read_data(self, like: "Job | None") -> None:
-        source = self.experiment.source
-        self.config = like.config if like else source.config()
-        if like:
-            self.tokenizer, self.calibration_ids, self.evaluation_ids = (
-                like.tokenizer,
-                like.calibration_ids,
-                like.evaluation_ids,
-            )
-        else:
-            check_shapes(self.experiment, skeleton(self.experiment, self.config))  # before the texts are read
-            self.tokenizer = source.tokenizer()
-            self.calibration_ids, self.evaluation_ids = token_ids(self.experiment, self.config, self.tokenizer)
-
-    def _engine_of(self, like: "Job") -> LayerwiseEngine:
-        """The engine of another job with this one's finished layers, or a new one for both, where that job has pruned the
-        weights that this one still needs."""
-        experiment, shared = self.experiment, like.engine
-        finished = FinishedLayers(experiment.folder / SCRATCH, shared.decoder.path)
-        is_pruned = all(index in finished for index in range(shared.num_layers))
-        if shared.store.has_dense or (is_pruned and read_completed(experiment.dense().folder) is not None):
-            shared.store.serve(finished)
-        else:
-            like.engine = None  # the model before the next one
-            del shared
-            like.engine = shared = _engine(experiment, self.config)
-        return LayerwiseEngine(shared.decoder, shared.store, experiment.runtime, experiment.folder)
+            self.engine = _engine(experiment, self.config)
+            self.engine.check_model()
 
     @cached_property
     def plan(self) -> Plan:
@@ -112,7 +85,7 @@ class Job:
         """Prune, and measure the pruned model for its `record`. Returns the record of the dense model: the one there is,
         or else a new one, for which the dense model's windows travel through the same pass."""
         dense = self.experiment.dense()
-        # Where another process measures the same dense model, as in a parallel sweep, we ask for its record afterwards.
+        # Where another process measures the same dense model, as in a parallel sweep, its record is read afterwards.
         with locked(dense.folder, wait=False) as ours:
             dense_record = read_completed(dense.folder)
             new = _new_record(dense) if ours and dense_record is None else None
@@ -124,7 +97,7 @@ class Job:
         with locked(dense.folder):
             dense_record = read_completed(dense.folder)
             if dense_record is None:  # the other one failed
-                self.engine = _engine(self.experiment, self.config)  # dense weights, which may be in memory no more
+                self.engine = _engine(self.experiment, self.config)  # dense weights may no longer be in memory
                 dense_record = _new_record(dense)
                 self._pass(None, dense_record)
                 self._finish(dense_record, dense)

@@ -21,7 +21,7 @@ class LayerStore:
         decoder: its layers hold weights when `checkpoint` is None, otherwise they are on the meta device.
         device: where a fetched layer computes; the shell is kept there for good.
         rest: host, device or disk.
-        finished: the layers that are pruned already.
+        finished: the pruned layers on disk.
         checkpoint: the dense weights, for rest "disk".
         computing_dtype: what the model's 16-bit weights are converted to on the device; None: they stay as they are.
     """
@@ -44,15 +44,14 @@ class LayerStore:
         self.checkpoint = checkpoint
         is_copied = device.type == "cuda" or self.computing_dtype != self.stored_dtype
         self.moves = is_copied and rest == "host"
-        self._on_device: set[int] = set()
         self._stored = {name: tensor.dtype for name, tensor in decoder.model.state_dict().items()}
-        self._holds: dict[int, str] = {}  # index -> "dense", "pruned" or "foreign", for layers that hold weights
+        self._on_device: set[int] = set()  # layers that can compute
+        self._pruned: set[int] = set()  # layers whose weights in memory are the finished ones
         self._at_rest: dict[int, dict[str, Tensor]] = {}  # pinned host tensors of layers that move
-        self._ahead: tuple[int, str, Future] | None = None
+        self._ahead: tuple[int, bool, Future] | None = None  # layer, whether pruned, its weights
         self._reader = ThreadPoolExecutor(1, "prefetch")
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         if checkpoint is None:
-            self._holds = dict.fromkeys(range(len(decoder.layers)), "dense")
             for index, layer in enumerate(decoder.layers):
                 state = layer.state_dict()
                 if self.moves:
@@ -65,35 +64,27 @@ class LayerStore:
             self._load_shell()
         self._move_shell()
 
-    @property
-    def has_dense(self) -> bool:
-        """Whether the dense weights of all layers can still be had."""
-        return self.checkpoint is not None or set(self._holds.values()) == {"dense"}
-
-    def serve(self, finished: FinishedLayers) -> None:
-        """Go on with the finished layers of another run of the same model."""
-        self.finished = finished
-        self._holds = {index: held if held == "dense" else "foreign" for index, held in self._holds.items()}
-
     def fetch(self, index: int, pruned: bool = True) -> nn.Module:
         """Decoder layer `index` on the device: its finished weights if there are any and `pruned`, else its dense ones.
 
         Dense weights cannot be had again once finished ones took their place, unless layers rest on disk.
         """
-        layer, wanted = self.decoder.layers[index], self._wanted(index, pruned)
-        if self._holds.get(index) != wanted or index not in self._on_device:
-            assert wanted == "pruned" or self.checkpoint or self._holds[index] == "dense"
-            self._assign(index, self._take(index, wanted))
-            self._holds[index] = wanted
+        pruned = pruned and index in self.finished
+        if pruned != (index in self._pruned) or index not in self._on_device:
+            assert pruned or self.checkpoint or index not in self._pruned
+            self._assign(index, self._take(index, pruned))
             self._on_device.add(index)
-        return layer
+            self._pruned.discard(index)
+            if pruned:
+                self._pruned.add(index)
+        return self.decoder.layers[index]
 
     def prefetch(self, index: int) -> None:
         """Begin to bring the dense weights of layer `index`, if it exists and they are not there, while something computes."""
         if index >= len(self.decoder.layers) or self._ahead is not None:
             return
-        if self.moves or self._holds.get(index) != "dense":
-            self._ahead = (index, "dense", self._reader.submit(self._bring, index, "dense"))
+        if index not in self._on_device:
+            self._ahead = (index, False, self._reader.submit(self._bring, index, False))
 
     @torch.no_grad()
     def round(self, index: int) -> None:
@@ -111,8 +102,8 @@ class LayerStore:
         return tensor.detach().to(self._stored[name])
 
     def adopt(self, index: int) -> None:
-        """Decoder layer `index` was pruned where it is, and its finished file written: what it holds is pruned."""
-        self._holds[index] = "pruned"
+        """Decoder layer `index` was pruned in place and its file written: its weights in memory are the finished ones."""
+        self._pruned.add(index)
         if self.moves:
             for name, tensor in self.decoder.layers[index].state_dict().items():
                 self._at_rest[index][name].copy_(tensor)
@@ -123,26 +114,23 @@ class LayerStore:
             self._assign(index, self._at_rest[index])
             self._on_device.discard(index)
         elif self.checkpoint is not None:
-            self._holds.pop(index, None)
             self._on_device.discard(index)
+            self._pruned.discard(index)
             for module in self.decoder.layers[index].modules():
                 for name, parameter in module._parameters.items():
                     if parameter is not None:
                         module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    def _wanted(self, index: int, pruned: bool) -> str:
-        return "pruned" if pruned and index in self.finished else "dense"
-
-    def _take(self, index: int, wanted: str) -> dict[str, Tensor]:
+    def _take(self, index: int, pruned: bool) -> dict[str, Tensor]:
         """The weights of a layer on the device, those that were prefetched if they are the right ones."""
-        if self._ahead is not None and self._ahead[:2] == (index, wanted):
+        if self._ahead is not None and self._ahead[:2] == (index, pruned):
             future, self._ahead = self._ahead[2], None
             state, event = future.result()
         else:
             if self._ahead is not None and self._ahead[0] <= index:  # nobody came for it
                 self._ahead[2].result()
                 self._ahead = None
-            state, event = self._bring(index, wanted)
+            state, event = self._bring(index, pruned)
         if event is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(event)
@@ -150,11 +138,11 @@ class LayerStore:
                 tensor.record_stream(stream)
         return state
 
-    def _bring(self, index: int, wanted: str) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+    def _bring(self, index: int, pruned: bool) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
         """The weights of a layer on the device, and what to wait for before they are used."""
-        if self._holds.get(index) == wanted and self.moves:
+        if self.moves and pruned == (index in self._pruned):
             state = self._at_rest[index]
-        elif wanted == "pruned":
+        elif pruned:
             state = self.finished.read(index)
             if self.moves:
                 state = self._at_rest[index] = {name: self._pinned(tensor) for name, tensor in state.items()}

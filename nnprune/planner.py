@@ -127,7 +127,7 @@ class Plan:
         num_evaluations = (1 + self.measures_dense) * sum(ids.numel() for ids in self.evaluation)
         width = decoder.text_config.hidden_size * decoder.model.dtype.itemsize
         sequential = self.experiment.config["propagate"] == "sequential"
-        # A shortcut keeps as much again. What is kept only where there is room, outputs of linears, does not count.
+        # Cached inputs of the last linear of the attention take as much again. Outputs, cached only where there is room, do not count.
         streams = (1 + self.experiment.method.needs_reference) * (1 + sequential)
         activations = (num_evaluations + (0 if self.experiment.is_dense else self.calibration.numel() * streams)) * width
         window = max((ids.shape[1] for ids in self.evaluation), default=0)

@@ -1,43 +1,37 @@
-"""How the calibration travels: what the linears of each decoder layer are seen to receive, and what is handed on.
+"""Takes the calibration through the decoder layers, and collects the inputs of their linears.
 
-Two streams of the same tokens: the calibration, behind the layers as `propagate` has it, and, where a method compares the two,
-the reference, behind dense layers.
+There are up to two streams of the same tokens: the calibration, which passes through the layers that `propagate` chooses, and, for
+methods that compare the two, the reference, which passes through dense layers.
 
 Letters: N samples, B batch, T tokens, D hidden.
 """
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
 
-from nnprune.activations import Activations
+from nnprune.cached_outputs import CachedOutputs, find_parts
 from nnprune.inputs import PROBE_TOKENS, InputCollector, input_groups
 from nnprune.layerwise import LayerwiseEngine
 from nnprune.method import Method
-from nnprune.runtime import available_host_bytes, resident_host_bytes
-from nnprune.shortcuts import KnownOutputs, Shortcut, find_shortcut
 from nnprune.stopwatch import Stopwatch
 from nnprune.streams import Stream
 
 PROPAGATE = ("pruned", "dense", "sequential")
 
-ROOM_SHARE = 0.25
-"""Of the host's free memory, what the outputs of one linear may take that are kept to save time."""
-
 
 class Propagation:
-    """The calibration before the decoder layer that comes next.
+    """The calibration at the input of one decoder layer after another.
 
     Args:
         engine: the model and its layers.
         mode: what later linears see. pruned: outputs of pruned layers; dense: of dense layers; sequential: of pruned layers,
             and within a layer of the linears already pruned.
         calibration: its hidden states.
-        reference: those of the dense model, if a method needs them.
-        watch: told how long forwards take.
+        reference: the hidden states of the dense model, if a method needs them.
+        watch: times the forwards.
     """
 
     def __init__(
@@ -49,12 +43,9 @@ class Propagation:
         self.calibration = calibration
         self.reference = reference
         self.watch = watch
-        self._ahead: InputCollector | None = None  # what the next layer's linears have been seen to receive already
-        self._reference_is_behind = False  # the layer that comes next
-        self._rows = slice(0, 0)  # at hand
-        # Of the calibration and of the reference, through the layer at hand:
-        self._shortcuts: dict[str, Shortcut] = {}
-        self._known: dict[str, KnownOutputs] = {}
+        self._ahead: InputCollector | None = None  # inputs of the next layer's linears, if they are collected already
+        self._reference_is_behind = False  # the reference has passed through the current layer, the calibration has not
+        self._cached: dict[nn.Module, CachedOutputs] = {}  # for the current layer, and for its dense copy
 
     def skip(self, index: int) -> None:
         """Take both streams through decoder layer `index`, which is finished."""
@@ -65,86 +56,81 @@ class Propagation:
             self.calibration.advance(index, self.store.fetch(index, pruned=self.mode != "dense"))
 
     def advance_reference(self, index: int, layer: nn.Module) -> None:
-        """Take the reference through the dense decoder layer `index` before its linears' inputs are looked at.
+        """Take the reference through the dense decoder layer `index` before the inputs of its linears are collected.
 
-        Those are then compared with what the same layer makes of the calibration itself.
+        These are then compared with the inputs that the same dense layer gives its linears for the calibration.
         """
         self.reference.advance(index, layer)
         self._reference_is_behind = True
 
     def collectors(self, index: int, layer: nn.Module, methods: Sequence[Method], hand_on: bool) -> Iterator[InputCollector]:
-        """What the linears of decoder layer `index` receive: of all at once, or, sequentially, of a group at a time, between
-        which the caller prunes it. Afterwards the reference is behind this layer, and the calibration too if dense outputs
-        are to be handed on."""
-        if self.mode != "sequential":
-            if self._ahead is None:
+        """The inputs of the linears of decoder layer `index`: of all at once or, in sequential mode, of one group at a time, which
+        the caller prunes before it asks for the next. Afterwards the reference has passed through this layer, and in dense mode
+        with `hand_on` the calibration has too."""
+        groups = self._groups(index, layer) if self._ahead is None else self._ahead.groups
+        passes, dense = [groups], layer
+        if self.mode == "sequential":
+            passes = [[names] for names in groups]
+            if any(method.pairs_inputs for method in methods) or (self.reference and not self._reference_is_behind):
+                dense = copy.deepcopy(layer)
+            self._cache(index, layer, dense)
+        for seen in passes:
+            collector, self._ahead = self._ahead, None
+            if collector is None:
                 with self.watch.stage("calibration"):
-                    collector = self._collector(index, layer, layer, methods, self._groups(index, layer))
-                    self._collect(index, layer, layer, collector, hand_on and self.mode == "dense", is_last=True)
-            else:
-                collector, self._ahead = self._ahead, None
-            collector.finish()
-            self._reference_is_behind = False
-            yield collector
-            return
-        pairs = any(method.pairs_inputs for method in methods)
-        dense = copy.deepcopy(layer) if pairs or (self.reference and not self._reference_is_behind) else layer
-        groups = self._groups(index, layer)
-        self._find_shortcuts(index, layer, both=dense is not layer)
-        final: list[str] = []
-        for names in groups:
-            with self.watch.stage("calibration"):
-                collector = self._collector(index, layer, dense, methods, [names])
-                self._collect(index, layer, dense, collector, hand_on=False, is_last=names is groups[-1], final=final)
-            final += [self._within(index, name) for name in names]
+                    is_last = seen is passes[-1]
+                    collector = self._collect(index, layer, dense, methods, seen, hand_on and self.mode == "dense", is_last)
             collector.finish()
             yield collector
         self._reference_is_behind = False
 
-    def forget(self) -> None:
-        """The weights of the layer at hand have changed once more: nothing of it is known any more."""
-        for known in (*self._shortcuts.values(), *self._known.values()):
-            known.close()
-        self._shortcuts, self._known = {}, {}
+    def invalidate(self) -> None:
+        """Drop cached outputs: the weights of the current layer have changed, or it is done."""
+        for cached in self._cached.values():
+            cached.close()
+        self._cached = {}
 
     def hand_on(self, index: int, methods: Sequence[Method]) -> None:
-        """Take the calibration through the pruned decoder layer `index`; and, for `methods` that prune the next layer as it is, each
-        batch at once into the next layer's linears, so that the activations are read once a layer."""
+        """Take the calibration through the pruned decoder layer `index`. For `methods` that prune the next layer as it is, each batch
+        goes on to that layer's linears at once, so that activations are read once per layer."""
         with self.watch.stage("calibration"):
             layer = self.store.fetch(index)
             if self.mode == "sequential" or not methods or any(method.recovery.epochs_before for method in methods):
-                final = [self._within(index, name) for name in self.engine.decoder.linears(index)]
-                with self._without_known("calibration", layer, (), final, keep=False):
-                    self.calibration.each_batch(lambda rows, hidden: self._run(index, layer, rows, hidden))
-                self.forget()
+                with self._replaying(layer, (), is_last=True):
+                    self.calibration.advance(index, layer)
+                self.invalidate()
                 return
             following = self.store.fetch(index + 1, pruned=False)
-            collector = self._collector(index + 1, following, following, methods, self._groups(index + 1, following))
-            self._collect(index + 1, following, following, collector, hand_on=False, is_last=True, before=(index, layer))
-            self._ahead = collector
+            groups = self._groups(index + 1, following)
+            self._ahead = self._collect(index + 1, following, following, methods, groups, False, True, before=(index, layer))
 
     def _collect(
         self,
         index: int,
         layer: nn.Module,
         dense: nn.Module,
-        collector: InputCollector,
+        methods: Sequence[Method],
+        groups: list[list[str]],
         hand_on: bool,
         is_last: bool,
         before: tuple[int, nn.Module] | None = None,
-        final: Sequence[str] = (),
-    ) -> None:
-        """Show a collector what layer `index` receives from the whole calibration.
+    ) -> InputCollector:
+        """The inputs of `groups` of linears of layer `index` for the whole calibration.
 
-        The calibration is left with the outputs of `before`, a layer it goes through first; with those of `layer`, if they
-        are to be handed on; or as it is. `final`: linears that are pruned already. The reference, unless it is behind this
-        layer already, is left with the outputs of the dense layer by the last collector.
+        With `hand_on` the calibration is replaced by the outputs of `layer`; with `before`, a layer to pass through first, by the
+        outputs of that one. The last pass over a layer replaces the reference by the outputs of the dense layer, unless it has
+        passed through already.
         """
+        linears = self.engine.decoder.linears(index)
+        modules = self._modules(index, dense)
+        dense_linears = {name: modules[name] for name in linears} if dense is not layer else None
+        kinds = set().union(*(method.statistics for method in methods))
+        pruners = [method.pruner for method in methods]
+        collector = InputCollector(kinds, pruners, groups, linears, self.calibration.ids.shape[1], dense_linears)
         pairs = collector.pairs
         advances = self.reference is not None and not self._reference_is_behind and is_last
 
         def step(rows: slice, hidden: Tensor) -> Tensor | None:
-            self._rows = rows
             if before is not None:
                 hidden = self.calibration.run(*before, hidden)
             reference = None
@@ -155,79 +141,31 @@ class Propagation:
             output = None
             with collector.rows(rows):
                 output = self.calibration.run(index, layer, hidden)
-            if advances:  # last of all: a batch that failed halfway comes again
+            if advances:  # at the very end: a batch that ran out of memory is repeated from the start
                 self.reference.activations.put(rows, reference)
             return output if hand_on else hidden if before is not None else None
 
-        seen = [name for names in collector.groups for name in names]
-        with collector.watching(stop=not hand_on), ExitStack() as stack:
-            stack.enter_context(self._without_known("calibration", layer, seen, final, keep=True))
-            if pairs or advances:
-                stack.enter_context(self._without_known("reference", dense, seen, final, keep=not advances))
+        seen = [name for names in groups for name in names]
+        of_reference = self._replaying(dense, seen, is_last) if dense is not layer else nullcontext()
+        with collector.watching(stop=not hand_on), self._replaying(layer, seen, is_last=False), of_reference:
             self.calibration.each_batch(step)
+        return collector
 
-    def _run(self, index: int, layer: nn.Module, rows: slice, hidden: Tensor) -> Tensor:
-        self._rows = rows
-        return self.calibration.run(index, layer, hidden)
-
-    @contextmanager
-    def _without_known(
-        self, stream: str, layer: nn.Module, seen: Sequence[str], final: Sequence[str], keep: bool
-    ) -> Iterator[None]:
-        """A pass of this stream through the layer, up to the linears that are now `seen`, which leaves out what is known of it, and
-        with `keep` remembers what linears gave that are `final`."""
-        shortcut, known = self._shortcuts.get(stream), self._known.get(stream)
-        if known is None:
-            yield
-            return
-        with ExitStack() as stack:
-            if shortcut is not None:
-                final = [name for name in final if name == shortcut.linear or not name.startswith(f"{shortcut.module}.")]
-                is_end = any(name.endswith(f".{shortcut.linear}") for name in seen)
-                stack.enter_context((shortcut.recording if is_end else shortcut.used)(layer, lambda: self._rows))
-            stack.enter_context(known.used(layer, final, keep, lambda: self._rows))
-            yield
-
-    def _find_shortcuts(self, index: int, layer: nn.Module, both: bool) -> None:
-        linears = {self._within(index, name): linear for name, linear in self.engine.decoder.linears(index).items()}
+    def _cache(self, index: int, layer: nn.Module, dense: nn.Module) -> None:
+        """Start to cache outputs of a layer, and of its dense copy if there is one."""
         hidden = self.calibration.probe(PROBE_TOKENS)
-        found = find_shortcut(layer, linears, lambda: self.calibration.run(index, layer, hidden))
-        for stream in ("calibration", "reference") if both else ("calibration",):
-            if found:
-                self._shortcuts[stream] = Shortcut(*found, partial(self._buffer, stream))
-            self._known[stream] = KnownOutputs(partial(self._room_for_outputs, stream))
-
-    def _buffer(self, stream: str, width: int) -> Activations:
-        """Room for what a linear of `width` inputs receives from the whole calibration."""
-        like, runtime = self.calibration.activations.tensor, self.engine.runtime
-        path = self.engine.scratch / f"activations-shortcut-{stream}.bin"
-        return Activations((*like.shape[:2], width), like.dtype, self.engine.device, runtime.activations, path)
-
-    def _room_for_outputs(self, stream: str, width: int) -> Activations | None:
-        """Room for `width` outputs likewise, if there is plenty in the device's own memory: from elsewhere they come no sooner
-        than they are computed again."""
-        like = self.calibration.activations
-        num_bytes = like.tensor.shape[:2].numel() * width * like.tensor.itemsize
-        is_cpu = self.engine.device.type == "cpu"
-        if not like.is_near or (is_cpu and num_bytes > ROOM_SHARE * (available_host_bytes() - resident_host_bytes())):
-            return None
-        outputs = self._buffer(stream, width)
-        return outputs if outputs.is_near else None
-
-    def _collector(
-        self, index: int, layer: nn.Module, dense: nn.Module, methods: Sequence[Method], groups: list[list[str]]
-    ) -> InputCollector:
         linears = self.engine.decoder.linears(index)
-        reference = None
-        if dense is not layer:
-            reference = {name: dense.get_submodule(self._within(index, name)) for name in linears}
-        kinds = set().union(*(method.statistics for method in methods))
-        own = [method.pruner for method in methods]
-        return InputCollector(kinds, own, groups, linears, self.calibration.ids.shape[1], reference)
+        parts = find_parts(self._modules(index, layer), linears, lambda: self.calibration.run(index, layer, hidden))
+        for one, name in {dense: "dense", layer: "pruned"}.items():
+            path = self.engine.scratch / f"activations-{name}"
+            self._cached[one] = CachedOutputs(self._modules(index, one), parts, self.calibration, path)
 
-    def _within(self, index: int, name: str) -> str:
-        """The name that a linear of decoder layer `index` has within it."""
-        return name.removeprefix(f"{self.engine.decoder.path}.{index}.")
+    def _replaying(self, layer: nn.Module, seen: Sequence[str], is_last: bool) -> AbstractContextManager:
+        return self._cached[layer].replaying(seen, is_last) if layer in self._cached else nullcontext()
+
+    def _modules(self, index: int, layer: nn.Module) -> dict[str, nn.Module]:
+        """The submodules of decoder layer `index`, or of its copy, by their names in the whole model."""
+        return dict(layer.named_modules(prefix=f"{self.engine.decoder.path}.{index}"))
 
     def _groups(self, index: int, layer: nn.Module) -> list[list[str]]:
         hidden = self.calibration.probe(PROBE_TOKENS)

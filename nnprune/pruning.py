@@ -110,7 +110,7 @@ class PruningPass:
             if any(method.needs_reference for method in methods):
                 reference = stack.enter_context(self.engine.stream(ids, "reference"))
             propagation = Propagation(self.engine, self.propagate, calibration, reference, self.watch)
-            stack.callback(propagation.forget)
+            stack.callback(propagation.invalidate)
             yield propagation
 
     def _advance(self, index: int, streams: Sequence[Stream], stage: str, pruned: bool) -> nn.Module:
@@ -169,7 +169,7 @@ class PruningPass:
     def _tune(self, index: int, layer: nn.Module, propagation: Propagation, num_epochs: int) -> dict[str, Any]:
         """Tune layer `index` towards the reference, which is behind it already."""
         calibration, reference = propagation.calibration, propagation.reference
-        propagation.forget()
+        propagation.invalidate()
         with self.watch.stage("recover"):
             return self.cells[0].method.recovery.tune(
                 index,

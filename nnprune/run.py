@@ -31,10 +31,8 @@ class RunFailed(CompactHydraException):
     """One line for the user instead of a traceback, which is in the run's log."""
 
 
-def run(cfg: DictConfig, pruner: Any = None, like: Any = None) -> RunRecord:
+def run(cfg: DictConfig, pruner: Any = None) -> RunRecord:
     """Prune and evaluate as `cfg` says, with `pruner` in place of the config's if given, and return the record.
-
-    `like` is a Job of the same model, calibration and evaluation, if there is one, whose data and model then serve here too.
 
     A finished run is not repeated, and an interrupted one goes on where it stopped. Whatever fails is recorded before it
     is raised.
@@ -49,7 +47,7 @@ def run(cfg: DictConfig, pruner: Any = None, like: Any = None) -> RunRecord:
         with locked(experiment.folder), logged(experiment.folder):
             record = _finished(experiment)
             if record is None:
-                record = Job(experiment, like).run()
+                record = Job(experiment).run()
                 log.info(_summary(record))
             else:
                 log.info("finished already, nothing to do (overwrite=true runs it again): %s", _summary(record))
@@ -77,12 +75,13 @@ def run_grid(cfgs: Sequence[DictConfig]) -> list[RunRecord]:
         with locked(experiment.folder):
             if not experiment.is_dense and _finished(experiment) is None:
                 unfinished.append(experiment)
-    job = prune_grid(unfinished) if unfinished else None
+    if unfinished:
+        prune_grid(unfinished)
     records, failures = [], []
     for cfg in cfgs:
         cfg.overwrite = False  # what there was is gone already, and the finished layers are new
         try:
-            records.append(run(cfg, like=job))
+            records.append(run(cfg))
         except (ValueError, OSError) as error:
             failures.append(error)
             log.error("error: %s", error)

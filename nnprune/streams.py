@@ -40,6 +40,7 @@ class Stream:
         first = decoder.embed(ids[:1].to(self.device))
         shape = (*ids.shape, first.shape[-1])
         self.activations = Activations(shape, first.dtype, self.device, runtime.activations, path)
+        self.rows = slice(0, 0)  # those that `each_batch` is at
         self._calls: dict[torch.Size, list[LayerCall]] = {}
         self._each_batch(lambda rows: self.activations.put(rows, decoder.embed(ids[rows].to(self.device))))
 
@@ -70,6 +71,7 @@ class Stream:
         """
 
         def replace(rows: slice) -> None:
+            self.rows = rows
             output = step(rows, self.activations.get(rows))
             if output is not None:
                 self.activations.put(rows, output)

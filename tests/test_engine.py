@@ -257,9 +257,10 @@ def test_every_dtype(dtype, tiny_config):
     assert str(AutoModelForCausalLM.from_pretrained(folder).dtype) == f"torch.{dtype}"
 
 
-def test_out_of_memory_halves_the_batch_and_counts_no_token_twice(tmp_path):
+@pytest.mark.parametrize("propagate", ["pruned", "sequential"])
+def test_out_of_memory_halves_the_batch_and_counts_no_token_twice(propagate, tmp_path):
     reference, witness = Witness(), Witness()
-    prune_model(tmp_path / "a", method=reference, batch_tokens=32)
+    prune_model(tmp_path / "a", method=reference, propagate=propagate, batch_tokens=32)
     model = FAMILIES["llama"]()
 
     def small_device(module, args):
@@ -268,7 +269,7 @@ def test_out_of_memory_halves_the_batch_and_counts_no_token_twice(tmp_path):
 
     for layer in model.model.layers:
         layer.mlp.down_proj.register_forward_pre_hook(small_device)  # the other linears have been seen by then
-    prune_model(tmp_path / "b", method=witness, model=model, batch_tokens=64)
+    prune_model(tmp_path / "b", method=witness, propagate=propagate, model=model, batch_tokens=64)
     assert witness.seen.keys() == reference.seen.keys()
     for name, hessian in reference.seen.items():
         torch.testing.assert_close(witness.seen[name], hessian)

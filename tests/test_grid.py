@@ -17,7 +17,6 @@ from nnprune.cli import gather_grid, is_grid
 from nnprune.experiment import build
 from nnprune.finished import FinishedLayers
 from nnprune.job import Job
-from nnprune.loading import ModelSource
 from nnprune.method import Method
 from nnprune.patterns import parse_pattern
 from nnprune.pruning import Cell, PruningPass
@@ -126,15 +125,20 @@ def test_from_outside(run_cli, tiny_model_dir, small_text, tmp_path):
     assert "propagate=pruned" in wrong.stdout
 
 
-def test_the_model_is_loaded_once(tiny_config, monkeypatch):
-    loads, load = [], ModelSource.load
-    monkeypatch.setattr(ModelSource, "load", lambda self, config: loads.append(1) or load(self, config))
+def test_the_dense_model_is_measured_once(tiny_config, monkeypatch):
+    measured, finish = [], Job._finish
+
+    def note(self, record, experiment):
+        measured.append(experiment.is_dense)
+        finish(self, record, experiment)
+
+    monkeypatch.setattr(Job, "_finish", note)
+    shutil.rmtree(build(configs(tiny_config)[0]).dense().folder, ignore_errors=True)
     run_grid(configs(tiny_config))
-    assert len(loads) == 1
+    assert sorted(measured) == [False] * len(CELLS) + [True]
 
 
 def test_a_dense_model_that_failed_to_be_measured_is_measured_by_the_next_cell(tiny_config, monkeypatch):
-    """Its weights are not those of the cell before."""
     cfgs = configs(tiny_config, "evaluation.max_windows=4")[:3]
     expected = run(tiny_config("sparsity=dense", "evaluation.max_windows=4", "seed=7")).metrics
     finish, failed = Job._finish, []

@@ -1,30 +1,31 @@
-"""Sequential passes that leave out what is known already give the same bits."""
+"""Sequential passes that look up outputs instead of computing them again give the same bits."""
 
 from collections import Counter
 
 import pytest
 import torch
 from families import FAMILIES
-from test_engine import prune_model
+from test_engine import IDS, prune_model
 from test_propagation import recover
 
+import nnprune.cached_outputs
 import nnprune.propagation
-from nnprune.activations import Activations
+from nnprune.cached_outputs import CachedOutputs, Part, find_parts
 from nnprune.decoder import Decoder
 from nnprune.method import Method
 from nnprune.pruners.sparsegpt import SparseGPT
-from nnprune.shortcuts import KnownOutputs, find_shortcut
+from nnprune.runtime import Runtime
+from nnprune.streams import Stream
 from nnprune.targets import Asymmetric
 
 
-def found_in(family: str) -> tuple[str, str, int | None] | None:
+def parts_of(family: str) -> dict[str, Part]:
     decoder = Decoder(FAMILIES[family]())
     layer, ids = decoder.layers[0], torch.zeros(1, 8, dtype=torch.int64)
-    prefix = f"{decoder.path}.0."
-    linears = {name.removeprefix(prefix): linear for name, linear in decoder.linears(0).items()}
+    linears = [name.removeprefix(f"{decoder.path}.0.") for name in decoder.linears(0)]
     call = decoder.record_calls(ids)[0]
     with torch.no_grad():
-        return find_shortcut(layer, linears, lambda: layer(decoder.embed(ids), *call.args, **call.kwargs))
+        return find_parts(dict(layer.named_modules()), linears, lambda: layer(decoder.embed(ids), *call.args, **call.kwargs))
 
 
 @pytest.mark.parametrize(
@@ -39,8 +40,14 @@ def found_in(family: str) -> tuple[str, str, int | None] | None:
     ],
 )
 def test_the_attention_is_found(family, linear):
-    module, found, _ = found_in(family)
-    assert (module, found) == (linear.rsplit(".", 1)[0], linear)
+    parts, attention = parts_of(family), linear.rsplit(".", 1)[0]
+    assert parts[attention].linear == linear
+    others = parts.keys() - {attention}
+    assert len(others) == (
+        0 if family == "opt" else 3 if "self_attn.o_proj" in linear else 2
+    )  # OPT flattens the tokens of its MLP
+    assert all(parts[name] == Part(name, None) for name in others)
+    assert not any(name.startswith(f"{attention}.") for name in others)
 
 
 CASES = [
@@ -50,16 +57,15 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "method"), CASES)
-def test_shortcuts_change_no_bit(family, method, tmp_path, monkeypatch):
+def test_caching_changes_no_bit(family, method, tmp_path, monkeypatch):
     def make() -> Method:
         return Method(SparseGPT()) if method == "plain" else Method(SparseGPT(), Asymmetric(), recovery=recover(1, 1))
 
     options = {"family": family, "propagate": "sequential", "batch_tokens": 32}
-    short, _ = prune_model(tmp_path / "a", method=make(), **options)
-    monkeypatch.setattr(nnprune.propagation, "find_shortcut", lambda *_: None)
-    monkeypatch.setattr(nnprune.propagation, "ROOM_SHARE", 0)
-    long, _ = prune_model(tmp_path / "b", method=make(), **options)
-    for (name, one), two in zip(short.state_dict().items(), long.state_dict().values(), strict=True):
+    cached, _ = prune_model(tmp_path / "a", method=make(), **options)
+    monkeypatch.setattr(nnprune.propagation, "find_parts", lambda *_: {})
+    computed, _ = prune_model(tmp_path / "b", method=make(), **options)
+    for (name, one), two in zip(cached.state_dict().items(), computed.state_dict().values(), strict=True):
         assert torch.equal(one, two), name
 
 
@@ -90,33 +96,52 @@ def test_a_linear_is_computed_once_a_layer(tmp_path, monkeypatch):
     assert rows["down_proj"] == 2 * 4  # nothing is handed on behind the last layer
 
 
-def test_outputs_are_kept_where_there_is_room(tmp_path, monkeypatch):
-    assert rows_through_linears(tmp_path, monkeypatch, activations="disk")["o_proj"] > 3 * 4
+def test_outputs_are_cached_where_there_is_room(tmp_path, monkeypatch):
+    assert rows_through_linears(tmp_path / "a", monkeypatch, activations="disk")["o_proj"] == 3 * 3 * 4 - 4
+    monkeypatch.setattr(nnprune.cached_outputs, "ROOM_SHARE", 0)
+    assert rows_through_linears(tmp_path / "b", monkeypatch)["o_proj"] == 3 * 3 * 4 - 4
+
+
+class Counted(torch.nn.Linear):
+    num_calls = 0
+
+    def forward(self, X):
+        self.num_calls += 1
+        return super().forward(X)
 
 
 class Twice(torch.nn.Module):
-    """Calls one linear twice."""
+    """Calls one linear twice, another once."""
 
     def __init__(self):
         super().__init__()
-        self.linear, self.other = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        self.twice, self.once = torch.nn.Linear(32, 32), Counted(32, 32)
 
     def forward(self, X):
-        return self.linear(self.linear(X)) + self.other(X)
+        return self.twice(self.twice(X)) + self.once(X)
 
 
 @torch.no_grad()
-def test_what_is_called_twice_is_computed(tmp_path):
-    layer, X = Twice(), torch.randn(4, 3, 8)
-    wanted = layer(X)
-    known = KnownOutputs(lambda width: Activations((4, 3, width), torch.float32, X.device, "host", tmp_path))
-    at_hand = []
-    for keep in (True, False):
-        with known.used(layer, ["linear", "other"], keep, lambda: at_hand[-1]):
-            for rows in (slice(0, 2), slice(2, 4)):
-                at_hand.append(rows)
-                assert torch.equal(layer(X[rows]), wanted[rows])
-    assert known._complete == {"other"}
+def test_a_linear_that_is_called_twice_is_not_cached(tmp_path):
+    layer, linears = Twice(), ["twice", "once"]
+    modules = dict(layer.named_modules())
+    parts = find_parts(modules, linears, lambda: layer(torch.zeros(1, 8, 32)))
+    assert parts == {"once": Part("once", None)}
+    runtime, wanted = Runtime(device="cpu", batch_tokens=32), {}
+    with Stream(Decoder(FAMILIES["llama"]()), runtime, IDS, tmp_path / "stream") as stream:
+        stream.each_batch(lambda rows, hidden: wanted.update({rows.start: layer(hidden)}))
+
+        def check(rows, hidden):
+            assert torch.equal(layer(hidden), wanted[rows.start])
+
+        cached = CachedOutputs(modules, parts, stream, tmp_path / "cached")
+        for seen, num_calls in ((linears, 3), ((), 3), ((), 0)):  # not final yet, recorded, looked up
+            layer.once.num_calls = 0
+            with cached.replaying(seen, is_last=False):
+                stream.each_batch(check)
+            assert layer.once.num_calls == num_calls
+        cached.close()
+    assert "forward" not in vars(layer.once)
 
 
 @pytest.mark.parametrize("activations", ["host", "disk"])
