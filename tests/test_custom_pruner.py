@@ -9,6 +9,7 @@ from conftest import ROOT
 
 import nnprune
 from nnprune import BaseActAwareUnstructuredPruner
+from nnprune.patterns import NM
 
 FENCES = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 README = FENCES.findall((ROOT / "README.md").read_text(encoding="utf-8"))
@@ -144,3 +145,18 @@ def test_a_pruner_that_breaks_the_contract_is_named(answer, complaint, tmp_path)
         nnprune.prune(pruner=Broken(answer), overrides=[*SMALL, f"outputs={tmp_path}"])
     assert "layers.0" in str(error.value)
     assert "Broken" in str(error.value)
+
+
+def test_the_documents_diff_is_a_pruner():
+    """What the diff of docs/pruner.md adds; tests/test_contract.py would find it in conf/pruner/."""
+    [diff] = [code for language, code in DOCUMENT if language == "diff"]
+    added = diff.rpartition("@@\n")[2]
+    namespace = {}
+    exec("\n".join(line[1:] for line in added.splitlines()), namespace)
+    pruner = namespace["STADE"]()
+    W, X = torch.randn(8, 32), torch.randn(2, 50, 32) + 1
+    X[..., 3] = 7  # loud, but it never changes
+    pruner.add_linear_activations("l", X)
+    pruned = pruner.prune_linear(W, "l", NM(2, 4))
+    assert (pruned != 0).unflatten(1, (-1, 4)).sum(-1).eq(2).all()
+    assert not pruned[:, 3].any()
