@@ -53,13 +53,14 @@ class LayerStore:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         if checkpoint is None:
             for index, layer in enumerate(decoder.layers):
-                state = layer.state_dict()
                 if self.moves:
-                    self._at_rest[index] = {name: self._pinned(tensor) for name, tensor in state.items()}
+                    self._at_rest[index] = {name: self._pinned(tensor) for name, tensor in layer.state_dict().items()}
                     self._assign(index, self._at_rest[index])
-                else:
-                    self._assign(index, {name: self._computing(tensor) for name, tensor in state.items()})
-                    self._on_device.add(index)
+                    continue
+                layer.to(device)
+                self._on_device.add(index)
+                if self.computing_dtype != self.stored_dtype:
+                    self._assign(index, {name: self._computing(tensor) for name, tensor in layer.state_dict().items()})
         else:
             self._load_shell()
         self._move_shell()

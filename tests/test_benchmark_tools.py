@@ -1,4 +1,4 @@
-"""The tools that show that a model larger than memory can be pruned."""
+"""The tools of benchmarks/memory, and solvers.py."""
 
 import json
 import shutil
@@ -14,10 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nnprune.run import run
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT))  # `benchmarks` is no part of the installed package
 
-import check_saved
-import make_random_checkpoint
+from benchmarks.memory import check_saved, make_random_checkpoint
 
 SHAPE = ["--hidden=32", "--layers=3", "--heads=4", "--ffn=64", "--vocab=4096", "--positions=64"]
 HOG = "blocks = [bytearray(b'x' * 2**20) for _ in range({})]; print('survived')"
@@ -30,7 +29,7 @@ with open(sys.argv[1], "rb") as file:
 
 
 def memory_limit(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "benchmarks" / "memory_limit.py"), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "memory" / "memory_limit.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=False)
 
 

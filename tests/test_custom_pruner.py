@@ -1,4 +1,4 @@
-"""The README's section "Write a pruner", run as it stands, and a class of the nn-pruning toolkit, run unchanged."""
+"""The classes of docs/pruner.md and the README, run as they stand, and a class of the nn-pruning toolkit, run unchanged."""
 
 import math
 import re
@@ -9,40 +9,46 @@ from conftest import ROOT
 
 import nnprune
 from nnprune import BaseActAwareUnstructuredPruner
+from nnprune.patterns import NM
 
-SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("## Write a pruner")[1].split("\n## ")[0]
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", SECTION, re.DOTALL)
+FENCES = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+README = FENCES.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+DOCUMENT = FENCES.findall((ROOT / "docs" / "pruner.md").read_text(encoding="utf-8"))
 SMALL = ["calibration.num_samples=4", "calibration.seq_len=64", "evaluation.seq_len=64", "evaluation.max_windows=4"]
 
 
 @pytest.fixture
 def users_folder(tmp_path, monkeypatch):
-    """A folder with the README's classes in my_pruner.py."""
-    python = [code for language, code in BLOCKS if language == "python" and "class " in code]
-    assert len(python) == 2
+    """A folder with the document's classes in my_pruner.py."""
+    python = [code for language, code in DOCUMENT if language == "python" and "class " in code]
+    assert len(python) == 3
     (tmp_path / "my_pruner.py").write_text("\n\n".join(python), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 
 
-def test_the_readmes_command_runs_from_a_users_folder(users_folder, run_cli):
-    [command] = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines() if "my_pruner" in line]
+def test_the_readmes_command_runs_from_a_users_folder(run_cli, tmp_path):
+    [python] = [code for language, code in README if language == "python"]
+    (tmp_path / "my_pruner.py").write_text(python, encoding="utf-8")
+    [command] = {
+        line for _, code in README + DOCUMENT for line in code.splitlines() if "nnprune.run" in line and "my_pruner" in line
+    }
     assert "pruner=custom pruner._target_=my_pruner.MyPruner +pruner.alpha=0.7" in command
     arguments = command.split("nnprune.run ")[1].split()
-    result = run_cli(*arguments, *SMALL, cwd=users_folder)
+    result = run_cli(*arguments, *SMALL, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    [path] = users_folder.glob("outputs/demo/*/MyPruner-*/result.json")
+    [path] = tmp_path.glob("outputs/demo/*/MyPruner-*/result.json")
     assert '"alpha": 0.7' in path.read_text()
 
 
 @pytest.mark.parametrize("sparsity", [0.5, "2:4"])
-def test_the_readmes_classes_run_from_python(users_folder, sparsity):
+def test_the_documents_classes_run_from_python(users_folder, sparsity):
     import my_pruner
 
     settings = [*SMALL, f"outputs={users_folder / 'records'}"]
     found = [value for value in vars(my_pruner).values() if isinstance(value, type) and value.__module__ == "my_pruner"]
-    assert len(found) == 3
+    assert len(found) == 4
     perplexities = set()
     for kind in found:
         record = nnprune.prune(pruner=kind(), model_name="demo", sparsity=sparsity, overrides=settings)
@@ -53,8 +59,8 @@ def test_the_readmes_classes_run_from_python(users_folder, sparsity):
     assert len(perplexities) > 1
 
 
-def test_the_readmes_python_snippet(users_folder):
-    [snippet] = [code for language, code in BLOCKS if language == "python" and "nnprune.prune(" in code]
+def test_the_documents_python_snippet(users_folder):
+    [snippet] = [code for language, code in DOCUMENT if language == "python" and "nnprune.prune(" in code]
     small = snippet.replace("sparsity=", f"overrides={SMALL!r}, sparsity=")
     assert small != snippet
     namespace = {}
@@ -139,3 +145,18 @@ def test_a_pruner_that_breaks_the_contract_is_named(answer, complaint, tmp_path)
         nnprune.prune(pruner=Broken(answer), overrides=[*SMALL, f"outputs={tmp_path}"])
     assert "layers.0" in str(error.value)
     assert "Broken" in str(error.value)
+
+
+def test_the_documents_diff_is_a_pruner():
+    """What the diff of docs/pruner.md adds; tests/test_contract.py would find it in conf/pruner/."""
+    [diff] = [code for language, code in DOCUMENT if language == "diff"]
+    added = diff.rpartition("@@\n")[2]
+    namespace = {}
+    exec("\n".join(line[1:] for line in added.splitlines()), namespace)
+    pruner = namespace["STADE"]()
+    W, X = torch.randn(8, 32), torch.randn(2, 50, 32) + 1
+    X[..., 3] = 7  # loud, but it never changes
+    pruner.add_linear_activations("l", X)
+    pruned = pruner.prune_linear(W, "l", NM(2, 4))
+    assert (pruned != 0).unflatten(1, (-1, 4)).sum(-1).eq(2).all()
+    assert not pruned[:, 3].any()

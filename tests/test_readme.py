@@ -1,4 +1,4 @@
-"""The README's commands are real ones: each composes, each option of the collector exists, each file named is there."""
+"""The README and the documents: each command composes, each option of the collector exists, each link leads somewhere."""
 
 import re
 import runpy
@@ -9,11 +9,22 @@ from conftest import ROOT, compose_config
 from omegaconf import OmegaConf
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = "\n".join(re.findall(r"```(?:bash)?\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
-RUNS = sorted(
-    set(re.findall(r"python -m nnprune\.run\b(.*)", BLOCKS) + re.findall(r"`python -m nnprune\.run\b([^`]*)`", README))
-)
-COLLECTS = re.findall(r"python scripts/collect\.py\b(.*)", BLOCKS)
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+
+
+def commands(program: str) -> list[str]:
+    """What follows `program` in the fenced blocks and the inline code of all documents."""
+    found = set()
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        blocks = "\n".join(re.findall(r"```(?:bash)?\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+        plain = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+        found |= set(re.findall(rf"{program}\b(.*)", blocks)) | set(re.findall(rf"`{program}\b([^`]*)`", plain))
+    return sorted(line.partition(" #")[0].rstrip(" &") for line in found if "..." not in line)
+
+
+RUNS = commands(r"python -m nnprune\.run")
+COLLECTS = commands(r"python scripts/collect\.py")
 FLAGS = ("-m", "--cfg", "job")
 
 
@@ -25,43 +36,50 @@ def choices(override: str) -> list[str]:
 
 @pytest.mark.parametrize("arguments", RUNS)
 def test_every_run_composes(arguments):
-    overrides = [word for word in shlex.split(arguments) if word not in FLAGS and "hydra" not in word]
-    for override in overrides:
-        if override.startswith(("pruner._target_", "+pruner.alpha")):
-            continue  # run for real by test_custom_pruner.py
-        for choice in choices(override):
-            context = ["model=local"] if choice.startswith(("calibration.", "evaluation.", "model.")) else []
-            context += [word for word in overrides if word.startswith(("calibration=", "evaluation="))]
-            OmegaConf.to_container(compose_config(*context, choice))
+    """Each choice of a sweep, beside the first or last ones of the others."""
+    words = [word for word in shlex.split(arguments) if word not in FLAGS and "hydra" not in word]
+    words = [word for word in words if not word.startswith(("pruner._target_", "+pruner.alpha"))]  # see test_custom_pruner.py
+    words = [word for word in words if word != "pruner=stade"]  # the example of docs/pruner.md
+    sweeps = [choices(word) for word in words]
+    for place in range(max(map(len, sweeps), default=1)):
+        OmegaConf.to_container(compose_config(*(sweep[min(place, len(sweep) - 1)] for sweep in sweeps)))
 
 
 def test_there_are_runs_and_collects():
-    assert len(RUNS) >= 7
+    assert len(RUNS) >= 20
     assert len(COLLECTS) >= 5
 
 
 @pytest.mark.parametrize("arguments", COLLECTS)
-def test_every_collect_parses(arguments):
+def test_every_collect_parses(arguments, capsys):
     parse_args = runpy.run_path(str(ROOT / "scripts" / "collect.py"))["parse_args"]
-    parse_args(shlex.split(arguments))
+    if "--help" not in arguments:
+        parse_args(shlex.split(arguments))
 
 
-def test_every_file_named_exists():
-    table = README.split("## Files")[1]
-    named = [name for name in re.findall(r"`([\w/]+(?:\.py|/))`", table) if name != "outputs/readme/"]
-    assert len(named) > 20
-    for name in named:
-        assert (ROOT / name).exists() or (ROOT / "nnprune" / name).exists(), name
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_and_a_heading(path):
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], link
 
 
-def test_every_module_is_in_the_table_of_files():
-    table = README.split("## Files")[1]
-    for path in (ROOT / "nnprune").glob("*.py"):
-        assert path.name == "__init__.py" or path.name in table, path.name
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200
 
 
-def test_every_option_is_in_the_table_of_options():
-    for group in ("pruner", "allocation", "calibration", "evaluation", "runtime", "experiment"):
+def test_the_table_of_options_is_that_of_conf():
+    """Pruners may be more: a new one is a file in nnprune/pruners/ and one in conf/pruner/, and nothing else."""
+    groups = ("pruner", "allocation", "target", "update", "recover", "calibration", "evaluation", "runtime", "experiment")
+    for group in groups:
         [row] = re.findall(rf"^\| `{group}` \|.*$", README, re.MULTILINE)
-        for path in (ROOT / "conf" / group).glob("*.yaml"):
-            assert f"`{path.stem}`" in row, (group, path.stem)
+        named = set(re.findall(r"`([\w.]+)`", row)) - {group}
+        files = {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
+        assert named <= files, (group, named - files)
+        assert group == "pruner" or named == files, (group, files - named)

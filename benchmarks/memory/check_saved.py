@@ -1,6 +1,6 @@
 """Checks a saved pruned model against the dense one, a tensor at a time, without loading either.
 
-    python benchmarks/check_saved.py outputs/demo/2of4/wanda-1a2b3c4d/model --dense nnprune/data/demo --pattern 2:4
+    python benchmarks/memory/check_saved.py outputs/demo/2of4/wanda-1a2b3c4d/model --dense nnprune/data/demo --pattern 2:4
 
 Every weight must be there under the same name, with the same shape and dtype as in the dense checkpoint, and finite;
 every linear of the decoder layers must have the sparsity pattern; everything else must be the dense model's to the last
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package beside this script, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout's packages, installed or not
 
 import torch
 from safetensors import safe_open

@@ -1,17 +1,18 @@
 """Writes a random checkpoint in the shape of a named model, for what depends on shapes alone: memory and time.
 
-    python benchmarks/make_random_checkpoint.py DIR --preset opt-6.7b
-    python benchmarks/make_random_checkpoint.py DIR --preset llama-3-8b --layers 4
-    python benchmarks/make_random_checkpoint.py DIR --hidden 1024 --layers 12 --heads 16 --ffn 4096 --vocab 4096
-    python benchmarks/make_random_checkpoint.py DIR --config config.json      any decoder-only architecture
+    python benchmarks/memory/make_random_checkpoint.py DIR --preset opt-6.7b
+    python benchmarks/memory/make_random_checkpoint.py DIR --preset llama-3-8b --layers 4
+    python benchmarks/memory/make_random_checkpoint.py DIR --hidden 1024 --layers 12 --heads 16 --ffn 4096 --vocab 4096
+    python benchmarks/memory/make_random_checkpoint.py DIR --config config.json      any decoder-only architecture
 
 The result is an ordinary Hugging Face directory in bfloat16, with shards, names and an index as `save_pretrained` makes
 them, tied weights stored once, and the embedded demo's tokenizer. Its perplexity means nothing.
 
 The model exists on the meta device only, and the files are written a chunk of a parameter at a time, so that this program
 needs a few hundred megabytes for a model of any size. Every value is drawn, none is repeated: matrices from a normal
-distribution with the architecture's own standard deviation; norms are ones and biases zeros. A parameter's values depend
-on the seed, its name and its size, not on the shards.
+distribution with the architecture's own standard deviation; norms are ones and biases zeros. Values are drawn on the CUDA
+device where there is one, else on the CPU, whose generators differ: a parameter's values depend on the seed, its name, its
+size and the kind of device, not on the shards.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package beside this script, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout's packages, installed or not
 
 import torch
 from torch import Tensor, nn
@@ -129,15 +130,16 @@ def split(parameters: dict[str, nn.Parameter], shard_bytes: int) -> list[dict[st
 
 
 def random_values(name: str, parameter: nn.Parameter, std: float, seed: int) -> Iterator[Tensor]:
-    """The values of a parameter in bfloat16 and in order, flat, at most CHUNK at once."""
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
+    """The values of a parameter in bfloat16 and in order, flat, at most CHUNK at once, on the CPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode(), seed))
     for start in range(0, parameter.numel(), CHUNK):
-        chunk = torch.empty(min(CHUNK, parameter.numel() - start))
+        chunk = torch.empty(min(CHUNK, parameter.numel() - start), device=device)
         if parameter.ndim > 1:
             chunk.normal_(0, std, generator=generator)
         else:
             chunk.fill_(0 if name.endswith("bias") else 1)
-        yield chunk.to(torch.bfloat16)
+        yield chunk.to(torch.bfloat16).cpu()
 
 
 def write_shard(file: BinaryIO, shard: dict[str, nn.Parameter], std: float, seed: int) -> None:

@@ -1,8 +1,8 @@
 """Runs a command inside a memory limit and reports its peak.
 
-    python benchmarks/memory_limit.py --limit 5GiB -- python -m nnprune.run runtime=low_memory
-    python benchmarks/memory_limit.py --limit 5GiB --cgroup /sys/fs/cgroup/mine -- COMMAND
-    python benchmarks/memory_limit.py -- COMMAND                                              only measure
+    python benchmarks/memory/memory_limit.py --limit 5GiB -- python -m nnprune.run runtime=low_memory
+    python benchmarks/memory/memory_limit.py --limit 5GiB --cgroup /sys/fs/cgroup/mine -- COMMAND
+    python benchmarks/memory/memory_limit.py -- COMMAND                                              only measure
 
 Mechanisms, in the order in which `auto` tries them:
 
@@ -38,7 +38,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cgroups import Cgroup, make_cgroup, remove_cgroup, scope_of, systemd_run
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the packages of this checkout
+
+from benchmarks.memory.cgroups import Cgroup, make_cgroup, remove_cgroup, scope_of, systemd_run
 
 MECHANISMS = ("cgroup", "systemd", "watchdog", "rlimit")
 UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}

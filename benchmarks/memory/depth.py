@@ -1,7 +1,7 @@
 """Shows that host memory does not grow with depth: the peaks of `runtime=low_memory` for a shallow and a deep model.
 
-    python benchmarks/depth.py
-    python benchmarks/depth.py --hidden 512 --ffn 2048 --heads 8 --layers 6 24 --pruners wanda
+    python benchmarks/memory/depth.py
+    python benchmarks/memory/depth.py --hidden 512 --ffn 2048 --heads 8 --layers 6 24 --pruners wanda
 
 Makes a random OPT checkpoint of each depth, prunes it to 2:4 with each method in a process of its own, dense and pruned
 evaluation and saving included, and compares the largest with the smallest depth. Exit status 1 when a peak grows by more
@@ -20,9 +20,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from memory_limit import run_limited
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the packages of this checkout
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.memory.memory_limit import run_limited
+
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {"hidden": 1024, "ffn": 4096, "heads": 16, "vocab": 4096}
 TOLERANCE = 1.05
 PEAKS = ("host", "resident", "anonymous")
@@ -40,7 +42,7 @@ class Measurement:
 
 
 def environment() -> dict[str, str]:
-    """Ours, with the package beside this script before any installed one."""
+    """Ours, with this checkout's package before any installed one."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
 
 
