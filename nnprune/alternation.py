@@ -22,8 +22,6 @@ Letters: O output features (of several linears side by side), I input features.
 import torch
 from torch import Tensor
 
-from nnprune.native import solving
-from nnprune.patterns import NM
 from nnprune.precision import FastFactor
 from nnprune.projection import Projection
 
@@ -52,21 +50,12 @@ class Alternation:
         ones does."""
         last = self._rho or rho
         pull, growth = self.alpha / rho - 1, last / rho  # V = rho U stays
-        pattern = self.projection.pattern
-        is_nm = isinstance(pattern, NM)
-        is_whole = sparsity is None or sparsity >= pattern.sparsity
-        if self.inverse.takes_packed and mask is None and (not is_nm or (is_whole and pattern.m <= solving.MOST_M)):
-            n, m = (pattern.n, pattern.m) if is_nm else (0, 0)
-            thresholds = None if is_nm else self.projection.thresholds(self.B0, self._sampled, sparsity)
-            right = solving.admm_step(self._total, self._E, self.B0, thresholds, n, m, last, growth, pull)
-            self.inverse.times_packed(right, self._E)
-        else:
-            total = self.total
-            mask = self.projection.fast(total.abs(), sparsity) if mask is None else mask
-            right = self._E.mul_(last * pull).addcmul_(total, mask)
-            U = total.addcmul_(total, mask, value=-1)
-            self._total = torch.add(self.B0, U, alpha=growth)
-            self._E = self.inverse.times(right.sub_(self._total))
+        total = self.total
+        mask = self.projection.fast(total.abs(), sparsity) if mask is None else mask
+        right = self._E.mul_(last * pull).addcmul_(total, mask)
+        U = total.addcmul_(total, mask, value=-1)
+        self._total = torch.add(self.B0, U, alpha=growth)
+        self._E = self.inverse.times(right.sub_(self._total))
         self._rho = rho
 
     @property
@@ -78,7 +67,3 @@ class Alternation:
     def total(self) -> Tensor:
         """B + U, of which P keeps the largest entries."""
         return self._total.add(self._E, alpha=self._rho or 0)
-
-    def _sampled(self, places: Tensor) -> Tensor:
-        """The sizes of some entries of B + U, by their places in the flattened tensor."""
-        return self._total.view(-1)[places].add_(self._E.view(-1)[places], alpha=self._rho or 0).abs_()

@@ -11,16 +11,12 @@ Letters: O output features (of several linears side by side), I input features. 
 import torch
 from torch import Tensor
 
-from nnprune.native import solving
 from nnprune.precision import FastFactor
 from nnprune.statistics import Hessian
 
 FLOOR = 1e-8
 """Share of the mean squared norm below which an input counts as being that loud: a dead input then costs next to nothing
 and keeps the target's weights, by the ridge."""
-
-OUTPUTS_AT_ONCE = 288
-"""Output features of a refit whose tensors should stay in the caches of a CPU."""
 
 
 class ScaledProblem:
@@ -81,21 +77,10 @@ class ScaledProblem:
         but the first are fast ones: what is solved for is the correction of B, so their rounding costs a small share of the gain.
         """
         factor = FastFactor(self.A)
-        pieces = zip(B.split(OUTPUTS_AT_ONCE, dim=1), B0.split(OUTPUTS_AT_ONCE, dim=1), strict=True)
-        return torch.cat([self._refit(factor, piece, goal, num_steps) for piece, goal in pieces], dim=1)
-
-    def _refit(self, factor: FastFactor, B: Tensor, B0: Tensor, num_steps: int) -> Tensor:
-        residual = self.A @ (B0 - B)
         B = B.clone(memory_format=torch.contiguous_format)
-        product = torch.empty_like(B)
-        if factor.takes_packed:
-            search = solving.ConjugateGradients(B, residual)
-            for _ in range(num_steps):
-                factor.times_packed(search.direction, product)
-                search.step(product)
-            return B
         support = (B != 0).to(B.dtype)
-        direction = residual.mul_(support).clone()
+        residual = (self.A @ (B0 - B)).mul_(support)
+        direction, product = residual.clone(), torch.empty_like(B)
         norm = residual.square().sum(0)
         for _ in range(num_steps):
             factor.times(direction, out=product)

@@ -13,8 +13,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nnprune.native import solving
-
 ComparisonGroup = Literal["row", "matrix"]
 
 SELECTED_AT_ONCE = 1 << 22
@@ -43,12 +41,8 @@ def keep_largest(score: Tensor, num_keep: int) -> Tensor:
     mask = torch.ones_like(score, dtype=torch.bool, memory_format=torch.contiguous_format)
     groups_at_once = max(SELECTED_AT_ONCE // width, 1)
     chunks = zip(score.flatten(0, -2).split(groups_at_once), mask.flatten(0, -2).split(groups_at_once), strict=True)
-    if num_keep < width and solving.has_selection(score):
-        select = _keep_in_groups if width <= solving.MOST_M else _keep_above
-    elif 0 < num_keep < width <= LARGEST_M and can_list(num_keep, width):
-        select = _keep_in_small_groups
-    else:
-        select = _keep_by_index
+    is_small = 0 < num_keep < width <= LARGEST_M and can_list(num_keep, width)
+    select = _keep_in_small_groups if is_small else _keep_by_index
     for scores, kept in chunks:
         select(scores, kept, num_keep)
     return mask
@@ -63,21 +57,8 @@ def _keep_by_index(scores: Tensor, kept: Tensor, num_keep: int) -> None:
 def _keep_in_small_groups(scores: Tensor, kept: Tensor, num_keep: int) -> None:
     """The same by thresholds, several times as fast."""
     planes = scores.t().contiguous()
-    above = planes >= nth_largest(planes.unbind(), num_keep)
-    kept.copy_(above.t())
-    _mend(scores, kept, num_keep, above.sum(0, dtype=torch.uint8) != num_keep)
-
-
-def _keep_in_groups(scores: Tensor, kept: Tensor, num_keep: int) -> None:
-    """The same by a kernel that counts the larger ones of each, again several times as fast."""
-    _mend(scores, kept, num_keep, solving.keep_in_groups(scores, num_keep, kept))
-
-
-def _keep_above(scores: Tensor, kept: Tensor, num_keep: int) -> None:
-    """The same by thresholds that a kernel finds, in groups of any size."""
-    level, spoilt = solving.kth_smallest(scores, scores.shape[-1] - num_keep)
-    torch.gt(scores, level[:, None], out=kept)
-    _mend(scores, kept, num_keep, spoilt)
+    torch.ge(scores, nth_largest(planes.unbind(), num_keep)[:, None], out=kept)
+    _mend(scores, kept, num_keep, kept.sum(1, dtype=torch.uint8) != num_keep)
 
 
 def _mend(scores: Tensor, kept: Tensor, num_keep: int, spoilt: Tensor) -> None:

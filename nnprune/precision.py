@@ -37,20 +37,11 @@ class FastFactor:
         self._packed = kernels.pack(rounded) if kernels.multiply_bfloat16(rounded) else None
         self._matrix = None if self._packed else matrix
 
-    @property
-    def takes_packed(self) -> bool:
-        """Whether `times_packed` serves."""
-        return self._packed is not None
-
-    def times_packed(self, right: kernels.Packed, out: Tensor) -> None:
-        """The product (I, O), in `out`, with a right (I, O) that is packed already."""
-        kernels.add_product(out, self._packed, right, keep=False)
-
     def times(self, right: Tensor, out: Tensor | None = None) -> Tensor:
         """The product (I, O) with a float32 `right` (I, O), which is not `out`."""
         if self._packed is None:
             with fast_products():
                 return torch.mm(self._matrix, right, out=out)
         out = torch.empty_like(right, memory_format=torch.contiguous_format) if out is None else out
-        self.times_packed(kernels.pack(right.bfloat16()), out)
+        kernels.add_product(out, self._packed, kernels.pack(right.bfloat16()), keep=False)
         return out

@@ -3,13 +3,11 @@
 Letters: O output features, I input features.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from nnprune.native import solving
 from nnprune.patterns import NM, SparsityPattern, can_list, nth_largest
 
 SAMPLED = 1 << 13
@@ -27,7 +25,7 @@ class Projection:
     def __init__(self, pattern: SparsityPattern, sizes: list[int]) -> None:
         self.pattern = pattern
         self.sizes = sizes
-        self._sampled: Tensor | None = None
+        self._places: Tensor | None = None  # of the sampled scores
 
     def exact(self, score_IO: Tensor) -> Tensor:
         """The mask (I, O) of the scores (I, O), with the pattern's exact counts."""
@@ -49,26 +47,15 @@ class Projection:
         score_IO.add_(mask, alpha=float(score_IO.max()))
         return self._above(score_IO, share * float(self.pattern.sparsity)).maximum(mask)
 
-    def thresholds(self, like_IO: Tensor, sample: Callable[[Tensor], Tensor], sparsity: float | None = None) -> Tensor:
-        """What scores have to exceed for `fast` to keep them, (O,), without structure.
-
-        `sample(places)` gives scores by their places in the flattened (I, O); `like_IO` is a tensor of that shape and device.
-        """
-        levels = self._levels(like_IO, sample, sparsity or float(self.pattern.sparsity))
-        return torch.cat([level.expand(size) for level, size in zip(levels, self.sizes, strict=True)])
-
     def _above(self, score_IO: Tensor, sparsity: float) -> Tensor:
-        levels = self._levels(score_IO, score_IO.view(-1).__getitem__, sparsity)
-        for score, level in zip(score_IO.split(self.sizes, dim=1), levels, strict=True):
-            score.gt_(level)
+        """1 in place of the scores (I, O) above a threshold for each linear, its k-th smallest sampled score, and 0 elsewhere."""
+        if self._places is None:
+            self._places = self._draw(*score_IO.shape, score_IO.device)
+        sampled = score_IO.view(-1)[self._places]
+        thresholds = sampled.kthvalue(max(round(sparsity * SAMPLED), 1), dim=1).values
+        for score, threshold in zip(score_IO.split(self.sizes, dim=1), thresholds, strict=True):
+            score.gt_(threshold)
         return score_IO
-
-    def _levels(self, like_IO: Tensor, sample: Callable[[Tensor], Tensor], sparsity: float) -> Tensor:
-        """The thresholds of the linears."""
-        if self._sampled is None:
-            self._sampled = self._draw(*like_IO.shape, like_IO.device)
-        scores, k = sample(self._sampled), max(round(sparsity * SAMPLED), 1)
-        return solving.kth_smallest(scores, k)[0] if solving.has_selection(scores) else scores.kthvalue(k, dim=1).values
 
     def _draw(self, in_features: int, out_features: int, device: torch.device) -> Tensor:
         """Places of the scores to be sampled, a row a linear, in the flattened (I, O)."""

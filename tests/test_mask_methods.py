@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnprune.native import library
 from nnprune.patterns import NM, SparsityPattern, Unstructured
 from nnprune.pruners.base import Pruner
 from nnprune.pruners.dsnot import DSnoT
@@ -131,7 +130,6 @@ def row_errors(pruned: torch.Tensor, W: torch.Tensor, hessian: torch.Tensor) -> 
     return ((change @ hessian.double()) * change).sum(1)
 
 
-@pytest.mark.usefixtures("native")
 @given(
     **CASES,
     start=st.sampled_from(["wanda", "magnitude"]),
@@ -152,7 +150,6 @@ def test_swaps_never_raise_the_error_of_a_row(start, max_swaps, num_candidates, 
     assert ((pruned != 0) & (first == 0)).sum(1).max() <= max_swaps
 
 
-@pytest.mark.usefixtures("native")
 @given(**CASES)
 @settings(max_examples=50)
 def test_swaps_end_where_no_single_swap_helps(**shape):
@@ -171,7 +168,6 @@ def test_swaps_end_where_no_single_swap_helps(**shape):
     assert (change.masked_fill(~allowed, 0).amin((1, 2)) >= -least).all()
 
 
-@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4), NM(3, 4), NM(4, 8)])
 def test_swaps_lower_the_layer_error_of_their_start(pattern):
     W, X = layer(32, 96, tokens=500, seed=1)
@@ -182,22 +178,11 @@ def test_swaps_lower_the_layer_error_of_their_start(pattern):
         assert row_errors(prune(Swaps(start), W, X, pattern), W, hessian).sum() < 0.85 * before
 
 
-@pytest.mark.usefixtures("native")
 def test_swaps_do_not_depend_on_the_chunks_of_rows(monkeypatch):
     W, X = layer(40, 48, tokens=300, seed=2)
     whole = [prune(Swaps(), W, X, pattern) for pattern in (Unstructured(0.5), NM(2, 4))]
     monkeypatch.setattr("nnprune.pruners.swaps.PAIRS_AT_ONCE", 2000)
     assert all(torch.equal(prune(Swaps(), W, X, p), one) for p, one in zip((Unstructured(0.5), NM(2, 4)), whole, strict=True))
-
-
-@pytest.mark.skipif(library.library() is None, reason="this machine compiles no C")
-@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7), NM(2, 4), NM(4, 8), NM(40, 80)], ids=str)
-@pytest.mark.parametrize(("max_swaps", "num_candidates"), [(100, 64), (100, 7), (5, 1000)])
-def test_swaps_of_the_kernel_are_the_same(pattern, max_swaps, num_candidates, monkeypatch):
-    W, X = layer(40, 240, tokens=700, seed=3)
-    found = prune(Swaps("wanda", max_swaps, num_candidates), W, X, pattern)
-    monkeypatch.setattr(library, "_is_enabled", False)
-    assert torch.equal(found, prune(Swaps("wanda", max_swaps, num_candidates), W, X, pattern))
 
 
 def test_swaps_leave_a_row_that_keeps_nothing():

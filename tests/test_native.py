@@ -12,8 +12,7 @@ from test_attention import SHAPES, random_heads
 from torch import Tensor
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-from nnprune.native import kernels, library, solving
-from nnprune.patterns import keep_largest
+from nnprune.native import kernels, library
 from nnprune.pruners import sparsegpt_native
 from nnprune.statistics import CrossProduct, Hessian
 
@@ -56,46 +55,6 @@ def test_squares_are_summed(tokens: int, width: int, skipped: int) -> None:
     assert ((total - wanted).abs() / wanted).max() < 1e-6
 
 
-SCORES = [0.0, -0.0, 1.0, -1.5, 3e-42, torch.inf, -torch.inf]
-
-
-@pytest.mark.skipif(library.library() is None, reason="this machine compiles no C")
-@settings(max_examples=60)
-@given(
-    data=st.data(), groups=st.integers(1, 5), width=st.integers(1, 3000), share=st.floats(0, 1), kind=st.sampled_from("sdtn")
-)
-def test_the_kth_smallest_is_found(data: st.DataObject, groups: int, width: int, share: float, kind: str) -> None:
-    generator = torch.Generator().manual_seed(width)
-    scores = torch.randn(groups, width, generator=generator)
-    if kind == "s":
-        scores = scores.square() * 1e-3
-    elif kind == "t":  # few values, so that almost everything is a tie
-        scores = torch.tensor(SCORES)[torch.randint(len(SCORES), scores.shape, generator=generator)]
-    elif kind == "n":
-        scores.view(-1)[data.draw(st.integers(0, scores.numel() - 1))] = torch.nan
-    k = max(round(share * width), 1)
-    values, spoilt = solving.kth_smallest(scores, k)
-    ordered = scores.sort(dim=1).values  # NaN last
-    assert torch.equal(values.nan_to_num(nan=7), ordered[:, k - 1].nan_to_num(nan=7))
-    wanted = ((scores <= values[:, None]).sum(1) > k) | scores.isnan().any(1)
-    assert torch.equal(spoilt, wanted)
-
-
-@pytest.mark.skipif(library.library() is None, reason="this machine compiles no C")
-@pytest.mark.parametrize("step", [1e-6, 0.5])
-@pytest.mark.parametrize(("num_keep", "width"), [(250, 600), (2, 4), (4, 8), (1, 3), (31, 32), (0, 5)])
-def test_masks_are_those_of_a_selection_by_index(
-    num_keep: int, width: int, step: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scores = (torch.randn(4200, generator=torch.Generator().manual_seed(0)) / step).round() * step
-    scores[5], scores[100:104], scores[200:232] = torch.nan, torch.inf, torch.nan
-    scores = scores[: len(scores) // width * width].view(-1, width)
-    kept = keep_largest(scores, num_keep)
-    assert (kept.sum(1) == num_keep).all()
-    monkeypatch.setattr(library, "_is_enabled", False)
-    assert torch.equal(kept, keep_largest(scores, num_keep))
-
-
 @pytest.mark.skipif(library.library() is None, reason="this machine compiles no C")
 @settings(max_examples=30)
 @given(tokens=st.integers(1, 20), vocab_size=st.integers(1, 200), scale=st.sampled_from([0.1, 3.0, 100.0]))
@@ -107,61 +66,6 @@ def test_negative_log_likelihood(tokens: int, vocab_size: int, scale: float) -> 
     assert ((kernels.negative_log_likelihood(logits, targets) - wanted).abs() < 1e-6 * (1 + logits.double().abs().max())).all()
     logits[0, vocab_size // 2] = torch.nan
     assert not kernels.negative_log_likelihood(logits, targets)[0].isfinite()
-
-
-@needs_bfloat16
-@settings(max_examples=30)
-@given(
-    groups=st.integers(1, 20),
-    outputs=st.integers(1, 120),
-    pattern=st.sampled_from([None, (2, 4), (4, 8), (1, 3), (30, 32)]),
-    odd=st.integers(0, 1),
-)
-def test_a_step_of_admm(groups: int, outputs: int, pattern: tuple[int, int] | None, odd: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    n, m = pattern or (0, 0)
-    inputs = groups * m if pattern else 2 * groups + odd
-    total, E, B0 = torch.randn(3, inputs, outputs, generator=generator)
-    thresholds = None if pattern else torch.rand(outputs, generator=generator)
-    found = total.clone()
-    right = solving.admm_step(found, E, B0, thresholds, n, m, 0.5, 0.75, -0.25)
-    T = total + 0.5 * E
-    groups_of_T = T.abs().unflatten(0, (-1, m)) if pattern else None
-    kept = (groups_of_T >= groups_of_T.topk(n, dim=1).values[:, -1:]).flatten(0, 1) if pattern else T.abs() > thresholds
-    wanted = B0 + 0.75 * torch.where(kept, 0, T)
-    torch.testing.assert_close(found, wanted)
-    identity, product = torch.eye(inputs).bfloat16(), torch.empty(inputs, outputs)
-    kernels.add_product(product, kernels.pack(identity), right, keep=False)
-    torch.testing.assert_close(product, -0.25 * 0.5 * E + torch.where(kept, T, 0) - wanted, rtol=2**-8, atol=1e-6)
-
-
-@needs_bfloat16
-@settings(max_examples=30)
-@given(inputs=st.integers(1, 90), outputs=st.integers(1, 70), num_steps=st.integers(1, 4), seed=st.integers(0, 99))
-def test_conjugate_gradients(inputs: int, outputs: int, num_steps: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    root = torch.randn(inputs + 5, inputs, generator=generator).double()
-    A = root.t() @ root / inputs + torch.eye(inputs)
-    B, residual = torch.randn(2, inputs, outputs, generator=generator)
-    B[torch.rand(B.shape, generator=generator) < 0.5] = 0
-    B[:, 0] = 0  # no support at all
-    wanted, left, support = B.double(), torch.where(B != 0, residual, 0).double(), B != 0
-    direction = left.bfloat16().double()
-    search = solving.ConjugateGradients(B, residual)
-    for _ in range(num_steps):
-        found = torch.empty(inputs, outputs)
-        kernels.add_product(found, kernels.pack(torch.eye(inputs).bfloat16()), search.direction, keep=False)
-        torch.testing.assert_close(found.double(), direction, rtol=2**-7, atol=1e-4)
-        direction = found.double()  # as the kernel has rounded it
-        product = A @ direction
-        search.step(product.float())
-        norm = left.square().sum(0)
-        step = (norm / (direction * product).sum(0)).nan_to_num(0, 0, 0)
-        wanted += step * direction
-        left = torch.where(support, left - step * product, 0)
-        direction = left + direction * (left.square().sum(0) / norm).nan_to_num(0, 0, 0)
-    torch.testing.assert_close(B.double(), wanted, rtol=1e-3, atol=1e-3)
-    assert torch.equal((B != 0) & ~support, torch.zeros_like(support))
 
 
 @needs_bfloat16

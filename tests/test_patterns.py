@@ -151,6 +151,16 @@ def test_keep_largest_with_all_scores_equal(num_keep):
     assert keep_largest(torch.zeros(3, 8), num_keep).sum(1).tolist() == [num_keep] * 3
 
 
+@pytest.mark.parametrize("step", [1e-6, 0.5])
+@pytest.mark.parametrize(("num_keep", "width"), [(250, 600), (2, 4), (4, 8), (1, 3), (31, 32), (0, 5)])
+def test_ties_and_nan_are_settled_by_index_in_groups_of_any_size(num_keep, width, step):
+    scores = (torch.randn(4200, generator=torch.Generator().manual_seed(0)) / step).round() * step
+    scores[5], scores[100:104], scores[200:232] = torch.nan, torch.inf, torch.nan
+    scores = scores[: len(scores) // width * width].view(-1, width)
+    drop = scores.topk(width - num_keep, largest=False, sorted=False).indices
+    assert torch.equal(keep_largest(scores, num_keep), torch.ones_like(scores, dtype=torch.bool).scatter_(1, drop, False))
+
+
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(4, 8), Unstructured(0.5)])
 def test_scores_may_be_stored_by_columns(pattern):
     score = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))

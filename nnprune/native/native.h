@@ -6,7 +6,6 @@
 #include <stdint.h>
 
 #define LOG2E 1.44269504f
-#define MOST_M 32               /* inputs of a pattern's group */
 
 /* A processor with AMX multiplies bfloat16 faster by its tiles, which PyTorch's products use by themselves. */
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)

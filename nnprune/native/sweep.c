@@ -14,6 +14,7 @@
 #define VECTORS 2
 #define OUTPUTS (LANES * VECTORS)
 #define MOST_COLUMNS 512
+#define MOST_M 32               /* inputs of a pattern's group */
 
 /* Which of m columns of some output features go: the m - n of lowest cost (w_j / U_jj)^2, of equal ones the later. A cost of NaN
    counts as infinite. */

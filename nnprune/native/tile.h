@@ -19,14 +19,6 @@ static inline uint32_t *packed_at(uint32_t *packed, long pairs, long pair, long 
     return packed + (feature / PANEL * pairs + pair) * PANEL + feature % PANEL;
 }
 
-/* The two terms of a pair, rounded to bfloat16. */
-static inline void store_pair(uint32_t *to, __m512 even, __m512 odd)
-{
-    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
-    __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
-    _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-}
-
 #define TILE static inline __attribute__((always_inline)) void
 
 /* In all of these `sum` is (rows, 16 x parts); `rows` and `parts` are constants, small enough for it to stay in registers. */

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from nnprune.native.library import library
-from nnprune.native.solving import MOST_M
 
-MAX_M = MOST_M
-"""Largest group: the kernel compares each weight of a group with each other."""
+MAX_M = 32
+"""Largest group, MOST_M of `sweep.c`: the kernel compares each weight of a group with each other."""
 
 MAX_COLUMNS = 512
 """Columns whose weights, errors and masks of a few outputs fit on a thread's stack."""

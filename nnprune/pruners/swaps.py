@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from nnprune.checks import check_count
-from nnprune.native import solving
 from nnprune.patterns import NM, SparsityPattern, keep_where
 from nnprune.pruners.base import Pruner
 from nnprune.statistics import Hessian
@@ -81,10 +80,6 @@ class Swaps(Pruner):
         dropped_RI = weight_RI.masked_fill(found_RI, 0)
         c_RI = dropped_RI @ hessian
         least = LEAST_GAIN * (dropped_RI.square() * hessian.diagonal()).sum(1)
-        if solving.has_selection(weight_RI):
-            limits = (self.max_swaps, self.num_candidates, SWAPS_A_STEP)
-            solving.search_swaps(weight_RI, found_RI, c_RI, hessian, least, group_size, *limits)
-            return
         num_groups = weight_RI.shape[1] // group_size
         mask_RI, rows = found_RI, torch.arange(len(found_RI), device=found_RI.device)  # those still searching
         budget = torch.full_like(rows, self.max_swaps)
