@@ -26,6 +26,8 @@ from nnprune.texts import DEMO_FOLDER
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SMALL_FILES = ["config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json"]
 CHECKPOINT_FILES = ["*.safetensors", "*.safetensors.index.json"]
+ATTENTION = None
+"""transformers' own choice: "sdpa" where the model supports it, else "eager", whatever its configuration names."""
 
 
 def quieten_transformers() -> None:
@@ -106,13 +108,17 @@ class ModelSource:
 
     def random(self, config: Any) -> PreTrainedModel:
         """A model of this configuration in host memory, with random weights."""
-        return AutoModelForCausalLM.from_config(config, dtype=self._dtype(config)).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=self._dtype(config), attn_implementation=ATTENTION).eval()
 
     def load(self, config: Any) -> PreTrainedModel:
         """The whole model in host memory. Raises ValueError when the checkpoint lacks weights."""
         with self._explained():
             model, info = AutoModelForCausalLM.from_pretrained(
-                **self._location, config=config, dtype=self._dtype(config), output_loading_info=True
+                **self._location,
+                config=config,
+                dtype=self._dtype(config),
+                attn_implementation=ATTENTION,
+                output_loading_info=True,
             )
         if info["missing_keys"]:
             raise ValueError(f"model.path={self.path}: the checkpoint lacks {min(info['missing_keys'])}; is it complete?")

@@ -5,7 +5,6 @@
 #include <omp.h>
 #include <stdint.h>
 
-#define LOG2E 1.44269504f
 #define MOST_M 32               /* inputs of a pattern's group */
 
 /* A processor with AMX multiplies bfloat16 faster by its tiles, which PyTorch's products use by themselves. */
