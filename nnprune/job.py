@@ -254,7 +254,7 @@ def _new_record(experiment: Experiment) -> RunRecord:
         pruner=experiment.label,
         sparsity=str(experiment.pattern),
         config=experiment.config,
-        versions=versions(),
+        versions=versions(experiment.runtime.torch_device.type),
         commit=head,
         dirty=dirty,
     )

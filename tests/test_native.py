@@ -13,7 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from nnprune.native import kernels, library, solving
 from nnprune.patterns import keep_largest
-from nnprune.pruners import sparsegpt_native
+from nnprune.provenance import versions
+from nnprune.pruners import sparsegpt_native, sparsegpt_triton
+from nnprune.runtime import Runtime
 from nnprune.statistics import CrossProduct, Hessian
 
 needs_bfloat16 = pytest.mark.skipif(
@@ -234,3 +236,22 @@ def test_a_setting_turns_them_off() -> None:
         assert library.library() is None
     finally:
         library.enable(True)
+
+
+def test_on_cuda_none_is_compiled_or_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(library, "_load", lambda: pytest.fail("loaded"))
+    try:
+        Runtime(device="cuda:0").start(seed=0)
+        assert library.library() is None
+        monkeypatch.setattr(sparsegpt_triton, "available", lambda: False)
+        assert versions("cuda")["kernels"] == "PyTorch"
+        monkeypatch.setattr(sparsegpt_triton, "available", lambda: True)
+        assert versions("cuda")["kernels"] == "Triton"
+        assert versions("cpu")["kernels"] == "PyTorch"
+    finally:
+        library.enable(True)
+
+
+def test_the_kernels_of_a_cpu_are_recorded() -> None:
+    assert versions("cpu")["kernels"] == ("PyTorch" if library.library() is None else "C")
