@@ -26,8 +26,6 @@ from nnprune.texts import DEMO_FOLDER
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SMALL_FILES = ["config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json"]
 CHECKPOINT_FILES = ["*.safetensors", "*.safetensors.index.json"]
-ATTENTION = None
-"""transformers' own choice: "sdpa" where the model supports it, else "eager", whatever its configuration names."""
 
 
 def quieten_transformers() -> None:
@@ -108,7 +106,9 @@ class ModelSource:
 
     def random(self, config: Any) -> PreTrainedModel:
         """A model of this configuration in host memory, with random weights."""
-        return AutoModelForCausalLM.from_config(config, dtype=self._dtype(config), attn_implementation=ATTENTION).eval()
+        return AutoModelForCausalLM.from_config(
+            config, dtype=self._dtype(config), attn_implementation=_attention(config)
+        ).eval()
 
     def load(self, config: Any) -> PreTrainedModel:
         """The whole model in host memory. Raises ValueError when the checkpoint lacks weights."""
@@ -117,7 +117,7 @@ class ModelSource:
                 **self._location,
                 config=config,
                 dtype=self._dtype(config),
-                attn_implementation=ATTENTION,
+                attn_implementation=_attention(config),
                 output_loading_info=True,
             )
         if info["missing_keys"]:
@@ -213,6 +213,11 @@ class Checkpoint:
                         tensor = file.get_tensor(key)
                         tensors[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
         return tensors
+
+
+def _attention(config: Any) -> str | None:
+    """None: "sdpa" where the model supports it, else "eager", as transformers chooses, whatever the configuration names."""
+    return "eager" if config.output_attentions else None  # a configuration that asks for weights can't be saved with another
 
 
 @contextmanager

@@ -202,3 +202,12 @@ def test_a_configuration_does_not_choose_the_attention(implementation: str, make
     assert model.config._attn_implementation == "sdpa"
     model.config.save_pretrained(tmp_path / "saved")
     assert "attn" not in (tmp_path / "saved" / "config.json").read_text()
+
+
+def test_a_configuration_that_asks_for_weights_can_be_saved(tmp_path: Path) -> None:
+    small_llama().model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "output_attentions": True}))
+    source = ModelSource(str(tmp_path))
+    source.load(source.config()).config.save_pretrained(tmp_path / "saved")
+    assert "attn" not in (tmp_path / "saved" / "config.json").read_text()
