@@ -19,10 +19,8 @@ PRODUCTS = frozenset(
         "aten::_scaled_dot_product_attention_math",
         "aten::scaled_dot_product_attention",
         "mkldnn::_linear_pointwise",
-        "nnprune::linear",
         "nnprune::add_product",
         "nnprune::causal_attention",
-        "nnprune::attention_gradients",
     }
 )
 FACTORISATIONS = frozenset({"aten::linalg_cholesky", "aten::linalg_cholesky_ex", "aten::cholesky_inverse"})

@@ -18,10 +18,6 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from nnprune.attention import fast_attention
-from nnprune.elementwise import fast_elementwise
-from nnprune.fastlinears import fast_linears
-
 
 class StopForward(Exception):
     """Ends a forward whose remaining layers are of no interest."""
@@ -181,8 +177,7 @@ def run_layer(layer: Callable[..., Any], hidden: Tensor, call: LayerCall) -> Ten
     The only place that knows what a layer returns: a tensor, or a tuple that starts with one. Raises ValueError when
     that does not have the shape of the layer's input.
     """
-    with fast_attention(), fast_linears(), fast_elementwise(layer):
-        output = layer(hidden, *call.args, **call.kwargs)
+    output = layer(hidden, *call.args, **call.kwargs)
     if isinstance(output, tuple):
         output = output[0]
     if not isinstance(output, Tensor) or output.shape != hidden.shape:

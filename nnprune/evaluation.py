@@ -14,7 +14,6 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from nnprune.checks import check_count
-from nnprune.native import kernels
 from nnprune.streams import Stream
 from nnprune.texts import TextSource
 
@@ -77,16 +76,10 @@ def perplexity(stream: Stream, title: str) -> float:
     total = torch.zeros((), dtype=torch.float64, device=stream.device)
     for row, tokens, logits in stream.logits():
         following = stream.ids[row, tokens.start + 1 : tokens.stop + 1].to(stream.device)
-        total += _losses(logits[: len(following)], following).sum(dtype=torch.float64)
+        losses = cross_entropy(logits[: len(following)].float(), following, reduction="none")
+        total += losses.sum(dtype=torch.float64)
     num_windows, seq_len = stream.ids.shape
     mean = float(total) / (num_windows * (seq_len - 1))
     if not math.isfinite(mean):
         raise ValueError(f"{title}: the model gives NaN or infinite logits; try model.dtype=float32 or bfloat16")
     return math.exp(min(mean, 700))  # beyond, a float overflows
-
-
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihoods (tokens,), float32, of targets (tokens,) by logits (tokens, V)."""
-    if kernels.has_squares(logits):
-        return kernels.negative_log_likelihood(logits, targets)
-    return cross_entropy(logits.float(), targets, reduction="none")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nnprune.allocations.base import Plan
 from nnprune.allocations.uniform import Uniform
+from nnprune.attention import use_kernel
 from nnprune.calibration import token_hash
 from nnprune.decoder import Decoder
 from nnprune.dtypes import name_of
@@ -218,7 +219,9 @@ def _engine(experiment: Experiment, config: Any) -> LayerwiseEngine:
     """The model, its layers where the runtime wants them, and the loop over them."""
     source, runtime = experiment.source, experiment.runtime
     lazy = runtime.layers == "disk"
-    decoder = Decoder(source.skeleton(config) if lazy else source.load(config), source.layers_path)
+    model = source.skeleton(config) if lazy else source.load(config)
+    use_kernel(model, runtime.torch_device)
+    decoder = Decoder(model, source.layers_path)
     checkpoint = source.checkpoint(decoder.model) if lazy else None
     finished = FinishedLayers(experiment.folder / SCRATCH, decoder.path)
     store = LayerStore(decoder, runtime.torch_device, runtime.layers, finished, checkpoint, experiment.computing_dtype)
@@ -235,7 +238,7 @@ def _new_record(experiment: Experiment) -> RunRecord:
         sparsity=str(experiment.pattern),
         dtype=name_of(experiment.computing_dtype),
         config=experiment.config,
-        versions=versions(),
+        versions=versions(experiment.runtime.torch_device.type),
         commit=head,
         dirty=dirty,
     )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -121,13 +122,19 @@ class ModelSource:
 
     def random(self, config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """A model of this configuration in host memory, with random weights, in `dtype` or else the stored one."""
-        return AutoModelForCausalLM.from_config(config, dtype=dtype or self.stored_dtype).eval()
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype or self.stored_dtype, attn_implementation=_attention(config)
+        ).eval()
 
     def load(self, config: Any) -> PreTrainedModel:
         """The whole model in host memory. Raises ValueError when the checkpoint lacks weights."""
         with self._explained():
             model, info = AutoModelForCausalLM.from_pretrained(
-                **self._location, config=config, dtype=self.stored_dtype, output_loading_info=True
+                **self._location,
+                config=config,
+                dtype=self.stored_dtype,
+                attn_implementation=_attention(config),
+                output_loading_info=True,
             )
         if info["missing_keys"]:
             raise ValueError(f"model.path={self.path}: the checkpoint lacks {min(info['missing_keys'])}; is it complete?")
@@ -221,18 +228,20 @@ class Checkpoint:
         return tensors
 
 
+def _attention(config: Any) -> str | None:
+    """None: "sdpa" where the model supports it, else "eager", as transformers chooses, whatever the configuration names."""
+    return "eager" if config.output_attentions else None  # a configuration that asks for weights can't be saved with another
+
+
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Every parameter that a module registers goes to the meta device; buffers, which no checkpoint may hold, stay real."""
-    register = nn.Module.register_parameter
 
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = register_on_meta
+    handle = register_module_parameter_registration_hook(to_meta)
     try:
         yield
     finally:
-        nn.Module.register_parameter = register
+        handle.remove()

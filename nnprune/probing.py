@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nnprune.allocations.uniform import Uniform
+from nnprune.attention import use_kernel
 from nnprune.decoder import Decoder, weight_OI
 from nnprune.experiment import Experiment
 from nnprune.inputs import PROBE_TOKENS, SAMPLED_TOKENS, InputCollector, input_groups
@@ -46,9 +47,9 @@ class Probe:
 def measure_layer(experiment: Experiment, config: Any, seq_len: int) -> Probe:
     """Do with one random layer what a run does with each."""
     runtime, method, device = experiment.runtime, experiment.method, experiment.runtime.torch_device
-    decoder = Decoder(
-        experiment.source.random(_one_layer(config), experiment.computing_dtype).to(device), experiment.source.layers_path
-    )
+    model = experiment.source.random(_one_layer(config), experiment.computing_dtype).to(device)
+    use_kernel(model, device)
+    decoder = Decoder(model, experiment.source.layers_path)
     linears, layer = decoder.linears(0), decoder.layers[0]
     ids = torch.randint(VOCABULARY, (runtime.rows_per_batch(seq_len), seq_len), generator=torch.Generator().manual_seed(0))
     layer_bytes = sum(parameter.nbytes for parameter in layer.parameters())

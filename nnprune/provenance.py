@@ -6,21 +6,28 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from nnprune.native.library import library
+from nnprune.pruners import sparsegpt_triton
 
 PACKAGES = ("nnprune", "torch", "transformers", "datasets", "hydra-core", "safetensors")
 REPOSITORY = Path(__file__).parent.parent
 
 
-def versions() -> dict[str, str]:
-    """Package -> version, and Python's; `kernels` tells whether those in C could be used."""
+def versions(device_type: str) -> dict[str, str]:
+    """Package -> version, and Python's; `kernels`: what other than PyTorch could compute on a device of this type ("cpu", "cuda")."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:  # a checkout that was never installed
             found[package] = "not installed"
-    found["kernels"] = "PyTorch" if library() is None else "C"
+    found["kernels"] = _kernels(device_type)
     return found
+
+
+def _kernels(device_type: str) -> str:
+    if device_type == "cpu":
+        return "PyTorch" if library() is None else "C"
+    return "Triton" if sparsegpt_triton.available() else "PyTorch"
 
 
 def commit() -> tuple[str | None, bool | None]:

@@ -34,7 +34,7 @@ class Runtime:
         layers: where decoder layers rest: host, device or disk.
         activations: where the activations between two layers rest: host, device, disk, or auto (the device while they fit).
         threads: CPU threads; None leaves PyTorch's choice.
-        native: use the kernels in C where they can be compiled.
+        native: use the kernels in C on a CPU, where they can be compiled; on CUDA there are none.
 
     Raises:
         ValueError: a setting that this machine cannot have.
@@ -86,9 +86,8 @@ class Runtime:
         if self.layers == "disk":
             _give_back_freed_memory()
         torch.manual_seed(seed)
-        library.enable(self.native)
-        if self.torch_device.type == "cpu":
-            library.library()  # compiled before anything is timed
+        library.enable(self.native and self.torch_device.type == "cpu")
+        library.library()  # compiled before anything is timed
         if self.threads:
             torch.set_num_threads(self.threads)
         if torch.cuda.is_available():

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnprune.native.kernels import PANEL, add_product, add_squares, has_squares, multiply_bfloat16, pack
+from nnprune.native.kernels import PANEL, add_product, multiply_bfloat16, pack
 from nnprune.precision import fast_products
 
 STRIP = 4 * PANEL
 """Rows of a strip of the Hessian: wide enough for the matrix units, narrow enough to leave out most of its upper half."""
+
+TOKENS = 256
+"""Of a part whose squares are summed at once: few enough for the cache."""
 
 
 class InputStatistic(ABC):
@@ -71,10 +74,7 @@ class SquaredNorm(InputStatistic):
 
     @staticmethod
     def _accumulate(total: Tensor, X: Tensor) -> None:
-        if has_squares(X):
-            add_squares(total, X)
-        else:
-            total += X.float().square().sum(0)
+        total += sum(part.float().square().sum(0) for part in X.split(TOKENS))
 
 
 class Moments(InputStatistic):

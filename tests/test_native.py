@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import SHAPES, random_heads
 from torch import Tensor
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from nnprune.native import kernels, library
-from nnprune.pruners import sparsegpt_native
+from nnprune.provenance import versions
+from nnprune.pruners import sparsegpt_native, sparsegpt_triton
+from nnprune.runtime import Runtime
 from nnprune.statistics import CrossProduct, Hessian
 
 needs_bfloat16 = pytest.mark.skipif(
@@ -44,28 +45,6 @@ def test_it_is_the_product(tokens: int, width: int, other_width: int, skipped: i
     assert ((square - X.double().t() @ X.double()).tril().abs() / scale).nan_to_num().max() < 1e-6
 
 
-@pytest.mark.skipif(library.library() is None, reason="this machine compiles no C")
-@settings(max_examples=30)
-@given(tokens=st.integers(1, 600), width=st.integers(1, 200), skipped=st.integers(0, 3))
-def test_squares_are_summed(tokens: int, width: int, skipped: int) -> None:
-    X = random_inputs(tokens, width + skipped)[:, skipped:]
-    total = torch.ones(width)
-    kernels.add_squares(total, X)
-    wanted = X.double().square().sum(0) + 1
-    assert ((total - wanted).abs() / wanted).max() < 1e-6
-
-
-@pytest.mark.skipif(library.library() is None, reason="this machine compiles no C")
-@settings(max_examples=30)
-@given(tokens=st.integers(1, 20), vocab_size=st.integers(1, 200), scale=st.sampled_from([0.1, 3.0, 100.0]))
-def test_negative_log_likelihood(tokens: int, vocab_size: int, scale: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = (scale * torch.randn(tokens, vocab_size + 1, generator=generator)).bfloat16()[:, 1:]
-    targets = torch.randint(vocab_size, (tokens,), generator=generator)
-    wanted = cross_entropy(logits.double(), targets, reduction="none")
-    assert ((kernels.negative_log_likelihood(logits, targets) - wanted).abs() < 1e-6 * (1 + logits.double().abs().max())).all()
-    logits[0, vocab_size // 2] = torch.nan
-    assert not kernels.negative_log_likelihood(logits, targets)[0].isfinite()
 
 
 @needs_bfloat16
@@ -102,31 +81,6 @@ def test_layouts_that_cannot_be_read_in_pairs_are_copied() -> None:
     assert (kernels.causal_attention(odd, turned, odd, 0.1) - wanted).norm() < 0.004 * wanted.norm()
 
 
-@needs_bfloat16
-@settings(max_examples=30)
-@given(
-    **SHAPES,
-    width=st.sampled_from([16, 64, 80, 128]),
-    skipped=st.sampled_from([0, 1, 2]),
-    scaling=st.sampled_from([0.05, 0.3]),
-)
-def test_gradients_of_attention(heads: int, shared: int, tokens: int, width: int, skipped: int, scaling: float) -> None:
-    inputs = random_heads(heads, shared, tokens, width, width)
-    grad = random_heads(heads, shared, tokens, width + skipped, 0, seed=1)[0][..., skipped:]
-    log_sums = kernels.room_for_sums(inputs[0])
-    output = kernels.causal_attention(*inputs, scaling, log_sums)
-    ours = kernels.attention_gradients(*inputs, scaling, output, log_sums, grad)
-    exact, theirs = (
-        torch.autograd.grad(
-            scaled_dot_product_attention(*given, is_causal=True, scale=scaling, enable_gqa=True), given, grad.to(given[0].dtype)
-        )
-        for given in ([tensor.to(dtype).requires_grad_(True) for tensor in inputs] for dtype in (torch.float64, torch.bfloat16))
-    )
-    for found, wanted, other in zip(ours, exact, theirs, strict=True):
-        assert found.shape == wanted.shape and found.dtype == torch.bfloat16
-        assert (found - wanted).norm() < 1.5 * (other - wanted).norm() + 0.004 * wanted.norm() + 1e-5 * grad.norm()
-
-
 @pytest.fixture
 def threads() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -144,10 +98,8 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         total, weight = torch.zeros(200, 200), random_inputs(64, 99, seed=2).float()
         kernels.add_product(total, kernels.pack(X), kernels.pack(X))
         errors = sparsegpt_native.prune_block_nm(weight, torch.eye(64) + torch.ones(64, 64).triu(1) / 9, 2, 4)
-        log_sums = kernels.room_for_sums(query)
-        output = kernels.causal_attention(query, key, value, 0.125, log_sums)
-        gradients = kernels.attention_gradients(query, key, value, 0.125, output, log_sums, query)
-        found.append((total, weight, errors, output, log_sums, *gradients))
+        output = kernels.causal_attention(query, key, value, 0.125)
+        found.append((total, weight, errors, output))
     assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
 
 
@@ -190,3 +142,22 @@ def test_a_setting_turns_them_off() -> None:
         assert library.library() is None
     finally:
         library.enable(True)
+
+
+def test_on_cuda_none_is_compiled_or_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(library, "_load", lambda: pytest.fail("loaded"))
+    try:
+        Runtime(device="cuda:0").start(seed=0)
+        assert library.library() is None
+        monkeypatch.setattr(sparsegpt_triton, "available", lambda: False)
+        assert versions("cuda")["kernels"] == "PyTorch"
+        monkeypatch.setattr(sparsegpt_triton, "available", lambda: True)
+        assert versions("cuda")["kernels"] == "Triton"
+        assert versions("cpu")["kernels"] == "PyTorch"
+    finally:
+        library.enable(True)
+
+
+def test_the_kernels_of_a_cpu_are_recorded() -> None:
+    assert versions("cpu")["kernels"] == ("PyTorch" if library.library() is None else "C")

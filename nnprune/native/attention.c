@@ -6,13 +6,56 @@
 
    Letters: B batch, H heads, K heads of keys and values, T tokens, E features of a head of queries and keys, V of values. */
 
-#include "attention.h"
 #include "tile.h"
 
 #ifdef BF16
 
 #define ROWS 6                  /* of queries at a time; times 64 keys or features: 24 accumulators of 32 registers */
 #define BLOCKS 16               /* of ROWS queries in a task of a thread */
+#define KEYS 64                 /* of a block: four vectors */
+#define LOG2E 1.44269504f
+
+typedef struct {
+    const uint16_t *data;
+    long batch, head, token;    /* strides; features lie side by side */
+} Input;
+
+/* 2^x for x <= 0, to 4e-6 of it: far less than what is lost when it becomes bfloat16. A polynomial through the Chebyshev nodes of
+   what rounding x leaves. NaN stays NaN. */
+static inline __m512 power_of_two(__m512 x)
+{
+    __m512 n = _mm512_roundscale_ps(x, 8), r = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_set1_ps(.00966636837f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(.0559219755f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(.240223497f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(.693121016f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f));
+    return _mm512_scalef_ps(p, n);
+}
+
+/* Tokens, rounded up to whole blocks. */
+static inline long padded(long tokens) { return (tokens + KEYS - 1) / KEYS * KEYS; }
+
+/* Keys of a head as [block of keys][pair of features][key], zero beyond the last. */
+static void pack_keys(const uint16_t *keys, long stride, long tokens, long width, uint32_t *packed)
+{
+    for (long start = 0; start < tokens; start += KEYS, packed += width / 2 * KEYS)
+        for (long key = 0; key < KEYS; key++)
+            for (long pair = 0; pair < width / 2; pair++)
+                packed[pair * KEYS + key] = start + key < tokens ? ((const uint32_t *)(keys + (start + key) * stride))[pair] : 0;
+}
+
+/* Two tokens of a feature side by side, as [pair of tokens][feature], zero beyond the last token; `width` is a multiple of 16. */
+static void pack_pairs(const uint16_t *from, long step, long tokens, long width, uint32_t *to)
+{
+    for (long token = 0; token < padded(tokens); token += 2, from += 2 * step)
+        for (long e = 0; e < width; e += 16, to += 16) {
+            __mmask16 even = token < tokens ? 0xffff : 0, odd = token + 1 < tokens ? 0xffff : 0;
+            __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(even, from + e));
+            __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(odd, from + step + e));
+            _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
+}
 
 /* Scores (ROWS, KEYS), rows `stride` apart, of packed queries [pair of features][row] with a block of keys. */
 static inline void score_block(const uint32_t *queries, const uint32_t *keys, long pairs, float *scores, long stride)
@@ -24,15 +67,14 @@ static inline void score_block(const uint32_t *queries, const uint32_t *keys, lo
 }
 
 /* Turns the first `seen` scores of a row into weights, pairs of bfloat16 in their place, not divided by their sum yet, and those up
-   to `end`, a multiple of 32, into zeros. Returns the sum; `log_sum`: the logarithm of the sum of the scaled scores' exponentials. */
-static float weigh(float *scores, long seen, long end, float scaling, float *log_sum)
+   to `end`, a multiple of 32, into zeros. Returns the sum of the weights. */
+static float weigh(float *scores, long seen, long end, float scaling)
 {
     __m512 top = _mm512_set1_ps(-__builtin_inff()), sum = _mm512_setzero_ps(), scale = _mm512_set1_ps(LOG2E * scaling);
     __m512i odd = _mm512_set1_epi32(0xffff0000);
     for (long j = 0; j < seen; j += 16)
         top = _mm512_mask_max_ps(top, first(seen - j), top, _mm512_loadu_ps(scores + j));
-    float largest = _mm512_reduce_max_ps(top);
-    top = _mm512_mul_ps(_mm512_set1_ps(largest), scale);
+    top = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_max_ps(top)), scale);
     for (long j = 0; j < end; j += 32) {
         __m512 x[2];
 #pragma GCC unroll 2
@@ -45,9 +87,7 @@ static float weigh(float *scores, long seen, long end, float scaling, float *log
         sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_and_si512(pairs, odd)));
         _mm512_storeu_si512(scores + j / 2, pairs);
     }
-    float total = _mm512_reduce_add_ps(sum);
-    *log_sum = scaling * largest + logf(total);
-    return total;
+    return _mm512_reduce_add_ps(sum);
 }
 
 /* output (rows, 16 x parts) = weights (ROWS, pairs of keys) times values (pairs of keys, 16 x parts), each row divided by its sum. */
@@ -78,11 +118,10 @@ long attention_thread_size(long tokens, long width) { return ROWS * padded(token
 
 /* softmax(scaling Q K^T, over the keys up to each query's own place) V, as output (B, T, H, V), contiguous.
 
-   `log_sums`, unless NULL: (B, H, T rounded up to KEYS), the logarithm of the sum that each softmax divides by; what is beyond T
-   stays. E is even, V a multiple of 16, scaling positive. `keys`, `values` and `room` are memory, see above. */
+   E is even, V a multiple of 16, scaling positive. `keys`, `values` and `room` are memory, see above. */
 void attention(
     const uint16_t *query, const long *query_strides, const uint16_t *key, const long *key_strides, const uint16_t *value,
-    const long *value_strides, uint16_t *output, float *log_sums, long batch, long heads, long key_heads, long tokens, long width,
+    const long *value_strides, uint16_t *output, long batch, long heads, long key_heads, long tokens, long width,
     long value_width, float scaling, uint32_t *keys, uint32_t *values, float *room, int num_threads)
 {
     long length = padded(tokens), pairs = width / 2, shared = heads / key_heads;
@@ -121,12 +160,9 @@ void attention(
                         long end = start + rows;
                         for (long j = 0; j < end; j += KEYS)
                             score_block(queries, own_keys + j * pairs, pairs, scores + j, length);
-                        float sums[ROWS], logs[ROWS];
+                        float sums[ROWS];
                         for (int r = 0; r < ROWS; r++)
-                            sums[r] = weigh(
-                                scores + r * length, start + (r < rows ? r : 0) + 1, (end + 31) / 32 * 32, scaling, logs + r);
-                        if (log_sums)
-                            memcpy(log_sums + (row * heads + head) * length + start, logs, 4 * rows);
+                            sums[r] = weigh(scores + r * length, start + (r < rows ? r : 0) + 1, (end + 31) / 32 * 32, scaling);
                         uint16_t *to = output + ((row * tokens + start) * heads + head) * value_width;
                         const uint32_t *weights = (const uint32_t *)scores;
                         long stride = heads * value_width, key_pairs = (end + 1) / 2, e = 0;

@@ -5,7 +5,6 @@
 #include <omp.h>
 #include <stdint.h>
 
-#define LOG2E 1.44269504f
 
 /* A processor with AMX multiplies bfloat16 faster by its tiles, which PyTorch's products use by themselves. */
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)

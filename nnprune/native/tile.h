@@ -33,15 +33,6 @@ TILE clear_tile(__m512 (*sum)[4], const int rows, const int parts)
 }
 
 /* Rows in memory are `stride` apart. */
-TILE load_tile(__m512 (*sum)[4], const float *from, long stride, const int rows, const int parts)
-{
-#pragma GCC unroll 8
-    for (int row = 0; row < rows; row++)
-#pragma GCC unroll 4
-        for (int part = 0; part < parts; part++)
-            sum[row][part] = _mm512_loadu_ps(from + row * stride + 16 * part);
-}
-
 TILE add_to_tile(__m512 (*sum)[4], const float *from, long stride, const int rows, const int parts)
 {
 #pragma GCC unroll 8
