@@ -90,18 +90,22 @@ def run_grid(cfgs: Sequence[DictConfig]) -> list[RunRecord]:
     return records
 
 
-def show_plan(cfg: DictConfig) -> None:
-    """Print what a run would take, without loading weights. Raises ValueError when it does not fit on this machine."""
+def show_plan(cfgs: Sequence[DictConfig]) -> None:
+    """Print what a run, or a grid of several, would take, without loading weights. Raises ValueError when it does not fit on this
+    machine."""
+    from nnprune.cost_estimate import CostEstimate
     from nnprune.experiment import build
-    from nnprune.planner import Plan
 
-    if is_grid(cfg):
-        raise ValueError("plan=true: predicts one run, not a grid; leave grid=true away")
-    plan = Plan(build(cfg))
-    for line in plan.lines():
+    cells = [build(cfg) for cfg in cfgs]
+    if len(cells) > 1:
+        from nnprune.grid import check_grid
+
+        check_grid(cells)
+    estimate = CostEstimate(cells)
+    for line in estimate.lines():
         log.info(line)
-    if plan.problems:
-        raise ValueError("; ".join(plan.problems))
+    if estimate.problems:
+        raise ValueError("; ".join(estimate.problems))
 
 
 def prune(pruner: Any, model_name: str = "demo", sparsity: float | str = 0.5, overrides: Sequence[str] = ()) -> RunRecord:
@@ -138,7 +142,7 @@ def _main(cfg: DictConfig) -> None:
             chosen = HydraConfig.get()
             cfg.label = _label(cfg, chosen.runtime.choices, chosen.overrides.task)
         if cfg.plan:
-            show_plan(cfg)
+            show_plan(_cells(cfg) if is_grid(cfg) else [cfg])
         elif is_grid(cfg):
             run_grid(_cells(cfg))
         else:

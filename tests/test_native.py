@@ -45,8 +45,6 @@ def test_it_is_the_product(tokens: int, width: int, other_width: int, skipped: i
     assert ((square - X.double().t() @ X.double()).tril().abs() / scale).nan_to_num().max() < 1e-6
 
 
-
-
 @needs_bfloat16
 def test_many_tokens_lose_few_digits() -> None:
     X = random_inputs(8192, 100)

@@ -5,7 +5,6 @@
 #include <omp.h>
 #include <stdint.h>
 
-
 /* A processor with AMX multiplies bfloat16 faster by its tiles, which PyTorch's products use by themselves. */
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 #include <immintrin.h>
