@@ -33,7 +33,7 @@ from benchmarks.quality import linear_sparsity, perplexity
 from benchmarks.report import Measurements, report
 from nnprune.calibration import TextCalibration, token_hash
 from nnprune.evaluation import Evaluation
-from nnprune.loading import DTYPES, ModelSource
+from nnprune.model.loading import DTYPES, ModelSource
 from nnprune.patterns import parse_pattern
 
 PEERS = ("nnprune", "official", "llmcompressor", "nn-pruning")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nnprune.decoder import Decoder
+from nnprune.model.decoder import Decoder
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from nnprune.decoder import Decoder
+from nnprune.model.decoder import Decoder
 
 
 @torch.no_grad()

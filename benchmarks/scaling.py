@@ -25,7 +25,7 @@ from benchmarks.machine import description
 from benchmarks.peers.common import Spec
 from benchmarks.report import markdown
 from nnprune.calibration import RandomCalibration, token_hash
-from nnprune.loading import DTYPES
+from nnprune.model.loading import DTYPES
 from nnprune.texts import DEMO_FOLDER
 
 VOCAB_SIZE = 4096

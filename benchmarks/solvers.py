@@ -29,16 +29,16 @@ from benchmarks.machine import description
 from benchmarks.peers.official import HessianStatistic
 from benchmarks.report import markdown
 from nnprune.calibration import TextCalibration
-from nnprune.decoder import Decoder, weight_OI
-from nnprune.loading import ModelSource, quieten_transformers
+from nnprune.engine.hidden_states import HiddenStates
+from nnprune.engine.importance_pass import see_inputs
 from nnprune.method import Method
+from nnprune.model.decoder import Decoder, weight_OI
+from nnprune.model.loading import ModelSource, quieten_transformers
 from nnprune.patterns import NM, SparsityPattern, parse_pattern
 from nnprune.pruners.base import Pruner
 from nnprune.run import CONF
 from nnprune.runtime import Runtime
 from nnprune.statistics import Hessian, InputStatistic, Moments, SquaredNorm
-from nnprune.streams import Stream
-from nnprune.survey import see_inputs
 
 BASE = "sparsegpt"
 OFFICIAL = "official"
@@ -131,7 +131,7 @@ def layer_groups(args: argparse.Namespace) -> dict[int, list[Group]]:
     calibration = TextCalibration(args.num_samples, args.seq_len, 0, path=args.calibration)
     ids = calibration.token_ids(source.tokenizer(), decoder.vocab_size)
     found = {}
-    with Stream(decoder, Runtime(device="cpu"), ids, Path("unused")) as stream:
+    with HiddenStates(decoder, Runtime(device="cpu"), ids, Path("unused")) as stream:
         for index in range(max(args.layers) + 1):
             layer, linears = decoder.layers[index], decoder.linears(index)
             if index not in args.layers:

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from nnprune.checks import check_count
-from nnprune.streams import Stream
+from nnprune.engine.hidden_states import HiddenStates
 from nnprune.texts import TextSource
 
 
@@ -68,7 +68,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def perplexity(stream: Stream, title: str) -> float:
+def perplexity(stream: HiddenStates, title: str) -> float:
     """exp(mean negative log-likelihood of all tokens but each window's first), of windows that went through all layers.
 
     Raises ValueError when it is not finite.

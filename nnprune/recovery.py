@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnprune.activations import Activations
 from nnprune.checks import check_count, check_positive
+from nnprune.engine.hidden_buffer import HiddenBuffer
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Recovery:
         return self.epochs_before + self.epochs_after > 0
 
     def tune(
-        self, index: int, layer: nn.Module, run: Run, inputs: Activations, targets: Activations, num_epochs: int
+        self, index: int, layer: nn.Module, run: Run, inputs: HiddenBuffer, targets: HiddenBuffer, num_epochs: int
     ) -> dict[str, Any]:
         """Change the weights of decoder layer `index` in place; zeros stay zero. Returns a report."""
         raise NotImplementedError
@@ -78,7 +78,7 @@ class Reconstruction(Recovery):
         self.holdout = check_positive("recover.holdout", holdout, below=1)
 
     def tune(
-        self, index: int, layer: nn.Module, run: Run, inputs: Activations, targets: Activations, num_epochs: int
+        self, index: int, layer: nn.Module, run: Run, inputs: HiddenBuffer, targets: HiddenBuffer, num_epochs: int
     ) -> dict[str, Any]:
         num_rows, seq_len = inputs.tensor.shape[:2]
         if num_rows < 2:
@@ -127,7 +127,7 @@ class Reconstruction(Recovery):
         return {"loss_before": first, "loss_after": best, "epoch": epoch_kept}
 
 
-def _loss(run: Run, layer: nn.Module, inputs: Activations, targets: Activations, rows: Tensor) -> Tensor:
+def _loss(run: Run, layer: nn.Module, inputs: HiddenBuffer, targets: HiddenBuffer, rows: Tensor) -> Tensor:
     """The normalised squared error of a layer with float32 weights on rows (B,) of the calibration."""
     hidden, wanted = (activations.pick(rows) for activations in (inputs, targets))
     with _autocast(hidden):

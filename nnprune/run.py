@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 
-from nnprune.cli import GRID, check_outputs_of_sweep, gather_grid, is_grid, rewrite_sparsity
+from nnprune.experiment.command_line import GRID, check_outputs_of_sweep, gather_grid, is_grid, rewrite_sparsity
 from nnprune.records import RESULT_FILE, RunRecord, fingerprint, read_completed
 
 log = logging.getLogger("nnprune")
@@ -37,9 +37,9 @@ def run(cfg: DictConfig, pruner: Any = None) -> RunRecord:
     A finished run is not repeated, and an interrupted one goes on where it stopped. Whatever fails is recorded before it
     is raised.
     """
-    from nnprune.experiment import build
-    from nnprune.folders import locked, logged
-    from nnprune.job import Job
+    from nnprune.experiment.build import build
+    from nnprune.experiment.folder import locked, logged
+    from nnprune.experiment.job import Job
 
     experiment = None
     try:
@@ -64,9 +64,9 @@ def run_grid(cfgs: Sequence[DictConfig]) -> list[RunRecord]:
     `cfgs` differ in pruner and sparsity only. Raises what `run` raises, for the first cell that fails, once the others are
     done.
     """
-    from nnprune.experiment import build
-    from nnprune.folders import locked
-    from nnprune.grid import check_grid, prune_grid
+    from nnprune.experiment.build import build
+    from nnprune.experiment.folder import locked
+    from nnprune.experiment.grid import check_grid, prune_grid
 
     experiments = [build(cfg) for cfg in cfgs]
     check_grid(experiments)
@@ -93,12 +93,12 @@ def run_grid(cfgs: Sequence[DictConfig]) -> list[RunRecord]:
 def show_plan(cfgs: Sequence[DictConfig]) -> None:
     """Print what a run, or a grid of several, would take, without loading weights. Raises ValueError when it does not fit on this
     machine."""
-    from nnprune.cost_estimate import CostEstimate
-    from nnprune.experiment import build
+    from nnprune.experiment.build import build
+    from nnprune.experiment.cost_estimate import CostEstimate
 
     cells = [build(cfg) for cfg in cfgs]
     if len(cells) > 1:
-        from nnprune.grid import check_grid
+        from nnprune.experiment.grid import check_grid
 
         check_grid(cells)
     estimate = CostEstimate(cells)
@@ -195,7 +195,7 @@ def main() -> None:
 
 def _finished(experiment: Any) -> RunRecord | None:
     """The record of this experiment if it is completed, to be kept, and has all that was asked for."""
-    from nnprune.job import SCRATCH
+    from nnprune.experiment.job import SCRATCH
 
     folder, config = experiment.folder, experiment.config
     if config["overwrite"]:
@@ -211,7 +211,7 @@ def _finished(experiment: Any) -> RunRecord | None:
 
 def _record_failure(cfg: DictConfig, experiment: Any, error: Exception) -> None:
     """Leave a record of status failed where the run's own would be, if anything can be written there."""
-    from nnprune.experiment import run_folder
+    from nnprune.experiment.build import run_folder
 
     log.debug("failed", exc_info=True)
     config = OmegaConf.to_container(cfg, resolve=False)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from nnprune.checks import check_count
-from nnprune.native import library
+from nnprune.kernels import library
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnprune.native.kernels import PANEL, add_product, multiply_bfloat16, pack
-from nnprune.precision import fast_products
+from nnprune.kernels.gram import PANEL, add_product, multiply_bfloat16, pack
+from nnprune.kernels.matmul import fast_products
 
 STRIP = 4 * PANEL
 """Rows of a strip of the Hessian: wide enough for the matrix units, narrow enough to leave out most of its upper half."""

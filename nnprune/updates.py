@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nnprune.checks import check_count, check_positive
-from nnprune.leastsquares import ScaledProblem
+from nnprune.solvers.least_squares import ScaledProblem
 from nnprune.statistics import Hessian, InputStatistic
 
 

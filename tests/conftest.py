@@ -20,8 +20,8 @@ from omegaconf import DictConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from nnprune.cli import rewrite_sparsity
-from nnprune.native.library import enable, library
+from nnprune.experiment.command_line import rewrite_sparsity
+from nnprune.kernels.library import enable, library
 from nnprune.run import CONF
 
 ROOT = Path(__file__).parent.parent

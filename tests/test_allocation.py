@@ -15,8 +15,8 @@ from nnprune.allocations.base import DenseLayer, mean, mixed_nm, spread, within
 from nnprune.allocations.by_error import ByError
 from nnprune.allocations.dlp import DLP
 from nnprune.allocations.owl import OWL
-from nnprune.experiment import build
-from nnprune.loading import ModelSource
+from nnprune.experiment.build import build
+from nnprune.model.loading import ModelSource
 from nnprune.patterns import NM, Unstructured, parse_pattern
 from nnprune.pruners.wanda import Wanda
 from nnprune.run import CONF, run

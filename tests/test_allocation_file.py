@@ -8,8 +8,8 @@ from test_grid import stripped
 from test_survey import patterns_of
 
 from nnprune.allocations.from_file import FromFile
-from nnprune.experiment import build
-from nnprune.loading import ModelSource
+from nnprune.experiment.build import build
+from nnprune.model.loading import ModelSource
 from nnprune.patterns import NM, Unstructured, parse_pattern
 from nnprune.run import run
 

@@ -14,11 +14,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from nnprune import attention
-from nnprune.attention import NAME, attend, use_kernel
-from nnprune.decoder import Decoder, LayerCall, run_layer
-from nnprune.loading import ModelSource
-from nnprune.native import kernels, library
+from nnprune.kernels import attention as kernel
+from nnprune.kernels import library
+from nnprune.model import attention
+from nnprune.model.attention import NAME, attend, use_kernel
+from nnprune.model.decoder import Decoder, LayerCall, run_layer
+from nnprune.model.loading import ModelSource
 
 CPU = torch.device("cpu")
 needs_kernel = pytest.mark.skipif(
@@ -45,7 +46,7 @@ def random_heads(heads: int, shared: int, tokens: int, width: int, value_width: 
 )
 def test_it_is_the_formula(heads: int, shared: int, tokens: int, width: int, value_width: int, scaling: float) -> None:
     query, key, value = random_heads(heads, shared, tokens, width, value_width)
-    ours = kernels.causal_attention(query, key, value, scaling)
+    ours = kernel.causal_attention(query, key, value, scaling)
     wanted = scaled_dot_product_attention(
         query.double(), key.double(), value.double(), is_causal=True, scale=scaling, enable_gqa=True
     )
@@ -60,7 +61,7 @@ def test_what_takes_nearly_all_is_not_taken_for_less() -> None:
     query[..., 0], key[..., 0, 0], value[:, :, 0] = 4.0, 20.0, 1.0
     wanted = scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=True)
     theirs = scaled_dot_product_attention(query, key, value, is_causal=True)
-    assert (kernels.causal_attention(query, key, value, 0.125) - wanted).norm() <= 1.05 * (theirs - wanted).norm()
+    assert (kernel.causal_attention(query, key, value, 0.125) - wanted).norm() <= 1.05 * (theirs - wanted).norm()
 
 
 @needs_kernel
@@ -68,14 +69,14 @@ def test_large_scores_are_not_rounded() -> None:
     """Scores near 100 in bfloat16 would be wrong by up to 0.25, and the weights by a quarter."""
     query, key, value = (8 * tensor for tensor in random_heads(2, 1, 256, 64, 64))
     wanted = scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=True)
-    assert (kernels.causal_attention(query, key, value, 0.125) - wanted).norm() < 0.004 * wanted.norm()
+    assert (kernel.causal_attention(query, key, value, 0.125) - wanted).norm() < 0.004 * wanted.norm()
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of queries that the kernel sees; where there is none, PyTorch stands in for it."""
     seen: list[tuple[int, ...]] = []
-    own = kernels.causal_attention
+    own = kernel.causal_attention
 
     def count(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         seen.append(tuple(query.shape))
@@ -90,9 +91,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         attention = None
 
     if not hasattr(library.library(), "attention"):
-        monkeypatch.setattr(kernels, "has_attention", has_attention)
+        monkeypatch.setattr(kernel, "has_attention", has_attention)
         monkeypatch.setattr(attention, "library", Library)
-    monkeypatch.setattr(kernels, "causal_attention", count)
+    monkeypatch.setattr(kernel, "causal_attention", count)
     return seen
 
 

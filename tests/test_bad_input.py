@@ -6,9 +6,9 @@ import pytest
 from conftest import compose_config
 from hydra.errors import MissingConfigException
 
-import nnprune.finished
-from nnprune.experiment import build
-from nnprune.loading import ModelSource
+import nnprune.engine.layer_files
+from nnprune.experiment.build import build
+from nnprune.model.loading import ModelSource
 from nnprune.records import RESULT_FILE, read, read_all
 from nnprune.run import run
 
@@ -167,7 +167,7 @@ def test_outputs_that_cannot_be_written(tiny_config, tmp_path):
 
 def test_disk_full_while_a_layer_is_saved(tiny_config, monkeypatch):
     cfg = tiny_config()
-    original, saved = nnprune.finished.save_file, []
+    original, saved = nnprune.engine.layer_files.save_file, []
 
     def save_file(state, path, **options):
         if len(saved) == 1:
@@ -176,7 +176,7 @@ def test_disk_full_while_a_layer_is_saved(tiny_config, monkeypatch):
         saved.append(path)
         original(state, path, **options)
 
-    monkeypatch.setattr(nnprune.finished, "save_file", save_file)
+    monkeypatch.setattr(nnprune.engine.layer_files, "save_file", save_file)
     message = failure(cfg)
     folder = build(cfg).folder
     assert message.startswith("outputs: decoder layer 1 could not be saved in ")

@@ -8,14 +8,14 @@ from families import FAMILIES
 from test_engine import IDS, prune_model
 from test_propagation import recover
 
-import nnprune.cached_outputs
-import nnprune.propagation
-from nnprune.cached_outputs import CachedOutputs, Part, find_parts
-from nnprune.decoder import Decoder
+import nnprune.engine.cached_outputs
+import nnprune.engine.propagation
+from nnprune.engine.cached_outputs import CachedOutputs, Part, find_parts
+from nnprune.engine.hidden_states import HiddenStates
 from nnprune.method import Method
+from nnprune.model.decoder import Decoder
 from nnprune.pruners.sparsegpt import SparseGPT
 from nnprune.runtime import Runtime
-from nnprune.streams import Stream
 from nnprune.targets import Asymmetric
 
 
@@ -63,7 +63,7 @@ def test_caching_changes_no_bit(family, method, tmp_path, monkeypatch):
 
     options = {"family": family, "propagate": "sequential", "batch_tokens": 32}
     cached, _ = prune_model(tmp_path / "a", method=make(), **options)
-    monkeypatch.setattr(nnprune.propagation, "find_parts", lambda *_: {})
+    monkeypatch.setattr(nnprune.engine.propagation, "find_parts", lambda *_: {})
     computed, _ = prune_model(tmp_path / "b", method=make(), **options)
     for (name, one), two in zip(cached.state_dict().items(), computed.state_dict().values(), strict=True):
         assert torch.equal(one, two), name
@@ -98,7 +98,7 @@ def test_a_linear_is_computed_once_a_layer(tmp_path, monkeypatch):
 
 def test_outputs_are_cached_where_there_is_room(tmp_path, monkeypatch):
     assert rows_through_linears(tmp_path / "a", monkeypatch, activations="disk")["o_proj"] == 3 * 3 * 4 - 4
-    monkeypatch.setattr(nnprune.cached_outputs, "ROOM_SHARE", 0)
+    monkeypatch.setattr(nnprune.engine.cached_outputs, "ROOM_SHARE", 0)
     assert rows_through_linears(tmp_path / "b", monkeypatch)["o_proj"] == 3 * 3 * 4 - 4
 
 
@@ -128,7 +128,7 @@ def test_a_linear_that_is_called_twice_is_not_cached(tmp_path):
     parts = find_parts(modules, linears, lambda: layer(torch.zeros(1, 8, 32)))
     assert parts == {"once": Part("once", None)}
     runtime, wanted = Runtime(device="cpu", batch_tokens=32), {}
-    with Stream(Decoder(FAMILIES["llama"]()), runtime, IDS, tmp_path / "stream") as stream:
+    with HiddenStates(Decoder(FAMILIES["llama"]()), runtime, IDS, tmp_path / "stream") as stream:
         stream.each_batch(lambda rows, hidden: wanted.update({rows.start: layer(hidden)}))
 
         def check(rows, hidden):

@@ -1,7 +1,6 @@
 """The collector: records in, the README's tables and the exports out."""
 
 import csv
-import importlib.util
 import io
 import json
 import math
@@ -13,14 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from nnprune import cells, names, tables
+from nnprune import collect
 from nnprune.records import RunRecord, read_all
+from nnprune.report import frame as frame_module
+from nnprune.report import labels, tables
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "collect.py"
-spec = importlib.util.spec_from_file_location("collect", SCRIPT)
-collect = importlib.util.module_from_spec(spec)
-sys.modules["collect"] = collect  # dataclasses look their module up
-spec.loader.exec_module(collect)
 
 DENSE = {"opt-125m": 27.65, "opt-350m": 22.02}
 RUNS = {  # (pruner, sparsity): perplexity of opt-125m, of opt-350m
@@ -207,7 +204,7 @@ def test_layout_of_methods_without_records(call, tmp_path, methods):
 
 
 def test_layout_of_methods_in_latex(methods):
-    frame, _ = cells.to_frame(read_all(methods)[0])
+    frame, _ = frame_module.to_frame(read_all(methods)[0])
     latex = tables.to_latex(tables.build_methods_table(frame, "demo_perplexity", "demo", costs=True))
     assert r"\caption{demo\_perplexity, demo}" in latex and r"\begin{tabular}{lrrrrrr}" in latex
     assert r"Wanda + refit & \textbf{21.0 $\pm$ 1.4} & -- & -- & 4.5 & 2.0 & -- \\" in latex
@@ -225,7 +222,7 @@ def test_check(call, readme):
 
 
 def test_default_files_are_updated_and_checked_together(call, readme, monkeypatch):
-    monkeypatch.setattr(collect, "ROOT", readme.parent)
+    monkeypatch.chdir(readme.parent)
     assert call()[1].endswith("README.md: 2 table(s) rewritten\n")
     methods = readme.parent / "docs" / "methods.md"
     methods.parent.mkdir()
@@ -335,9 +332,9 @@ def test_a_seed_without_a_figure_is_not_left_out_of_the_mean(call, tmp_path):
 
 
 def test_settings_that_do_not_tell_experiments_apart_are_those_of_the_fingerprint():
-    from nnprune.experiment import NOT_SCIENCE
+    from nnprune.experiment.build import NOT_SCIENCE
 
-    assert set(cells.NOT_SCIENCE) == {*NOT_SCIENCE, "seed"}
+    assert set(frame_module.NOT_SCIENCE) == {*NOT_SCIENCE, "seed"}
 
 
 def test_figures_with_a_spread():
@@ -387,10 +384,10 @@ def test_dense_comes_from_pruned_runs_too_and_disagreement_is_named(call, tmp_pa
 def test_order_of_models_and_patterns():
     models = ["bloom-560m", "opt-13b", "opt-1.3b", "llama-2-7b", "opt-350m", "demo", "opt-125m", "Llama-3-8b"]
     ordered = ["demo", "bloom-560m", "llama-2-7b", "Llama-3-8b", "opt-125m", "opt-350m", "opt-1.3b", "opt-13b"]
-    assert sorted(models, key=names.model_key) == ordered
-    labels = ["4:8", "2:4", "0.75", "3:4", "0.5", "odd", "0.625"]
-    assert sorted(labels, key=names.sparsity_key) == ["0.5", "0.625", "0.75", "3:4", "2:4", "4:8", "odd"]
-    assert [names.pretty_sparsity(s) for s in ("0.55", "0.625", "2:4")] == ["55%", "62.5%", "2:4"]
+    assert sorted(models, key=labels.model_key) == ordered
+    sparsities = ["4:8", "2:4", "0.75", "3:4", "0.5", "odd", "0.625"]
+    assert sorted(sparsities, key=labels.sparsity_key) == ["0.5", "0.625", "0.75", "3:4", "2:4", "4:8", "odd"]
+    assert [labels.pretty_sparsity(s) for s in ("0.55", "0.625", "2:4")] == ["55%", "62.5%", "2:4"]
 
 
 def test_order_and_names_of_methods():
@@ -418,15 +415,15 @@ def test_order_and_names_of_methods():
         "mine_refit": "mine_refit",
         "sparsegpt_nnpruning": "SparseGPT (nn-pruning)",
     }
-    assert sorted(reversed(ordered), key=names.pruner_key) == list(ordered)
-    assert {label: names.pretty_pruner(label) for label in ordered} == ordered
+    assert sorted(reversed(ordered), key=labels.pruner_key) == list(ordered)
+    assert {label: labels.pretty_pruner(label) for label in ordered} == ordered
 
 
 def test_csv_and_json_parse_back(call):
     rows = list(csv.DictReader(io.StringIO(call("--format", "csv")[1])))
     objects = json.loads(call("--format", "json")[1])
     assert len(rows) == len(objects) == 15
-    assert list(rows[0]) == list(objects[0]) == cells.COLUMNS
+    assert list(rows[0]) == list(objects[0]) == frame_module.COLUMNS
     for row, item in zip(rows, objects, strict=True):
         assert row["path"] == item["path"] and float(row["value"]) == item["value"]
     one = next(item for item in objects if (item["pruner"], item["model"]) == ("alps", "opt-125m"))

@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import nnprune.cost_estimate
-from nnprune.cost_estimate import PROCESS_BYTES, CostEstimate
-from nnprune.experiment import build
+import nnprune.experiment.cost_estimate
+from nnprune.experiment.build import build
+from nnprune.experiment.cost_estimate import PROCESS_BYTES, CostEstimate
 from nnprune.run import run, show_plan
 
 
@@ -35,7 +35,7 @@ def test_no_weights_are_read(tiny_config, tiny_model_dir, tmp_path):
 
 
 def test_memory_counts_what_rests_there(tiny_config, monkeypatch):
-    monkeypatch.setattr(nnprune.cost_estimate, "resident_host_bytes", lambda: 0)
+    monkeypatch.setattr(nnprune.experiment.cost_estimate, "resident_host_bytes", lambda: 0)
     host = estimate(tiny_config, "runtime=cpu", "pruner=wanda")
     disk = estimate(tiny_config, "runtime=low_memory", "pruner=wanda", "save=true")
     layer = sum(parameter.nbytes for parameter in host.decoder.layers[0].parameters())
@@ -51,7 +51,7 @@ def test_memory_counts_what_rests_there(tiny_config, monkeypatch):
 
 
 def test_a_solver_takes_more_than_scores(tiny_config, monkeypatch):
-    monkeypatch.setattr(nnprune.cost_estimate, "resident_host_bytes", lambda: 0)
+    monkeypatch.setattr(nnprune.experiment.cost_estimate, "resident_host_bytes", lambda: 0)
     wanda, sparsegpt, best = (
         estimate(tiny_config, f"pruner={name}", "runtime.batch_tokens=32") for name in ("wanda", "sparsegpt", "best_fast")
     )
@@ -78,7 +78,7 @@ def test_a_grid_collects_once_and_writes_each_cell(tiny_config):
 )
 def test_what_cannot_fit_is_refused(figure, overrides, key, remedy, tiny_config, monkeypatch):
     answer = (lambda *_: type("Usage", (), {"free": 10})) if "disk" in figure else (lambda: 10)
-    monkeypatch.setattr(f"nnprune.cost_estimate.{figure}", answer)
+    monkeypatch.setattr(f"nnprune.experiment.cost_estimate.{figure}", answer)
     with pytest.raises(ValueError, match=f"{key}.*: needs .*{remedy}"):
         show_plan([tiny_config(*overrides)])
 

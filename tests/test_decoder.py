@@ -9,16 +9,16 @@ from families import FAMILIES, VOCAB_SIZE
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import nnprune.streams
-from nnprune.decoder import Decoder, run_layer, weight_OI
-from nnprune.finished import FinishedLayers
-from nnprune.inputs import input_groups
-from nnprune.layerstore import LayerStore
-from nnprune.layerwise import LayerwiseEngine
+import nnprune.engine.hidden_states
+from nnprune.engine.engine import LayerwiseEngine
+from nnprune.engine.input_collector import input_groups
+from nnprune.engine.layer_files import LayerFiles
+from nnprune.engine.layer_store import LayerStore
+from nnprune.engine.pruning_pass import PruneTask, PruningPass
 from nnprune.method import Method
+from nnprune.model.decoder import Decoder, run_layer, weight_OI
 from nnprune.patterns import parse_pattern
 from nnprune.pruners.sparsegpt import SparseGPT
-from nnprune.pruning import Cell, PruningPass
 from nnprune.runtime import Runtime
 
 
@@ -28,7 +28,7 @@ def random_ids(rows: int = 2, seq_len: int = 24, seed: int = 0) -> torch.Tensor:
 
 def engine_of(model, folder, **runtime) -> LayerwiseEngine:
     decoder, runtime = Decoder(model), Runtime(device="cpu", **runtime)
-    store = LayerStore(decoder, runtime.torch_device, runtime.layers, FinishedLayers(folder / "layers", decoder.path), None)
+    store = LayerStore(decoder, runtime.torch_device, runtime.layers, LayerFiles(folder / "layers", decoder.path), None)
     return LayerwiseEngine(decoder, store, runtime, folder)
 
 
@@ -36,7 +36,7 @@ def prune(engine, method, plan, ids, propagate="pruned") -> list[dict]:
     """Prune as a run does, and leave the model pruned; returns the reports of all layers."""
     method = method if isinstance(method, Method) else Method(method)
     finished = engine.store.finished
-    PruningPass(engine, [Cell(method, plan, finished)], propagate).run(ids)
+    PruningPass(engine, [PruneTask(method, plan, finished)], propagate).run(ids)
     for index in range(engine.num_layers):
         engine.store.fetch(index)
     return [finished.reports[index] for index in range(engine.num_layers)]
@@ -54,7 +54,7 @@ def through_layers(engine, ids, pruned=True):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_layer_by_layer_is_exactly_the_model(family, tmp_path, monkeypatch):
-    monkeypatch.setattr(nnprune.streams, "tokens_of_logits", lambda *a: 5)
+    monkeypatch.setattr(nnprune.engine.hidden_states, "tokens_of_logits", lambda *a: 5)
     model, ids = FAMILIES[family](), random_ids()
     expected = model(ids).logits
     engine = engine_of(model, tmp_path)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nnprune import dtypes
-from nnprune.dtypes import choose_computing_dtype, cpu_multiplies_bfloat16
 from nnprune.evaluation import Evaluation
+from nnprune.model import dtypes
+from nnprune.model.dtypes import choose_computing_dtype, cpu_multiplies_bfloat16
 from nnprune.run import run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -10,8 +10,8 @@ from families import FAMILIES
 from test_decoder import engine_of, prune, random_ids, through_layers
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
 
-from nnprune.decoder import run_layer, weight_OI
-from nnprune.linears import relative_error
+from nnprune.engine.prune_linears import relative_error
+from nnprune.model.decoder import run_layer, weight_OI
 from nnprune.patterns import NM, Unstructured
 from nnprune.pruners.base import Pruner
 from nnprune.pruners.sparsegpt import SparseGPT
@@ -208,7 +208,7 @@ def test_saved_model_is_an_ordinary_directory_with_equal_logits(family, layers, 
 
 
 def test_at_most_two_layers_are_off_the_meta_device(tiny_config, tiny_model_dir, monkeypatch, tmp_path):
-    from nnprune.layerstore import LayerStore
+    from nnprune.engine.layer_store import LayerStore
 
     resident = []
     fetch = LayerStore.fetch
@@ -236,7 +236,7 @@ def test_runtime_defaults_to_what_there_is():
 
 
 def test_a_layer_that_returns_something_else_is_refused():
-    from nnprune.decoder import LayerCall
+    from nnprune.model.decoder import LayerCall
 
     with pytest.raises(ValueError, match="instead of hidden states"):
         run_layer(lambda hidden: hidden[0], torch.zeros(2, 3, 4), LayerCall((), {}))
@@ -276,16 +276,16 @@ def test_out_of_memory_halves_the_batch_and_counts_no_token_twice(propagate, tmp
 
 
 def test_the_record_tells_of_halved_batches(tiny_config, monkeypatch):
-    from nnprune.streams import Stream
+    from nnprune.engine.hidden_states import HiddenStates
 
-    original = Stream.run
+    original = HiddenStates.run
 
     def small_device(self, index, layer, hidden):
         if len(hidden) > 2:
             raise torch.OutOfMemoryError
         return original(self, index, layer, hidden)
 
-    monkeypatch.setattr(Stream, "run", small_device)
+    monkeypatch.setattr(HiddenStates, "run", small_device)
     assert run(tiny_config("pruner=wanda")).notes == ["out of device memory: went on with runtime.batch_tokens=64"]
 
 

@@ -8,9 +8,9 @@ from families import FAMILIES, VOCAB_SIZE
 from test_decoder import engine_of, through_layers
 from torch.nn.functional import cross_entropy
 
-import nnprune.streams
-from nnprune.decoder import Decoder
+import nnprune.engine.hidden_states
 from nnprune.evaluation import perplexity
+from nnprune.model.decoder import Decoder
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def test_few_logits_live_at_a_time(tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(Decoder, "logits", watched)
-    monkeypatch.setattr(nnprune.streams, "CPU_LOGITS", 64 * VOCAB_SIZE)
+    monkeypatch.setattr(nnprune.engine.hidden_states, "CPU_LOGITS", 64 * VOCAB_SIZE)
     model, ids = FAMILIES["llama"](), torch.randint(VOCAB_SIZE, (3, 129), generator=torch.Generator().manual_seed(0))
     assert measured(engine_of(model, tmp_path), ids) == pytest.approx(plain_perplexity(model, ids), rel=1e-5)
     assert shapes == [(1, 64, VOCAB_SIZE), (1, 64, VOCAB_SIZE), (1, 1, VOCAB_SIZE)] * 3

@@ -13,16 +13,16 @@ from test_decoder import engine_of
 from test_engine import IDS
 from transformers.pytorch_utils import Conv1D
 
-from nnprune.cli import gather_grid, is_grid
-from nnprune.experiment import build
-from nnprune.finished import FinishedLayers
-from nnprune.job import Job
+from nnprune.engine.hidden_states import HiddenStates
+from nnprune.engine.layer_files import LayerFiles
+from nnprune.engine.pruning_pass import PruneTask, PruningPass
+from nnprune.experiment.build import build
+from nnprune.experiment.command_line import gather_grid, is_grid
+from nnprune.experiment.job import Job
 from nnprune.method import Method
 from nnprune.patterns import parse_pattern
-from nnprune.pruning import Cell, PruningPass
 from nnprune.records import read_all, read_completed
 from nnprune.run import run, run_grid
-from nnprune.streams import Stream
 
 CELLS = [(pruner, sparsity) for pruner in ("magnitude", "wanda", "sparsegpt") for sparsity in ("0.5", "2:4")]
 
@@ -58,8 +58,8 @@ def test_cells_equal_separate_runs(tiny_config, tmp_path):
 def test_the_calibration_goes_through_the_layers_once(tiny_config, monkeypatch):
     run(tiny_config("sparsity=dense"))
     calls = []
-    forward = Stream.run
-    monkeypatch.setattr(Stream, "run", lambda self, *a: calls.append(self.ids.shape[0]) or forward(self, *a))
+    forward = HiddenStates.run
+    monkeypatch.setattr(HiddenStates, "run", lambda self, *a: calls.append(self.ids.shape[0]) or forward(self, *a))
     run_grid(configs(tiny_config)[:1])
     alone = len(calls)
     calls.clear()
@@ -164,7 +164,7 @@ def test_every_family_takes_every_method(family, tmp_path):
         pattern = parse_pattern("2:4" if supported(name, "2:4") else "0.5")
         method = Method(instantiate(preset(name).pruner, _convert_="all"), update=instantiate(preset(name)["update"]))
         plan = dict.fromkeys(engine.decoder.shapes(), pattern)
-        cells.append(Cell(method, plan, FinishedLayers(tmp_path / name, engine.decoder.path)))
+        cells.append(PruneTask(method, plan, LayerFiles(tmp_path / name, engine.decoder.path)))
     PruningPass(engine, cells, "dense").run(IDS)
     for cell in cells:
         for index in range(engine.num_layers):

@@ -5,14 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnprune.leastsquares import ScaledProblem
 from nnprune.patterns import NM, Unstructured, parse_pattern
-from nnprune.projection import Projection
 from nnprune.pruners.admm import ADMM
 from nnprune.pruners.alps import ALPS
 from nnprune.pruners.base import Pruner
 from nnprune.pruners.sparsegpt import SparseGPT
 from nnprune.pruners.wanda import Wanda
+from nnprune.solvers.least_squares import ScaledProblem
+from nnprune.solvers.mask_projection import Projection
 from nnprune.statistics import CrossProduct, Hessian
 from nnprune.targets import Asymmetric
 from nnprune.updates import Refit

@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from nnprune.native import kernels, library
-from nnprune.provenance import versions
-from nnprune.pruners import sparsegpt_native, sparsegpt_triton
+from nnprune.experiment.provenance import versions
+from nnprune.kernels import attention, gram, library, sweep, sweep_triton
 from nnprune.runtime import Runtime
 from nnprune.statistics import CrossProduct, Hessian
 
 needs_bfloat16 = pytest.mark.skipif(
-    not kernels.multiply_bfloat16(torch.ones(1, dtype=torch.bfloat16)),
+    not gram.multiply_bfloat16(torch.ones(1, dtype=torch.bfloat16)),
     reason="this CPU has no products of bfloat16, or no compiler",
 )
 
@@ -36,11 +35,11 @@ def test_it_is_the_product(tokens: int, width: int, other_width: int, skipped: i
     X = random_inputs(tokens, width + skipped)[:, skipped:]  # rows further apart than they are long
     Y = random_inputs(other_width, tokens, seed=1).t()
     total = torch.ones(width, other_width)
-    kernels.add_product(total, kernels.pack(X), kernels.pack(Y))
+    gram.add_product(total, gram.pack(X), gram.pack(Y))
     scale = X.double().abs().t() @ Y.double().abs() + 1
     assert ((total - 1 - X.double().t() @ Y.double()).abs() / scale).max() < 1e-6
     square = torch.zeros(width, width)
-    kernels.add_product(square, kernels.pack(X), kernels.pack(X), lower=True)
+    gram.add_product(square, gram.pack(X), gram.pack(X), lower=True)
     scale = X.double().abs().t() @ X.double().abs()
     assert ((square - X.double().t() @ X.double()).tril().abs() / scale).nan_to_num().max() < 1e-6
 
@@ -68,7 +67,9 @@ def test_nothing_hides_what_is_not_finite(bad: float) -> None:
     assert not statistic.is_finite()
     query, key, value = (random_inputs(70, 16).view(1, 1, 70, 16).clone() for _ in range(3))
     key[0, 0, 30, 3] = torch.nan
-    assert kernels.causal_attention(query, key, value, 0.25).isfinite().all(-1).flatten().tolist() == [True] * 30 + [False] * 40
+    assert (
+        attention.causal_attention(query, key, value, 0.25).isfinite().all(-1).flatten().tolist() == [True] * 30 + [False] * 40
+    )
 
 
 @needs_bfloat16
@@ -76,7 +77,7 @@ def test_layouts_that_cannot_be_read_in_pairs_are_copied() -> None:
     odd = random_inputs(2 * 40, 33)[:, 1:].view(1, 2, 40, 32)
     turned = random_inputs(32, 80).t().reshape(1, 2, 40, 32).mT.contiguous().mT
     wanted = scaled_dot_product_attention(odd.double(), turned.double(), odd.double(), is_causal=True, scale=0.1)
-    assert (kernels.causal_attention(odd, turned, odd, 0.1) - wanted).norm() < 0.004 * wanted.norm()
+    assert (attention.causal_attention(odd, turned, odd, 0.1) - wanted).norm() < 0.004 * wanted.norm()
 
 
 @pytest.fixture
@@ -94,9 +95,9 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     for number in (1, 3):
         torch.set_num_threads(number)
         total, weight = torch.zeros(200, 200), random_inputs(64, 99, seed=2).float()
-        kernels.add_product(total, kernels.pack(X), kernels.pack(X))
-        errors = sparsegpt_native.prune_block_nm(weight, torch.eye(64) + torch.ones(64, 64).triu(1) / 9, 2, 4)
-        output = kernels.causal_attention(query, key, value, 0.125)
+        gram.add_product(total, gram.pack(X), gram.pack(X))
+        errors = sweep.prune_block_nm(weight, torch.eye(64) + torch.ones(64, 64).triu(1) / 9, 2, 4)
+        output = attention.causal_attention(query, key, value, 0.125)
         found.append((total, weight, errors, output))
     assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
 
@@ -117,8 +118,8 @@ def test_without_a_compiler_pytorch_serves(
     monkeypatch.setenv("CC", compiler)
     with caplog.at_level(logging.INFO):
         assert library.library() is None
-        assert not sparsegpt_native.available()
-        assert not kernels.multiply_bfloat16(torch.ones(1, dtype=torch.bfloat16))
+        assert not sweep.available()
+        assert not gram.multiply_bfloat16(torch.ones(1, dtype=torch.bfloat16))
     assert len(caplog.messages) == 1
     assert "PyTorch serves instead" in caplog.text
     assert not list(unloaded.glob("*"))
@@ -148,9 +149,9 @@ def test_on_cuda_none_is_compiled_or_recorded(monkeypatch: pytest.MonkeyPatch) -
     try:
         Runtime(device="cuda:0").start(seed=0)
         assert library.library() is None
-        monkeypatch.setattr(sparsegpt_triton, "available", lambda: False)
+        monkeypatch.setattr(sweep_triton, "available", lambda: False)
         assert versions("cuda")["kernels"] == "PyTorch"
-        monkeypatch.setattr(sparsegpt_triton, "available", lambda: True)
+        monkeypatch.setattr(sweep_triton, "available", lambda: True)
         assert versions("cuda")["kernels"] == "Triton"
         assert versions("cpu")["kernels"] == "PyTorch"
     finally:

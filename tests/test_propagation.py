@@ -7,8 +7,8 @@ from families import FAMILIES
 from test_decoder import engine_of, prune
 from test_engine import IDS, Failing, Interrupted, expected_inputs, prune_model
 
-from nnprune.decoder import Decoder, run_layer
 from nnprune.method import Method
+from nnprune.model.decoder import Decoder, run_layer
 from nnprune.patterns import NM
 from nnprune.pruners.alps import ALPS
 from nnprune.pruners.sparsegpt import SparseGPT

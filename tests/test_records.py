@@ -12,7 +12,7 @@ from conftest import compose_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnprune.experiment import build
+from nnprune.experiment.build import build
 from nnprune.records import RESULT_FILE, RecordError, RunRecord, fingerprint, read, read_all
 
 RECORD = RunRecord(

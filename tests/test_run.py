@@ -12,11 +12,11 @@ from conftest import HANGS, ROOT, compose_config
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-import nnprune.finished
-import nnprune.job
-import nnprune.measuring
+import nnprune.engine.layer_files
+import nnprune.experiment.job
 import nnprune.records
-from nnprune.cli import rewrite_sparsity
+from nnprune.experiment import measurement
+from nnprune.experiment.command_line import rewrite_sparsity
 from nnprune.run import CONF, run
 
 TINY_DEMO = ["calibration.num_samples=4", "calibration.seq_len=64", "evaluation.seq_len=64", "evaluation.max_windows=4"]
@@ -151,8 +151,8 @@ def test_pruning_hurts_and_sequential_differs(tiny_config):
 
 def test_dense_perplexity_is_measured_once(tiny_config, monkeypatch):
     titles = []
-    perplexity = nnprune.measuring.perplexity
-    monkeypatch.setattr(nnprune.measuring, "perplexity", lambda *a: titles.append(a[-1]) or perplexity(*a))
+    perplexity = measurement.perplexity
+    monkeypatch.setattr(measurement, "perplexity", lambda *a: titles.append(a[-1]) or perplexity(*a))
     for pruner in ("magnitude", "wanda"):
         run(tiny_config(f"pruner={pruner}"))
     run(tiny_config("sparsity=dense"))
@@ -166,7 +166,7 @@ def test_overwrite_and_later_save(tiny_config, monkeypatch):
     assert again.metrics == first.metrics
     stored = run(tiny_config("pruner=wanda", "save=true"))
     assert stored.finished == again.finished
-    monkeypatch.setattr(nnprune.measuring, "perplexity", lambda *a: 7.0)
+    monkeypatch.setattr(measurement, "perplexity", lambda *a: 7.0)
     assert run(tiny_config("pruner=wanda")).metrics == first.metrics
     assert run(tiny_config("pruner=wanda", "overwrite=true")).metrics == {"text_perplexity": 7.0}
 
@@ -183,7 +183,7 @@ def run_until_killed(cfg):
 
 
 def at_second_layer(monkeypatch):
-    monkeypatch.setattr(nnprune.finished, "save_file", KillAtCall(2, save_file))
+    monkeypatch.setattr(nnprune.engine.layer_files, "save_file", KillAtCall(2, save_file))
 
 
 def half_a_layer_file(monkeypatch):
@@ -192,15 +192,15 @@ def half_a_layer_file(monkeypatch):
         os.truncate(path, path.stat().st_size // 2)
         kill()
 
-    monkeypatch.setattr(nnprune.finished, "save_file", write_half)
+    monkeypatch.setattr(nnprune.engine.layer_files, "save_file", write_half)
 
 
 def in_dense_evaluation(monkeypatch):
-    monkeypatch.setattr(nnprune.measuring, "perplexity", kill)
+    monkeypatch.setattr(measurement, "perplexity", kill)
 
 
 def in_evaluation(monkeypatch):
-    monkeypatch.setattr(nnprune.measuring, "perplexity", KillAtCall(2, nnprune.measuring.perplexity))
+    monkeypatch.setattr(measurement, "perplexity", KillAtCall(2, measurement.perplexity))
 
 
 def half_a_record(monkeypatch):
@@ -210,7 +210,7 @@ def half_a_record(monkeypatch):
 
 
 def while_clearing_up(monkeypatch):
-    monkeypatch.setattr(nnprune.job.shutil, "rmtree", kill)
+    monkeypatch.setattr(nnprune.experiment.job.shutil, "rmtree", kill)
 
 
 class KillAtCall:
@@ -250,11 +250,11 @@ def test_texts_measured_before_a_kill_are_not_measured_again(tiny_config, small_
     whole = run(tiny_config(extra, "pruner=wanda"))
     cfg = tiny_config(extra, "pruner=wanda", "seed=1")
     with monkeypatch.context() as patch:
-        patch.setattr(nnprune.measuring, "perplexity", KillAtCall(2, nnprune.measuring.perplexity))  # the second text, pruned
+        patch.setattr(measurement, "perplexity", KillAtCall(2, measurement.perplexity))  # the second text, pruned
         run_until_killed(cfg)
     titles = []
-    perplexity = nnprune.measuring.perplexity
-    monkeypatch.setattr(nnprune.measuring, "perplexity", lambda *a: titles.append(a[-1]) or perplexity(*a))
+    perplexity = measurement.perplexity
+    monkeypatch.setattr(measurement, "perplexity", lambda *a: titles.append(a[-1]) or perplexity(*a))
     assert run(cfg).metrics.keys() == whole.metrics.keys() == {"text_perplexity", "more_perplexity"}
     assert len(titles) == 1
 
@@ -279,7 +279,7 @@ def test_a_dense_record_made_while_resuming_is_of_the_dense_model(tiny_config, t
 @pytest.mark.parametrize("runtime", ["cpu", "low_memory"])
 def test_a_dense_model_that_another_process_failed_to_measure(runtime, tiny_config, tmp_path, monkeypatch):
     expected = run(tiny_config("pruner=wanda", f"outputs={tmp_path / 'alone'}"))
-    locked = nnprune.job.locked
+    locked = nnprune.experiment.job.locked
 
     @contextmanager
     def busy(folder, wait=True):
@@ -289,7 +289,7 @@ def test_a_dense_model_that_another_process_failed_to_measure(runtime, tiny_conf
         else:
             yield False
 
-    monkeypatch.setattr(nnprune.job, "locked", busy)
+    monkeypatch.setattr(nnprune.experiment.job, "locked", busy)
     record = run(tiny_config("pruner=wanda", f"runtime={runtime}"))
     assert record.metrics == expected.metrics
     assert record.dense_metrics == expected.dense_metrics
@@ -301,7 +301,7 @@ def test_a_failed_run_of_a_sweep_does_not_keep_its_model(tiny_config, monkeypatc
     import gc
     import weakref
 
-    from nnprune.loading import ModelSource
+    from nnprune.model.loading import ModelSource
     from nnprune.run import RunFailed, _main
 
     models = []
@@ -316,7 +316,7 @@ def test_a_failed_run_of_a_sweep_does_not_keep_its_model(tiny_config, monkeypatc
         raise RuntimeError("out of memory, say")
 
     monkeypatch.setattr(ModelSource, "load", watched)
-    monkeypatch.setattr(nnprune.measuring, "perplexity", fail)
+    monkeypatch.setattr(measurement, "perplexity", fail)
     cfg = tiny_config("pruner=wanda", "label=mine")
     with pytest.raises(RunFailed) as kept:
         _main(cfg)

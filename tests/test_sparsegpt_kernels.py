@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnprune.native.library import library
+from nnprune.kernels import sweep, sweep_triton
+from nnprune.kernels.library import library
 from nnprune.patterns import NM, Unstructured
-from nnprune.pruners import sparsegpt_native, sparsegpt_triton
 
-needs_triton = pytest.mark.skipif(sparsegpt_triton.triton is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(sweep_triton.triton is None, reason="Triton is not installed")
 
 # The last block of a matrix is narrower; 7 and 33 output features fill no tile; 15 and 12 of 16 columns are whole groups of 5, 12.
 MASKED = [(128, 7), (100, 33), (64, 96), (17, 1), (8, 96), (1, 1)]
@@ -24,7 +24,7 @@ N_OF_M = [
 
 def load_again() -> ModuleType:
     """A second copy of the module: a kernel takes from the environment of its definition whether it is interpreted."""
-    spec = importlib.util.spec_from_file_location("sparsegpt_triton_again", sparsegpt_triton.__file__)
+    spec = importlib.util.spec_from_file_location("sparsegpt_triton_again", sweep_triton.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -36,8 +36,8 @@ def kernel(request: pytest.FixtureRequest) -> tuple[ModuleType, str]:
     if request.param == "native":
         if library() is None:
             pytest.skip("this machine compiles no C")
-        return sparsegpt_native, "cpu"
-    if sparsegpt_triton.triton is None:
+        return sweep, "cpu"
+    if sweep_triton.triton is None:
         pytest.skip("Triton is not installed")
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -64,7 +64,7 @@ def costs(weight_CO: Tensor, U_CC: Tensor) -> Tensor:
     return (weight_CO / U_CC.diagonal()[:, None]).square().t()
 
 
-def sweep(weight_CO: Tensor, U_CC: Tensor, drop_CO: Tensor, pattern: NM | None = None) -> tuple[Tensor, Tensor]:
+def plain_sweep(weight_CO: Tensor, U_CC: Tensor, drop_CO: Tensor, pattern: NM | None = None) -> tuple[Tensor, Tensor]:
     """The pruned weights and the errors (C, O), column by column; with a pattern, `drop_CO` is chosen on the way."""
     weight_CO, errors_CO = weight_CO.clone(), torch.zeros_like(weight_CO)
     for j in range(len(weight_CO)):
@@ -81,7 +81,7 @@ def test_masked_is_the_sweep(kernel, num_columns, num_outputs):
     module, device = kernel
     weight, U = block(num_columns, num_outputs)
     drop = ~Unstructured(0.6).mask(costs(weight, U).contiguous(), per="matrix").t()  # a transposed view
-    expected_weight, expected_errors = sweep(weight, U, drop)
+    expected_weight, expected_errors = plain_sweep(weight, U, drop)
     pruned = weight.clone().to(device)
     errors = module.prune_block_masked(pruned, U.to(device), drop.to(device)).cpu()
     assert torch.equal(pruned.cpu() == 0, drop)
@@ -93,7 +93,7 @@ def test_masked_is_the_sweep(kernel, num_columns, num_outputs):
 def test_nm_is_the_sweep(kernel, num_columns, num_outputs, n, m):
     module, device = kernel
     weight, U = block(num_columns, num_outputs, by_column=True)
-    expected_weight, expected_errors = sweep(weight, U, torch.zeros_like(weight, dtype=torch.bool), NM(n, m))
+    expected_weight, expected_errors = plain_sweep(weight, U, torch.zeros_like(weight, dtype=torch.bool), NM(n, m))
     pruned = weight.clone().to(device)
     errors = module.prune_block_nm(pruned, U.to(device), n, m).cpu()
     torch.testing.assert_close(pruned.cpu(), expected_weight, rtol=1e-5, atol=2e-5)
@@ -130,16 +130,14 @@ def test_compiles_for_a_gpu_that_is_not_here(n, m, tmp_path, monkeypatch):
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    constants = {**sparsegpt_triton.sub_block(m), "N": n, "M": m, "BLOCK_O": sparsegpt_triton.BLOCK_O, "U_row": 1}
+    constants = {**sweep_triton.sub_block(m), "N": n, "M": m, "BLOCK_O": sweep_triton.BLOCK_O, "U_row": 1}
     types = {"weight_CO": "*fp32", "errors_CO": "*fp32", "drop_CO": "*i1", "U_CC": "*fp32"}
     if n:
         constants["drop_CO"] = None
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "i32") for name in sparsegpt_triton._sweep.arg_names
-    }
-    source = ASTSource(sparsegpt_triton._sweep, signature, constants)
-    options = {"num_warps": sparsegpt_triton.NUM_WARPS, "enable_fp_fusion": True}
-    compiled = sparsegpt_triton.triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in sweep_triton._sweep.arg_names}
+    source = ASTSource(sweep_triton._sweep, signature, constants)
+    options = {"num_warps": sweep_triton.NUM_WARPS, "enable_fp_fusion": True}
+    compiled = sweep_triton.triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert compiled.asm["cubin"]
     assert "fma.rn.f32" in compiled.asm["ptx"]
     assert "mma." not in compiled.asm["ptx"], "matrix units would round float32 to TF32"

@@ -20,8 +20,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from nnprune.decoder import Decoder
-from nnprune.loading import Checkpoint, ModelSource
+from nnprune.model.decoder import Decoder
+from nnprune.model.loading import Checkpoint, ModelSource
 from nnprune.patterns import PatternError, SparsityPattern, parse_pattern
 
 CHUNK = 1 << 24

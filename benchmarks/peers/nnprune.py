@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from benchmarks.peers.common import Result, Run, Spec, write_result
 from benchmarks.products import ProductProfile
-from nnprune.cli import rewrite_sparsity
+from nnprune.experiment.command_line import rewrite_sparsity
 from nnprune.run import CONF, run
 
 PRUNING = ("calibration", "prune", "write")
@@ -38,7 +38,7 @@ def config(spec: Spec) -> DictConfig:
 
 def profile_pruning() -> list[ProductProfile]:
     """Let nnprune's pruning stage be profiled; the profile is in the list once it has run."""
-    from nnprune.pruning import PruningPass
+    from nnprune.engine.pruning_pass import PruningPass
 
     profiles: list[ProductProfile] = []
     prune = PruningPass.run

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from nnprune.allocations.base import DenseLayer, LayerwiseAllocation, spread
 from nnprune.checks import check_positive
-from nnprune.linears import relative_error
+from nnprune.engine.prune_linears import relative_error
 from nnprune.patterns import SparsityPattern
 
 SMALLEST = 1e-12

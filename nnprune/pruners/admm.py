@@ -1,6 +1,6 @@
 """ADMM: alternate between the best weights and the best mask (Boza 2024, arXiv:2401.02938).
 
-The iterations of nnprune/alternation.py (section 3.1, algorithm 1) with one rho. Gradual masks (section 3.3): the mask is chosen anew
+The iterations of nnprune/solvers/admm.py (section 3.1, algorithm 1) with one rho. Gradual masks (section 3.3): the mask is chosen anew
 in each of the first iterations, at a sparsity that rises along a cubic curve, and then stays.
 
 Letters: O output features, I input features.
@@ -8,13 +8,13 @@ Letters: O output features, I input features.
 
 from torch import Tensor
 
-from nnprune.alternation import Alternation
 from nnprune.checks import check_count, check_positive
-from nnprune.leastsquares import ScaledProblem
+from nnprune.kernels.matmul import FastFactor
 from nnprune.patterns import SparsityPattern
-from nnprune.precision import FastFactor
-from nnprune.projection import Projection
 from nnprune.pruners.stacked import StackedPruner
+from nnprune.solvers.admm import Alternation
+from nnprune.solvers.least_squares import ScaledProblem
+from nnprune.solvers.mask_projection import Projection
 
 
 class ADMM(StackedPruner):

@@ -1,6 +1,6 @@
 """ALPS: ADMM for the support, conjugate gradients for the weights on it (Meng et al. 2024, arXiv:2406.07831).
 
-The iterations of nnprune/alternation.py (section 3.2, equation 4) with a growing rho: a small one looks for good supports, a large
+The iterations of nnprune/solvers/admm.py (section 3.2, equation 4) with a growing rho: a small one looks for good supports, a large
 one settles on one. Then the weights on the support of the last mask are refitted by preconditioned conjugate gradients (section
 3.3).
 
@@ -13,13 +13,13 @@ Letters: O output features, I input features.
 
 from torch import Tensor
 
-from nnprune.alternation import Alternation
 from nnprune.checks import check_count, check_positive
-from nnprune.leastsquares import ScaledProblem
+from nnprune.kernels.matmul import FastFactor
 from nnprune.patterns import SparsityPattern
-from nnprune.precision import FastFactor
-from nnprune.projection import Projection
 from nnprune.pruners.stacked import StackedPruner
+from nnprune.solvers.admm import Alternation
+from nnprune.solvers.least_squares import ScaledProblem
+from nnprune.solvers.mask_projection import Projection
 
 
 class ALPS(StackedPruner):

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from nnprune.checks import check_count
-from nnprune.factors import factor_of_inverse
+from nnprune.kernels import sweep, sweep_triton
 from nnprune.patterns import NM, SparsityPattern
-from nnprune.pruners import sparsegpt_native, sparsegpt_triton
 from nnprune.pruners.stacked import StackedPruner
+from nnprune.solvers.cholesky import factor_of_inverse
 from nnprune.statistics import Hessian
 
 NUM_RETRIES = 2
@@ -95,7 +95,7 @@ class SparseGPT(StackedPruner):
         """
         num_columns = len(weight_CO)
         slab = self.mask_columns or (pattern.m if isinstance(pattern, NM) else num_columns)
-        kernels = sparsegpt_triton if weight_CO.is_cuda else sparsegpt_native
+        kernels = sweep_triton if weight_CO.is_cuda else sweep
         if kernels.available() and num_columns <= kernels.MAX_COLUMNS:  # the same in one launch
             if isinstance(pattern, NM) and slab == pattern.m <= kernels.MAX_M:
                 return kernels.prune_block_nm(weight_CO, U_CC, pattern.n, pattern.m)

@@ -1,0 +1,153 @@
+"""A look at the dense model before anything is pruned: what an allocation measures of each decoder layer.
+
+Weights are looked at where they rest. Where inputs are asked for, the calibration goes once through the dense layers, one
+of them in memory at a time, with the same engine as a pruning pass. What was measured is written down in the folder of
+each run, so that one that was interrupted goes on with the same plan.
+
+Letters: N samples, T tokens, L decoder layers, I input features.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nnprune.allocations.base import Allocation, DenseLayer, Plan
+from nnprune.engine.engine import LayerwiseEngine
+from nnprune.engine.hidden_states import HiddenStates
+from nnprune.engine.input_collector import PROBE_TOKENS, InputCollector, check_weight, input_groups
+from nnprune.engine.stopwatch import Stopwatch
+from nnprune.model.decoder import weight_OI
+from nnprune.patterns import SparsityPattern
+from nnprune.records import write_atomically
+from nnprune.statistics import InputStatistic, SquaredNorm
+
+log = logging.getLogger(__name__)
+
+JOURNAL = "allocation.json"
+
+Measure = Callable[[DenseLayer], float]
+
+
+@dataclass
+class Planned:
+    """What to make a plan of.
+
+    Args:
+        allocation: the method.
+        pattern: what the whole model is to have.
+        folder: where its run keeps what is measured until its record is written.
+    """
+
+    allocation: Allocation
+    pattern: SparsityPattern
+    folder: Path
+
+    @property
+    def key(self) -> str:
+        """Names what is measured."""
+        return self.allocation.key(self.pattern)
+
+    def measured(self) -> list[float] | None:
+        """The numbers (L,) that an earlier survey left, if one did."""
+        journal = self.folder / JOURNAL
+        return json.loads(journal.read_text(encoding="utf-8")).get(self.key) if journal.exists() else None
+
+    def keep(self, measured: list[float]) -> None:
+        """Write down the numbers (L,) of a survey."""
+        write_atomically(self.folder / JOURNAL, json.dumps({self.key: measured}))
+
+
+def make_plans(engine: LayerwiseEngine, ids: Tensor, cells: Sequence[Planned], watch: Stopwatch) -> list[Plan]:
+    """A plan for each cell, after one survey with calibration ids (N, T) for all that need one and have none yet."""
+    surveyed = [cell for cell in cells if cell.allocation.looks_at != "nothing"]
+    if todo := [cell for cell in surveyed if cell.measured() is None]:
+        with watch.stage("allocation"):
+            measures = {cell.key: partial(cell.allocation.measure, pattern=cell.pattern) for cell in todo}
+            needs_inputs = any(cell.allocation.looks_at == "inputs" for cell in todo)
+            found = survey(engine, ids if needs_inputs else None, measures)
+            for cell in todo:
+                cell.keep(found[cell.key])
+    plans = []
+    shapes = engine.decoder.shapes_by_layer()
+    for cell in cells:
+        plan = cell.allocation.plan(cell.pattern, shapes, cell.measured() if cell in surveyed else ())
+        if cell in surveyed:
+            sparsities = [float(pattern.sparsity) for pattern in plan.values()]
+            log.info("%s: sparsities from %.3f to %.3f", cell.key, min(sparsities), max(sparsities))
+        plans.append(plan)
+    return plans
+
+
+@torch.no_grad()
+def survey(engine: LayerwiseEngine, ids: Tensor | None, measures: dict[str, Measure]) -> dict[str, list[float]]:
+    """Key -> a number a decoder layer (L,), of the dense model, with calibration ids (N, T) or, for weights alone, without.
+
+    Raises ValueError for weights, inputs or numbers that are not finite.
+    """
+    found: dict[str, list[float]] = {key: [] for key in measures}
+    bar = engine.progress(engine.num_layers, "survey")
+    with nullcontext() if ids is None else engine.stream(ids, "survey") as stream, bar:
+        for index in range(engine.num_layers):
+            module = engine.store.fetch(index, pruned=False)
+            engine.store.prefetch(index + 1)
+            layer = _look(engine, index, module, stream)
+            for key, measure in measures.items():
+                number = measure(layer)
+                if not math.isfinite(number):
+                    raise ValueError(f"allocation: {key} of decoder layer {index} is {number}; try model.dtype=float32")
+                found[key].append(number)
+            del layer
+            engine.store.release(index)
+            bar.update()
+    return found
+
+
+def _look(engine: LayerwiseEngine, index: int, module: nn.Module, stream: HiddenStates | None) -> DenseLayer:
+    """Decoder layer `index`, fetched as `module`; the stream, if any, is left at the input of the next layer."""
+    linears = engine.decoder.linears(index)
+    for name, linear in linears.items():
+        check_weight(name, linear.weight)
+    layer = DenseLayer({name: weight_OI(linear) for name, linear in linears.items()}, {}, {})
+    if stream is None:
+        return layer
+    collector = see_inputs(stream, index, module, [SquaredNorm], is_last=index == engine.num_layers - 1)
+    for names in collector.groups:
+        layer.squared_norms |= dict.fromkeys(names, collector.statistics[names[0]][SquaredNorm].mean())
+        layer.samples |= dict.fromkeys(names, collector.sample(names))
+    return layer
+
+
+def see_inputs(
+    stream: HiddenStates, index: int, layer: nn.Module, statistics: Sequence[type[InputStatistic]], is_last: bool
+) -> InputCollector:
+    """What the linears of decoder layer `index`, fetched as `layer`, receive from a stream, which is left behind the layer
+    unless that `is_last`."""
+    linears = stream.decoder.linears(index)
+    groups = input_groups(linears, lambda: stream.run(index, layer, stream.probe(PROBE_TOKENS)))
+    collector = InputCollector(statistics, [], groups, linears, stream.ids.shape[1])
+
+    def step(rows: slice, hidden: Tensor) -> Tensor | None:
+        output = None
+        with collector.rows(rows):
+            output = stream.run(index, layer, hidden)
+        return output
+
+    with collector.watching(stop=is_last):
+        stream.each_batch(step)
+    collector.finish()
+    return collector
+
+
+def stand_in(linears: dict[str, nn.Module], num_tokens: int) -> DenseLayer:
+    """A decoder layer without data, to see how long measuring takes."""
+    weights = {name: weight_OI(linear) for name, linear in linears.items()}
+    ones = {name: torch.ones(W.shape[1], device=W.device) for name, W in weights.items()}
+    return DenseLayer(weights, ones, {name: one.expand(num_tokens, -1) for name, one in ones.items()})

@@ -1,0 +1,156 @@
+"""Prunes the linears of a fetched decoder layer, and checks and measures what came out.
+
+Letters: O output features, I input features.
+"""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnprune.checks import is_finite
+from nnprune.engine.input_collector import InputCollector, check_weight
+from nnprune.method import Method
+from nnprune.model.decoder import weight_OI
+from nnprune.patterns import PatternError, SparsityPattern, zeros_in
+from nnprune.pruners.base import Pruner
+from nnprune.statistics import InputStatistic
+
+ROWS_AT_ONCE = 1024
+"""Output features whose float32 copies are needed at the same time to measure an error."""
+
+
+def prune_linears(
+    method: Method,
+    plan: dict[str, SparsityPattern],
+    collector: InputCollector,
+    linears: dict[str, nn.Module],
+    stored_dtype: torch.dtype,
+) -> list[dict[str, Any]]:
+    """Prune in place all linears whose inputs were collected, and report on each.
+
+    Pruned weights are rounded to `stored_dtype` before anything looks at them. Raises ValueError, naming the linear, for a
+    weight that is not finite and for a pruner that breaks its contract.
+    """
+    return [
+        report for names in collector.groups for report in _prune_group(method, plan, collector, linears, names, stored_dtype)
+    ]
+
+
+def _prune_group(
+    method: Method,
+    plan: dict[str, SparsityPattern],
+    collector: InputCollector,
+    linears: dict[str, nn.Module],
+    names: list[str],
+    stored_dtype: torch.dtype,
+) -> list[dict[str, Any]]:
+    """Prune linears `names` that share an input."""
+    start = time.perf_counter()
+    pruner, sample = method.pruner, collector.sample(names)
+    weights = {name: weight_OI(linears[name]).contiguous() for name in names}
+    for name, W in weights.items():
+        check_weight(name, W)
+    statistics = collector.statistics[names[0]]
+    if pruner.shares_statistics and pruner.statistic is not None:
+        pruner.statistics.update(dict.fromkeys(names, statistics[pruner.statistic]))
+    pruned = weights | _prune_weights(method, {name: weights[name] for name in names if plan[name].sparsity}, plan, statistics)
+    reports = []
+    for name, W in weights.items():
+        pruner.clear_linear_activations(name)
+        weight = _checked(pruner, pruned[name], W, name, plan[name], stored_dtype)
+        dense_output = collector.squared_output(name, lambda W=W: squared_output(W, sample))
+        error = relative_error(W, weight, sample, dense_output)
+        weight_OI(linears[name]).copy_(weight)  # from here on W is the pruned weight too, where it is a view
+        reports.append(
+            {
+                "name": name,
+                "pattern": str(plan[name]),
+                "sparsity": zeros_in(weight) / weight.numel(),
+                "relative_error": error,
+                **pruner.notes.pop(name, {}),
+            }
+        )
+    seconds = time.perf_counter() - start
+    size = sum(W.numel() for W in weights.values())
+    for report in reports:  # the group's time, shared out by size
+        report["seconds"] = seconds * weights[report["name"]].numel() / size
+    return reports
+
+
+def _prune_weights(
+    method: Method,
+    weights: dict[str, Tensor],
+    plan: dict[str, SparsityPattern],
+    statistics: dict[type[InputStatistic], InputStatistic],
+) -> dict[str, Tensor]:
+    """What a method makes of the weights (O, I) of linears that share an input, not yet checked."""
+    if not weights:
+        return {}
+    # Unless the pruner has the last word, float32 until the end: what one step rounded, the next could not mend.
+    dense = weights if method.is_plain else {name: W.float() for name, W in weights.items()}
+    targets = method.target.weights(dense, statistics)
+    shown = {name: W.clone() for name, W in targets.items()}  # for pruners that work in place
+    pruned = method.pruner.prune_group(shown, {name: plan[name] for name in weights})
+    if method.is_plain:
+        return pruned
+    pruned = {name: _checked(method.pruner, pruned[name], W, name, plan[name]) for name, W in dense.items()}
+    return method.update.update_group(pruned, targets, statistics.get(method.update.statistic))
+
+
+def _checked(
+    pruner: Pruner, pruned: Tensor, W: Tensor, name: str, pattern: SparsityPattern, stored_dtype: torch.dtype | None = None
+) -> Tensor:
+    """A pruner's answer in the dtype of `W`, rounded to `stored_dtype` if that is given. Raises ValueError, naming pruner and
+    linear, when it breaks the contract."""
+    method = type(pruner).__name__
+    if not isinstance(pruned, Tensor) or pruned.shape != W.shape:
+        found = tuple(pruned.shape) if isinstance(pruned, Tensor) else type(pruned).__name__
+        raise ValueError(f"{name}: {method} returned {found} instead of a weight {tuple(W.shape)}")
+    pruned = pruned.detach().to(stored_dtype).to(W)
+    if not is_finite(pruned):
+        raise ValueError(f"{name}: {method} returned NaN or infinite weights")
+    try:
+        pattern.check(pruned)
+    except PatternError as error:
+        raise ValueError(f"{name}: the weight that {method} returned {error}") from None
+    return pruned
+
+
+def relative_error(W: Tensor, pruned: Tensor, X: Tensor, dense_output: float | None = None) -> float:
+    """||X (pruned - W)^T||^2 / ||X W^T||^2 for weights (O, I) and inputs X (tokens, I), as ALPS reports it (arXiv:2406.07831).
+
+    `dense_output` is ||X W^T||^2, where that is known.
+    """
+    total = squared_output(W, X) if dense_output is None else dense_output
+    return squared_output(pruned, X, W) / max(total, torch.finfo(torch.float32).tiny)
+
+
+def squared_output(W: Tensor, X: Tensor, minus: Tensor | None = None) -> float:
+    """||X (W - minus)^T||^2 for weights (O, I) and inputs X (tokens, I).
+
+    Of a bfloat16 model difference and outputs are rounded to bfloat16: at random, so that the sum of squares keeps four digits.
+    """
+    total = torch.zeros((), dtype=torch.float32, device=X.device)
+    others = W.split(ROWS_AT_ONCE) if minus is None else minus.split(ROWS_AT_ONCE)
+    dtype = torch.bfloat16 if W.dtype == torch.bfloat16 else torch.float32
+    X = X.to(dtype)
+    for rows, other in zip(W.split(ROWS_AT_ONCE), others, strict=True):
+        difference = rows.to(dtype) if minus is None else rows.to(dtype) - other.to(dtype)
+        total += (X @ difference.t()).float().square().sum()
+    return float(total)
+
+
+def count_zeros(layer: nn.Module, linears: dict[str, nn.Module]) -> dict[str, int]:
+    """Zeros and sizes of a fetched decoder layer and of its linears' weights."""
+    weights = [linear.weight for linear in linears.values()]
+    inside = set(weights)
+    others = [parameter for parameter in layer.parameters() if parameter not in inside]
+    linear_zeros, linear_size = sum(map(zeros_in, weights)), sum(weight.numel() for weight in weights)
+    return {
+        "zeros": linear_zeros + sum(map(zeros_in, others)),
+        "size": linear_size + sum(parameter.numel() for parameter in others),
+        "linear_zeros": linear_zeros,
+        "linear_size": linear_size,
+    }

@@ -1,0 +1,1 @@
+"""A config becomes checked objects becomes a run."""

@@ -1,0 +1,223 @@
+"""A resolved config turned into objects, checked, and given its identity.
+
+Identity is science: the fingerprint is a hash of the config without `hydra`, `runtime`, names and output paths. A local
+text or model counts by its content, not by where it lies, and the code of a pruner from outside this package counts too.
+"""
+
+import hashlib
+import inspect
+import re
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from nnprune.allocations.base import Allocation
+from nnprune.calibration import Calibration
+from nnprune.checks import check_count
+from nnprune.engine.propagation import PROPAGATE
+from nnprune.evaluation import Evaluation
+from nnprune.method import Method
+from nnprune.model.dtypes import name_of
+from nnprune.model.loading import ModelSource
+from nnprune.patterns import SparsityPattern, Unstructured, parse_pattern
+from nnprune.pruners.base import Pruner
+from nnprune.records import NOT_SCIENCE, fingerprint
+from nnprune.recovery import Recovery
+from nnprune.runtime import Runtime
+from nnprune.targets import Target
+from nnprune.updates import Update
+
+GROUPS = ("pruner", "sparsity", "allocation", "target", "update", "recover", "calibration", "evaluation", "runtime", "model")
+SETTINGS = ("seed", "propagate", "label", "outputs", "overwrite", "save", "plan", "grid")
+
+
+@dataclass
+class Experiment:
+    """Everything one run needs, built and validated but without any weights."""
+
+    config: dict[str, Any]
+    pattern: SparsityPattern
+    method: Method
+    allocation: Allocation
+    calibration: Calibration
+    evaluation: Evaluation
+    source: ModelSource
+    runtime: Runtime
+    label: str
+
+    @property
+    def pruner(self) -> Pruner:
+        """Who chooses the masks."""
+        return self.method.pruner
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is to be pruned, so that only model and evaluation matter."""
+        return self.pattern == Unstructured(0.0)
+
+    @property
+    def computing_dtype(self) -> torch.dtype:
+        """The dtype that the device computes in."""
+        return self.source.computing_dtype(self.runtime.torch_device)
+
+    @property
+    def science(self) -> dict[str, Any]:
+        """What the fingerprint is a hash of."""
+        model = {**self.config["model"], "path": self.source.digest() or self.source.path, "name": None}
+        model["dtype"] = {"stored": name_of(self.source.stored_dtype), "computing": name_of(self.computing_dtype)}
+        evaluation = {**self.config["evaluation"], "path": None}
+        evaluation["datasets"] = {
+            name: {"source": _science_of(source), "max_windows": self.evaluation.max_windows[name]}
+            for name, source in self.evaluation.sources.items()
+        }
+        if self.is_dense:
+            return {"model": model, "evaluation": evaluation}
+        source = self.calibration.source
+        calibration = {**self.config["calibration"], "path": None, "dataset": source and _science_of(source)}
+        rest = {key: value for key, value in self.config.items() if key not in NOT_SCIENCE}
+        method = self.method
+        parts = {"allocation": self.allocation, "target": method.target, "update": method.update, "recover": method.recovery}
+        rest["allocation"] = rest["allocation"] | self.allocation.identity()
+        rest |= {key: rest[key] | _named(_code_of(type(part))) for key, part in parts.items()}
+        return rest | {
+            "model": model,
+            "evaluation": evaluation,
+            "calibration": calibration,
+            "sparsity": str(self.pattern),
+            "pruner_code": _code_of(type(self.pruner)),
+        }
+
+    @cached_property  # it may have to read gigabytes
+    def fingerprint(self) -> str:
+        """The hash that names this experiment."""
+        return fingerprint(self.science)
+
+    @property
+    def folder(self) -> Path:
+        """outputs/<model>/<pattern>/<pruner>-<fingerprint>."""
+        return run_folder(self.config["outputs"], self.source.name, str(self.pattern), self.label, self.fingerprint)
+
+    def dense(self) -> "Experiment":
+        """The same model and evaluation with nothing pruned."""
+        config = {**self.config, "save": False, "overwrite": False}
+        return replace(self, config=config, pattern=Unstructured(0.0), label="dense")
+
+
+def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
+    """The experiment of a config, with `pruner` in place of the config's if given.
+
+    Raises ValueError naming the key, the value and the remedy for anything that can be known to be wrong by now.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ValueError(f"{missing[0]}=???: has no value; add {missing[0]}=... to the command line")
+    config = OmegaConf.to_container(cfg, resolve=True)
+    _check_settings(config)
+    if config["propagate"] not in PROPAGATE:
+        raise ValueError(f"propagate={config['propagate']}: must be {', '.join(PROPAGATE)}")
+    pattern = parse_pattern(config["sparsity"]["pattern"])
+    is_dense = pattern == Unstructured(0.0)
+    runtime = _make("runtime", Runtime, config)
+    pruner = pruner or _instantiate("pruner", config, Pruner)
+    pruner.validate(pattern)
+    parts = {"target": Target, "update": Update, "recover": Recovery}
+    method = Method(pruner, *(_instantiate(key, config, expected) for key, expected in parts.items()))
+    if method.needs_reference and config["propagate"] == "dense":
+        key = "target" if method.pairs_inputs else "recover"
+        raise ValueError(
+            f"propagate=dense: hands on what {key} compares pruned layers with; set propagate=pruned or sequential, or leave {key} away"
+        )
+    experiment = Experiment(
+        config=config,
+        pattern=pattern,
+        method=method,
+        allocation=_instantiate("allocation", config, Allocation),
+        calibration=_instantiate("calibration", config, Calibration),
+        evaluation=_instantiate("evaluation", config, Evaluation),
+        source=_make("model", ModelSource, config),
+        runtime=runtime,
+        label="dense" if is_dense else str(config["label"] or type(pruner).__name__),
+    )
+    sources = [*experiment.evaluation.sources.values(), experiment.calibration.source]
+    for source in sources:
+        if source:
+            source.check()
+    experiment.source.config()  # what names the experiment needs it
+    return experiment
+
+
+def run_folder(outputs: str, model: str, pattern: str, label: str, name: str) -> Path:
+    """outputs/<model>/<pattern>/<label>-<name>, with characters that no file system minds."""
+    parts = [re.sub(r"^\.|[^\w.+-]", "_", part) for part in (model, pattern.replace(":", "of"), f"{label}-{name}")]
+    return Path(str(outputs)).joinpath(*parts)
+
+
+def _check_settings(config: dict[str, Any]) -> None:
+    """Raise ValueError for a group that is missing, an unknown key, or a setting outside the groups that cannot be."""
+    for key in GROUPS:
+        if not config.get(key):
+            raise ValueError(f"{key}: has no settings; choose one of conf/{key}/")
+    if unknown := sorted(set(config) - {*GROUPS, *SETTINGS}):
+        raise ValueError(f"{unknown[0]}={config[unknown[0]]}: no such setting; there are {', '.join((*GROUPS, *SETTINGS))}")
+    check_count("seed", config["seed"], 0)
+    for key in ("overwrite", "save", "plan"):
+        if not isinstance(config[key], bool):
+            raise ValueError(f"{key}={config[key]}: must be true or false")
+    if config["outputs"] in (None, ""):
+        raise ValueError(f"outputs={config['outputs']}: must be a folder, such as outputs")
+
+
+def _make(key: str, kind: type, config: dict[str, Any]) -> Any:
+    """`kind` from the settings of group `key`."""
+    known = [setting.name for setting in fields(kind) if setting.init]
+    for name, value in config[key].items():
+        if name not in known:
+            raise ValueError(f"{key}.{name}={value}: no such setting; there are {', '.join(known)}")
+    try:
+        return kind(**config[key])
+    except TypeError as error:
+        raise ValueError(f"{key}: a setting is of the wrong kind ({error}); see conf/{key}/") from error
+
+
+def _instantiate(key: str, config: dict[str, Any], expected: type) -> Any:
+    target = config[key].get("_target_")
+    try:
+        built = instantiate(config[key], _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, ValueError):
+            raise cause from None
+        reason = " ".join(str(cause or error).split())
+        remedy = "check its spelling, its folder and its options"
+        raise ValueError(f"{key}._target_={target}: cannot be made ({reason}); {remedy}") from error
+    if not isinstance(built, expected):
+        raise ValueError(f"{key}._target_={target}: is no {expected.__name__}; derive it from nnprune's {expected.__name__}")
+    return built
+
+
+def _science_of(source: Any) -> dict[str, Any]:
+    """A source by its content where it is local, else by its name."""
+    digest = source.digest()
+    known = {"path": digest, "dataset": None} if digest else {}
+    return {**source.__dict__, **known, "key": None}
+
+
+def _named(code: str | None) -> dict[str, str]:
+    """What the code of a user's own method adds to the settings of its group."""
+    return {"code": code} if code else {}
+
+
+def _code_of(method: type) -> str | None:
+    """A hash of the source file of a method that is not ours: an edited method is another method."""
+    if method.__module__.startswith("nnprune."):
+        return None
+    try:
+        return hashlib.sha256(Path(inspect.getfile(method)).read_bytes()).hexdigest()[:16]
+    except (OSError, TypeError):
+        return None

@@ -1,0 +1,50 @@
+"""Many cells of a results table in one pass over the model: `grid=true`.
+
+In dense propagation no method changes what another sees. So the calibration goes through the layers once, each statistic is
+accumulated once, each Hessian is factorised once a method, and every cell writes its finished layers into its own folder.
+What remains of a cell is an ordinary run that finds all its layers finished.
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from nnprune.engine.importance_pass import Planned, make_plans
+from nnprune.engine.layer_files import LayerFiles
+from nnprune.engine.pruning_pass import PruneTask, PruningPass
+from nnprune.experiment.build import Experiment
+from nnprune.experiment.folder import locked
+from nnprune.experiment.job import SCRATCH, Job, check_shapes, skeleton
+
+log = logging.getLogger(__name__)
+
+
+def check_grid(experiments: Sequence[Experiment]) -> None:
+    """Raise ValueError when the cells of a grid do not see the same inputs."""
+    propagate = experiments[0].config["propagate"]
+    if propagate != "dense":
+        raise ValueError(
+            f"propagate={propagate}: the cells of grid=true share what linears are fed, which holds for propagate=dense only; "
+            "set propagate=dense or leave grid=true away"
+        )
+
+
+def prune_grid(experiments: Sequence[Experiment]) -> None:
+    """Prune what the cells of a grid have not pruned yet, in one pass. All have the same model and calibration."""
+    first = experiments[0]
+    with ExitStack() as stack:
+        for folder in sorted({experiment.folder for experiment in experiments}):
+            stack.enter_context(locked(folder))
+        shapes = skeleton(first, first.source.config())
+        for experiment in experiments:  # before the model is loaded
+            check_shapes(experiment, shapes)
+        job = Job(first)
+        decoder = job.engine.decoder
+        wanted = [Planned(one.allocation, one.pattern, one.folder / SCRATCH) for one in experiments]
+        plans = make_plans(job.engine, job.calibration_ids, wanted, job.watch)
+        cells = [
+            PruneTask(experiment.method, plan, LayerFiles(experiment.folder / SCRATCH, decoder.path))
+            for experiment, plan in zip(experiments, plans, strict=True)
+        ]
+        log.info("grid: %d cells in one pass", len(cells))
+        PruningPass(job.engine, cells, "dense").run(job.calibration_ids)

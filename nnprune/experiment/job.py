@@ -1,0 +1,244 @@
+"""The steps of one run after its settings are checked: ids, model, one pass over the layers, record."""
+
+import logging
+import shutil
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnprune.allocations.base import Plan
+from nnprune.allocations.uniform import Uniform
+from nnprune.calibration import token_hash
+from nnprune.engine.engine import LayerwiseEngine
+from nnprune.engine.importance_pass import Planned, make_plans
+from nnprune.engine.layer_files import LayerFiles
+from nnprune.engine.layer_store import LayerStore
+from nnprune.engine.pruning_pass import PruneTask, PruningPass
+from nnprune.engine.stopwatch import Stopwatch
+from nnprune.experiment.build import Experiment
+from nnprune.experiment.folder import locked
+from nnprune.experiment.measurement import Measurement
+from nnprune.experiment.provenance import commit, versions
+from nnprune.model.attention import use_kernel
+from nnprune.model.decoder import Decoder
+from nnprune.model.dtypes import name_of
+from nnprune.model.export import save_model
+from nnprune.model.loading import quieten_transformers
+from nnprune.patterns import zeros_in
+from nnprune.records import RunRecord, read_completed
+from nnprune.runtime import peak_device_bytes, peak_host_bytes
+
+log = logging.getLogger(__name__)
+
+SCRATCH = "unfinished"
+"""Folder within a run's own for per-layer checkpoints used to resume; removed once the record is written."""
+
+
+class Job:
+    """The work of one experiment in its folder, from the last finished layer on.
+
+    Args:
+        experiment: what to do.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        quieten_transformers()
+        self.experiment = experiment
+        self.watch = Stopwatch()
+        experiment.runtime.start(experiment.config["seed"])
+        _warn_of_demo_texts(experiment)
+        _tell_dtype(experiment)
+        with self.watch.stage("data"):
+            self.config = experiment.source.config()
+            check_shapes(experiment, skeleton(experiment, self.config))  # before the texts are read
+            self.tokenizer = experiment.source.tokenizer()
+            self.calibration_ids, self.evaluation_ids = token_ids(experiment, self.config, self.tokenizer)
+        with self.watch.stage("load"):
+            self.engine = _engine(experiment, self.config)
+            self.engine.check_model()
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Linear name -> pattern, after a survey of the dense model where the allocation needs one."""
+        wanted = Planned(self.experiment.allocation, self.experiment.pattern, self.experiment.folder / SCRATCH)
+        return make_plans(self.engine, self.calibration_ids, [wanted], self.watch)[0]
+
+    def run(self) -> RunRecord:
+        """Prune and measure, write the record and return it."""
+        experiment = self.experiment
+        record = _new_record(experiment)
+        if experiment.is_dense:
+            self._pass(None, record)
+        else:
+            record.calibration_hash = token_hash(self.calibration_ids)
+            record.dense_metrics = self._prune(record).metrics
+        if experiment.config["save"]:
+            with self.watch.stage("save"):
+                self._save(record)
+        self._finish(record, experiment)
+        return record
+
+    def _prune(self, record: RunRecord) -> RunRecord:
+        """Prune, and measure the pruned model for its `record`. Returns the record of the dense model: the one there is,
+        or else a new one, for which the dense model's windows travel through the same pass."""
+        dense = self.experiment.dense()
+        # Where another process measures the same dense model, as in a parallel sweep, its record is read afterwards.
+        with locked(dense.folder, wait=False) as ours:
+            dense_record = read_completed(dense.folder)
+            new = _new_record(dense) if ours and dense_record is None else None
+            self._pass(record, new)
+            if new:
+                self._finish(new, dense)
+        if dense_record or new:
+            return dense_record or new
+        with locked(dense.folder):
+            dense_record = read_completed(dense.folder)
+            if dense_record is None:  # the other one failed
+                self.engine = _engine(self.experiment, self.config)  # dense weights may no longer be in memory
+                dense_record = _new_record(dense)
+                self._pass(None, dense_record)
+                self._finish(dense_record, dense)
+            return dense_record
+
+    def _pass(self, pruned: RunRecord | None, dense: RunRecord | None) -> None:
+        """One pass over the layers for the metrics and sparsities of one or both records."""
+        cells, texts, finished = [], self.evaluation_ids, self.engine.store.finished
+        dense_folder = self.experiment.dense().folder / SCRATCH
+        if pruned:
+            cells.append(PruneTask(self.experiment.method, self.plan, finished))
+        with ExitStack() as stack:
+            with self.watch.stage("evaluation"):
+                measured = Measurement("pruned", texts if pruned else {}, self.experiment.folder / SCRATCH)
+                streams = stack.enter_context(measured.streams(self.engine))
+            with self.watch.stage("dense_evaluation"):
+                measured_dense = Measurement("dense", texts if dense else {}, dense_folder)
+                dense_streams = stack.enter_context(measured_dense.streams(self.engine))
+            pruning = PruningPass(self.engine, cells, self.experiment.config["propagate"], self.watch)
+            counts = pruning.run(self.calibration_ids, dense_streams if dense else None, streams)
+            with self.watch.stage("dense_evaluation"):
+                dense_metrics = measured_dense.finish()
+            with self.watch.stage("evaluation"):
+                metrics = measured.finish()
+        if dense:
+            dense.metrics = dense.dense_metrics = dense_metrics
+            self._count(dense, counts)
+        if pruned:
+            pruned.metrics = metrics
+            reports = [finished.reports[index] for index in range(self.engine.num_layers)]
+            pruned.per_linear = [linear for report in reports for linear in report["linears"]]
+            pruned.recovered = [report["recovered"] for report in reports if "recovered" in report]
+            self._count(pruned, reports)
+            if (num_cells := max(report["num_cells"] for report in reports)) > 1:
+                pruned.notes.append(f"pruned in one pass with {num_cells - 1} other cells, which `seconds` do not tell of")
+
+    def _count(self, record: RunRecord, layers: list[dict[str, int]]) -> None:
+        """Fraction of zeros among the weights of linears, and among all parameters, tied ones counted once."""
+        decoder = self.engine.decoder
+        inside = set(decoder.layers.parameters())
+        shell = [parameter for parameter in decoder.model.parameters() if parameter not in inside]
+        totals = {key: sum(counts[key] for counts in layers) for key in ("zeros", "size", "linear_zeros", "linear_size")}
+        zeros = totals["zeros"] + sum(map(zeros_in, shell))
+        record.linear_sparsity = totals["linear_zeros"] / totals["linear_size"]
+        record.model_sparsity = zeros / (totals["size"] + sum(parameter.numel() for parameter in shell))
+
+    def _save(self, record: RunRecord) -> None:
+        told = ("model", "pruner", "sparsity", "fingerprint", "metrics", "dense_metrics")
+        summary = {key: getattr(record, key) for key in told}
+        target = self.experiment.folder / "model"
+        save_model(self.engine.store, self.tokenizer, self.experiment.source.generation_config(), summary, target)
+        log.info("model: %s", target)
+
+    def _finish(self, record: RunRecord, experiment: Experiment) -> None:
+        """Write a record, after which the files of finished layers and texts are of no more use."""
+        runtime = self.experiment.runtime
+        record.evaluation_hashes = {name: token_hash(ids) for name, ids in self.evaluation_ids.items()}
+        if experiment is self.experiment:
+            record.seconds = self.watch.total()
+        else:  # the dense model, which travelled along
+            record.seconds = dict.fromkeys(("dense_evaluation", "total"), self.watch.seconds["dense_evaluation"])
+        record.peak_host_bytes = peak_host_bytes()
+        record.peak_device_bytes = peak_device_bytes()
+        if runtime.batch_tokens != self.experiment.config["runtime"]["batch_tokens"]:
+            record.notes.append(f"out of device memory: went on with runtime.batch_tokens={runtime.batch_tokens}")
+        record.finished = datetime.now(UTC).isoformat(timespec="seconds")
+        record.write(experiment.folder)
+        shutil.rmtree(experiment.folder / SCRATCH, ignore_errors=True)
+
+
+def _warn_of_demo_texts(experiment: Experiment) -> None:
+    """The demo's texts are the defaults of `model.path=org/name` alone, and say little about a real model."""
+    if experiment.source.path != "demo" and "demo" in experiment.evaluation.sources:
+        log.warning(
+            "warning: evaluation=demo measures a real model on the demo's text; model=hub or model=local has better defaults"
+        )
+
+
+def _tell_dtype(experiment: Experiment) -> None:
+    """Say so where the dtype that computes is not the checkpoint's."""
+    stored, computing = name_of(experiment.source.stored_dtype), name_of(experiment.computing_dtype)
+    if computing != stored:
+        device = experiment.runtime.torch_device.type.replace("cpu", "CPU").replace("cuda", "CUDA device")
+        log.info("computing in %s: this %s has no units for the checkpoint's %s", computing, device, stored)
+
+
+def skeleton(experiment: Experiment, config: Any) -> Decoder:
+    """The model without its weights."""
+    return Decoder(experiment.source.skeleton(config), experiment.source.layers_path)
+
+
+def check_shapes(experiment: Experiment, decoder: Decoder) -> None:
+    """Raise ValueError for sequences, or patterns of linears, that this model, with or without weights, or the pruner
+    can't have."""
+    positions = getattr(decoder.text_config, "max_position_embeddings", None)
+    used = {"calibration": not experiment.is_dense, "evaluation": bool(experiment.evaluation.sources)}
+    for key in [key for key, is_used in used.items() if is_used]:
+        seq_len = getattr(experiment, key).seq_len
+        if positions and seq_len > positions:
+            raise ValueError(
+                f"{key}.seq_len={seq_len}: {experiment.source.name} has {positions} positions; lower {key}.seq_len"
+            )
+    allocation = Uniform() if experiment.is_dense else experiment.allocation
+    for pattern in sorted(allocation.check(experiment.pattern, decoder.shapes_by_layer()), key=str):
+        experiment.pruner.validate(pattern)
+
+
+def token_ids(experiment: Experiment, config: Any, tokenizer: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Calibration ids (N, T), none for a dense run, and text name -> windows (N, T) of the evaluation."""
+    vocab_size = config.get_text_config().vocab_size
+    evaluation = experiment.evaluation.token_ids(tokenizer)
+    if experiment.is_dense:
+        return torch.empty(0, experiment.calibration.seq_len, dtype=torch.int64), evaluation
+    return experiment.calibration.token_ids(tokenizer, vocab_size), evaluation
+
+
+def _engine(experiment: Experiment, config: Any) -> LayerwiseEngine:
+    """The model, its layers where the runtime wants them, and the loop over them."""
+    source, runtime = experiment.source, experiment.runtime
+    lazy = runtime.layers == "disk"
+    model = source.skeleton(config) if lazy else source.load(config)
+    use_kernel(model, runtime.torch_device)
+    decoder = Decoder(model, source.layers_path)
+    checkpoint = source.checkpoint(decoder.model) if lazy else None
+    finished = LayerFiles(experiment.folder / SCRATCH, decoder.path)
+    store = LayerStore(decoder, runtime.torch_device, runtime.layers, finished, checkpoint, experiment.computing_dtype)
+    return LayerwiseEngine(decoder, store, runtime, experiment.folder)
+
+
+def _new_record(experiment: Experiment) -> RunRecord:
+    head, dirty = commit()
+    return RunRecord(
+        status="completed",
+        fingerprint=experiment.fingerprint,
+        model=experiment.source.name,
+        pruner=experiment.label,
+        sparsity=str(experiment.pattern),
+        dtype=name_of(experiment.computing_dtype),
+        config=experiment.config,
+        versions=versions(experiment.runtime.torch_device.type),
+        commit=head,
+        dirty=dirty,
+    )

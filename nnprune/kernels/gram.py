@@ -1,0 +1,60 @@
+"""Products of bfloat16 matrices with sums in float32, by the kernel in `gram.c`.
+
+It exists only on processors with AVX512-BF16 and without AMX: ask `multiply_bfloat16` first. Elsewhere `torch.mm` on float32
+matrices gives the same.
+
+Letters: T tokens, I and J columns of matrices.
+"""
+
+from ctypes import c_int, c_long
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from nnprune.kernels.library import address, library
+
+PANEL = 48
+"""Features of a block of a product, as in `tile.h`."""
+
+
+def multiply_bfloat16(*tensors: Tensor) -> bool:
+    """Whether these tensors are bfloat16 on a CPU whose kernels multiply bfloat16."""
+    are_fit = all(tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" for tensor in tensors)
+    return are_fit and hasattr(library(), "gram_add")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix (T, I) in bfloat16 as the products want it."""
+
+    lanes: Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def empty(cls, tokens: int, width: int) -> "Packed":
+        """Room for such a matrix."""
+        kernels = library()
+        kernels.gram_packed_size.restype = c_long
+        return cls(torch.empty(kernels.gram_packed_size(c_long(tokens), c_long(width)), dtype=torch.int32), (tokens, width))
+
+
+def pack(X: Tensor) -> Packed:
+    """X (T, I), bfloat16, to be multiplied once or many times."""
+    X = X if X.stride(1) == 1 else X.contiguous()
+    packed, sizes = Packed.empty(*X.shape), map(c_long, (*X.shape, X.stride(0)))
+    library().gram_pack(address(X), *sizes, address(packed.lanes), c_int(torch.get_num_threads()))
+    return packed
+
+
+def add_product(total: Tensor, X: Packed, Y: Packed, keep: bool = True, lower: bool = False) -> None:
+    """total (I, J), float32, += X^T Y, or = X^T Y without `keep`, summed in float32, for X (T, I) and Y (T, J).
+
+    `lower`: only in blocks of PANEL x PANEL in the lower triangle and on the diagonal.
+    """
+    assert total.is_contiguous() and total.dtype == torch.float32 and total.shape == (X.shape[1], Y.shape[1])
+    assert X.shape[0] == Y.shape[0], f"{X.shape[0]} rows against {Y.shape[0]}"
+    sizes, flags = map(c_long, (X.shape[0], *total.shape)), map(c_int, (lower, keep))
+    with record_function("nnprune::add_product"):
+        library().gram_add(address(X.lanes), address(Y.lanes), *sizes, *flags, address(total), c_int(torch.get_num_threads()))

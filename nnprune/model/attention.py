@@ -1,0 +1,74 @@
+"""Causal attention of bfloat16 sequences by the kernel in C, as an attention implementation of transformers.
+
+The kernel exists on CPUs that multiply bfloat16 by AVX-512 alone, where PyTorch's own reaches an eighth of their rate. What it does
+not take, transformers' "sdpa" computes as ever.
+
+Letters: B batch, H heads, K heads of keys and values, T tokens, E features of a head.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from nnprune.kernels import attention
+from nnprune.kernels.library import library
+
+NAME = "nnprune_sdpa"
+"""Of the implementation. As it contains "sdpa", transformers refuses it for models that do not support that."""
+
+SHORTEST = 256
+"""Tokens of a sequence below which PyTorch's kernel is as fast."""
+
+
+def use_kernel(model: PreTrainedModel, device: torch.device) -> None:
+    """Let a model that will compute on `device` attend by `attend`, where the kernel can serve it at all.
+
+    Models whose attention is not exchangeable, or that do not support "sdpa", stay as they are.
+    """
+    if device.type != "cpu" or model.dtype != torch.bfloat16 or not hasattr(library(), "attention"):
+        return
+    if model.config._attn_implementation != "sdpa":
+        return
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """What transformers calls for the attention of a layer.
+
+    Args:
+        module: the attention.
+        query: (B, H, T, E).
+        key, value: (B, K, T, E).
+        attention_mask: None: causality alone.
+        options: those of `sdpa_attention_forward`.
+
+    Returns:
+        (B, T, H, E) and None, for the weights.
+    """
+    scaling = options.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if attention_mask is not None or not _applies(module, query, key, value, scaling, options):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return attention.causal_attention(query, key, value, scaling).transpose(1, 2), None
+
+
+def _applies(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, options: dict[str, Any]) -> bool:
+    """Whether the kernel computes what is asked for, but for a mask."""
+    is_causal = options.get("is_causal")
+    return (
+        attention.has_attention(query, key, value, scaling)
+        and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        and query.shape[2] == key.shape[2] == value.shape[2] >= SHORTEST
+        and query.shape[1] % key.shape[1] == 0
+        and not options.get("dropout")
+        and not any(options.get(name) is not None for name in ("position_bias", "softcap", "cache"))
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)))
+    )

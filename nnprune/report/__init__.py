@@ -1,0 +1,1 @@
+"""Records to tables and plots. Imports nothing of nnprune but records."""

@@ -1,0 +1,1 @@
+"""What methods compute with: factorisations, least squares, projections onto patterns, layer errors."""
