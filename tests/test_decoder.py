@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import nnprune.engine.hidden_states
+from nnprune.engine.consistency_check import check_consistency
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.input_collector import input_groups
 from nnprune.engine.layer_files import LayerFiles
@@ -58,7 +59,7 @@ def test_layer_by_layer_is_exactly_the_model(family, tmp_path, monkeypatch):
     model, ids = FAMILIES[family](), random_ids()
     expected = model(ids).logits
     engine = engine_of(model, tmp_path)
-    engine.check_model()
+    check_consistency(engine)
     with through_layers(engine, ids, pruned=False) as stream:
         logits = torch.full_like(expected, torch.nan)
         for row, tokens, some in stream.logits():
@@ -149,11 +150,11 @@ def test_the_gate_refuses_a_model_that_its_layers_do_not_explain(tmp_path):
 
     model.model.layers[1].__class__ = Secretive
     with pytest.raises(ValueError, match="do not give the model's own logits"):
-        engine_of(model, tmp_path).check_model()
+        check_consistency(engine_of(model, tmp_path))
 
 
 def test_the_gate_refuses_a_model_whose_tokens_see_later_ones(tmp_path):
     model = FAMILIES["llama"]()
     model.model.layers[0].mlp.forward = lambda hidden: hidden + hidden.mean(1, keepdim=True)
     with pytest.raises(ValueError, match="no causal language model"):
-        engine_of(model, tmp_path).check_model()
+        check_consistency(engine_of(model, tmp_path))

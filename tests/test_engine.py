@@ -10,7 +10,6 @@ from families import FAMILIES
 from test_decoder import engine_of, prune, random_ids, through_layers
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
 
-from nnprune.engine.prune_linears import relative_error
 from nnprune.model.decoder import run_layer, weight_OI
 from nnprune.patterns import NM, Unstructured
 from nnprune.pruners.base import Pruner
@@ -18,6 +17,7 @@ from nnprune.pruners.sparsegpt import SparseGPT
 from nnprune.pruners.wanda import Wanda
 from nnprune.run import run
 from nnprune.runtime import Runtime
+from nnprune.solvers.layer_error import relative_error
 from nnprune.statistics import Hessian
 
 IDS = random_ids(rows=5, seq_len=16)

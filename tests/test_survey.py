@@ -12,6 +12,7 @@ from test_grid import stripped
 
 import nnprune.engine.importance_pass
 import nnprune.engine.layer_files
+import nnprune.experiment.plans
 from nnprune.allocations.base import mean
 from nnprune.allocations.owl import OWL
 from nnprune.experiment.build import build
@@ -47,7 +48,7 @@ def test_the_survey_shows_the_dense_model(tmp_path):
     for linear in model.modules():
         linear._forward_pre_hooks.clear()
     engine = engine_of(model, tmp_path, batch_tokens=32, activations="disk")
-    nnprune.engine.importance_pass.survey(engine, ids, {"look": lambda layer: look.measure(layer, None)})
+    nnprune.engine.importance_pass.run_importance_pass(engine, ids, {"look": lambda layer: look.measure(layer, None)})
     assert [name for layer in look.seen for name in layer.weights] == names
     for layer in look.seen:
         for name, W in layer.weights.items():
@@ -58,7 +59,7 @@ def test_the_survey_shows_the_dense_model(tmp_path):
             torch.testing.assert_close(layer.score(name), W.abs() * X.square().mean(0).sqrt())
     assert not list(tmp_path.glob("activations*"))
     look.seen.clear()
-    nnprune.engine.importance_pass.survey(engine, None, {"look": lambda layer: look.measure(layer, None)})
+    nnprune.engine.importance_pass.run_importance_pass(engine, None, {"look": lambda layer: look.measure(layer, None)})
     assert [name for layer in look.seen for name in layer.weights] == names
     assert not any(layer.samples for layer in look.seen)
 
@@ -67,10 +68,10 @@ def test_the_survey_shows_the_dense_model(tmp_path):
 def test_a_survey_refuses_what_is_not_finite(tmp_path):
     engine = engine_of(FAMILIES["opt"](), tmp_path)
     with pytest.raises(ValueError, match="of decoder layer 0 is nan"):
-        nnprune.engine.importance_pass.survey(engine, None, {"look": lambda layer: math.nan})
+        nnprune.engine.importance_pass.run_importance_pass(engine, None, {"look": lambda layer: math.nan})
     weight_OI(engine.decoder.linears(1)["model.decoder.layers.1.fc1"])[0, 0] = math.nan
     with pytest.raises(ValueError, match=r"layers\.1\.fc1: its weight holds NaN"):
-        nnprune.engine.importance_pass.survey(engine, None, {"look": lambda layer: 1.0})
+        nnprune.engine.importance_pass.run_importance_pass(engine, None, {"look": lambda layer: 1.0})
 
 
 def mean_of(record):
@@ -98,7 +99,7 @@ def test_where_layers_rest_does_not_change_the_plan(tiny_config, tmp_path):
 
 
 def test_uniform_and_dense_are_not_surveyed(tiny_config, monkeypatch):
-    monkeypatch.setattr(nnprune.engine.importance_pass, "survey", refuse)
+    monkeypatch.setattr(nnprune.experiment.plans, "run_importance_pass", refuse)
     record = run(tiny_config("sparsity=2:4", *BRIEF))
     assert set(patterns_of(record).values()) == {NM(2, 4)}
     assert "allocation" not in record.seconds
@@ -123,7 +124,7 @@ def test_a_resumed_run_has_the_same_plan_without_a_survey(tiny_config, tmp_path,
     scratch = build(cfg).folder / "unfinished"
     assert (scratch / "layer-0000.json").exists()
     assert len(json.loads((scratch / "allocation.json").read_text())["OWL(threshold=5.0, strength=0.08)"]) == 2
-    monkeypatch.setattr(nnprune.engine.importance_pass, "survey", refuse)
+    monkeypatch.setattr(nnprune.experiment.plans, "run_importance_pass", refuse)
     resumed = run(cfg)
     assert resumed.metrics == whole.metrics
     assert stripped(resumed.per_linear) == stripped(whole.per_linear)
@@ -138,8 +139,8 @@ def test_cells_of_a_grid_share_one_survey(tiny_config, tmp_path, monkeypatch):
         return [tiny_config(f"pruner={pruner}", f"sparsity={sparsity}", *cell) for pruner, sparsity in cells]
 
     separate = [run(cfg) for cfg in configs(f"outputs={tmp_path / 'separate'}")]
-    asked, original = [], nnprune.engine.importance_pass.survey
-    monkeypatch.setattr(nnprune.engine.importance_pass, "survey", lambda *a: asked.append(list(a[2])) or original(*a))
+    asked, original = [], nnprune.experiment.plans.run_importance_pass
+    monkeypatch.setattr(nnprune.experiment.plans, "run_importance_pass", lambda *a: asked.append(list(a[2])) or original(*a))
     together = run_grid(configs())
     assert asked == [["ByError(strength=0.08) at 0.6", "ByError(strength=0.08) at 4:8"]]
     for one, other in zip(separate, together, strict=True):

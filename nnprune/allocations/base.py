@@ -65,7 +65,7 @@ class Allocation(ABC):
     """Gives each linear its pattern."""
 
     looks_at: Literal["nothing", "weights", "inputs"] = "nothing"
-    """What a survey of the dense model shows to `measure` before anything is pruned."""
+    """What an importance pass over the dense model shows to `measure` before anything is pruned."""
 
     def check(self, pattern: SparsityPattern, shapes: Shapes) -> set[SparsityPattern]:
         """The patterns that a plan may hold, for the pruner to agree to. Raises ValueError, before any weight is read, for

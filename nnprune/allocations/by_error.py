@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from nnprune.allocations.base import DenseLayer, LayerwiseAllocation, spread
 from nnprune.checks import check_positive
-from nnprune.engine.prune_linears import relative_error
 from nnprune.patterns import SparsityPattern
+from nnprune.solvers.layer_error import relative_error
 
 SMALLEST = 1e-12
 """Errors below count as this one: a layer that loses nothing must not stretch the scale for all others."""

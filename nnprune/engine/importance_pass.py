@@ -7,87 +7,28 @@ each run, so that one that was interrupted goes on with the same plan.
 Letters: N samples, T tokens, L decoder layers, I input features.
 """
 
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from nnprune.allocations.base import Allocation, DenseLayer, Plan
+from nnprune.allocations.base import DenseLayer
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.hidden_states import HiddenStates
 from nnprune.engine.input_collector import PROBE_TOKENS, InputCollector, check_weight, input_groups
-from nnprune.engine.stopwatch import Stopwatch
 from nnprune.model.decoder import weight_OI
-from nnprune.patterns import SparsityPattern
-from nnprune.records import write_atomically
 from nnprune.statistics import InputStatistic, SquaredNorm
 
 log = logging.getLogger(__name__)
 
-JOURNAL = "allocation.json"
-
 Measure = Callable[[DenseLayer], float]
 
 
-@dataclass
-class Planned:
-    """What to make a plan of.
-
-    Args:
-        allocation: the method.
-        pattern: what the whole model is to have.
-        folder: where its run keeps what is measured until its record is written.
-    """
-
-    allocation: Allocation
-    pattern: SparsityPattern
-    folder: Path
-
-    @property
-    def key(self) -> str:
-        """Names what is measured."""
-        return self.allocation.key(self.pattern)
-
-    def measured(self) -> list[float] | None:
-        """The numbers (L,) that an earlier survey left, if one did."""
-        journal = self.folder / JOURNAL
-        return json.loads(journal.read_text(encoding="utf-8")).get(self.key) if journal.exists() else None
-
-    def keep(self, measured: list[float]) -> None:
-        """Write down the numbers (L,) of a survey."""
-        write_atomically(self.folder / JOURNAL, json.dumps({self.key: measured}))
-
-
-def make_plans(engine: LayerwiseEngine, ids: Tensor, cells: Sequence[Planned], watch: Stopwatch) -> list[Plan]:
-    """A plan for each cell, after one survey with calibration ids (N, T) for all that need one and have none yet."""
-    surveyed = [cell for cell in cells if cell.allocation.looks_at != "nothing"]
-    if todo := [cell for cell in surveyed if cell.measured() is None]:
-        with watch.stage("allocation"):
-            measures = {cell.key: partial(cell.allocation.measure, pattern=cell.pattern) for cell in todo}
-            needs_inputs = any(cell.allocation.looks_at == "inputs" for cell in todo)
-            found = survey(engine, ids if needs_inputs else None, measures)
-            for cell in todo:
-                cell.keep(found[cell.key])
-    plans = []
-    shapes = engine.decoder.shapes_by_layer()
-    for cell in cells:
-        plan = cell.allocation.plan(cell.pattern, shapes, cell.measured() if cell in surveyed else ())
-        if cell in surveyed:
-            sparsities = [float(pattern.sparsity) for pattern in plan.values()]
-            log.info("%s: sparsities from %.3f to %.3f", cell.key, min(sparsities), max(sparsities))
-        plans.append(plan)
-    return plans
-
-
 @torch.no_grad()
-def survey(engine: LayerwiseEngine, ids: Tensor | None, measures: dict[str, Measure]) -> dict[str, list[float]]:
+def run_importance_pass(engine: LayerwiseEngine, ids: Tensor | None, measures: dict[str, Measure]) -> dict[str, list[float]]:
     """Key -> a number a decoder layer (L,), of the dense model, with calibration ids (N, T) or, for weights alone, without.
 
     Raises ValueError for weights, inputs or numbers that are not finite.

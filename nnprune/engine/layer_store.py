@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nnprune.engine.layer_files import LayerFiles
+from nnprune.model.checkpoint import Checkpoint
 from nnprune.model.decoder import Decoder
-from nnprune.model.loading import Checkpoint
 
 
 class LayerStore:

@@ -4,8 +4,6 @@ Identity is science: the fingerprint is a hash of the config without `hydra`, `r
 text or model counts by its content, not by where it lies, and the code of a pruner from outside this package counts too.
 """
 
-import hashlib
-import inspect
 import re
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -22,12 +20,12 @@ from nnprune.calibration import Calibration
 from nnprune.checks import check_count
 from nnprune.engine.propagation import PROPAGATE
 from nnprune.evaluation import Evaluation
+from nnprune.experiment.identity import science
 from nnprune.method import Method
-from nnprune.model.dtypes import name_of
 from nnprune.model.loading import ModelSource
 from nnprune.patterns import SparsityPattern, Unstructured, parse_pattern
 from nnprune.pruners.base import Pruner
-from nnprune.records import NOT_SCIENCE, fingerprint
+from nnprune.records import fingerprint
 from nnprune.recovery import Recovery
 from nnprune.runtime import Runtime
 from nnprune.targets import Target
@@ -66,37 +64,10 @@ class Experiment:
         """The dtype that the device computes in."""
         return self.source.computing_dtype(self.runtime.torch_device)
 
-    @property
-    def science(self) -> dict[str, Any]:
-        """What the fingerprint is a hash of."""
-        model = {**self.config["model"], "path": self.source.digest() or self.source.path, "name": None}
-        model["dtype"] = {"stored": name_of(self.source.stored_dtype), "computing": name_of(self.computing_dtype)}
-        evaluation = {**self.config["evaluation"], "path": None}
-        evaluation["datasets"] = {
-            name: {"source": _science_of(source), "max_windows": self.evaluation.max_windows[name]}
-            for name, source in self.evaluation.sources.items()
-        }
-        if self.is_dense:
-            return {"model": model, "evaluation": evaluation}
-        source = self.calibration.source
-        calibration = {**self.config["calibration"], "path": None, "dataset": source and _science_of(source)}
-        rest = {key: value for key, value in self.config.items() if key not in NOT_SCIENCE}
-        method = self.method
-        parts = {"allocation": self.allocation, "target": method.target, "update": method.update, "recover": method.recovery}
-        rest["allocation"] = rest["allocation"] | self.allocation.identity()
-        rest |= {key: rest[key] | _named(_code_of(type(part))) for key, part in parts.items()}
-        return rest | {
-            "model": model,
-            "evaluation": evaluation,
-            "calibration": calibration,
-            "sparsity": str(self.pattern),
-            "pruner_code": _code_of(type(self.pruner)),
-        }
-
     @cached_property  # it may have to read gigabytes
     def fingerprint(self) -> str:
         """The hash that names this experiment."""
-        return fingerprint(self.science)
+        return fingerprint(science(self))
 
     @property
     def folder(self) -> Path:
@@ -199,25 +170,3 @@ def _instantiate(key: str, config: dict[str, Any], expected: type) -> Any:
     if not isinstance(built, expected):
         raise ValueError(f"{key}._target_={target}: is no {expected.__name__}; derive it from nnprune's {expected.__name__}")
     return built
-
-
-def _science_of(source: Any) -> dict[str, Any]:
-    """A source by its content where it is local, else by its name."""
-    digest = source.digest()
-    known = {"path": digest, "dataset": None} if digest else {}
-    return {**source.__dict__, **known, "key": None}
-
-
-def _named(code: str | None) -> dict[str, str]:
-    """What the code of a user's own method adds to the settings of its group."""
-    return {"code": code} if code else {}
-
-
-def _code_of(method: type) -> str | None:
-    """A hash of the source file of a method that is not ours: an edited method is another method."""
-    if method.__module__.startswith("nnprune."):
-        return None
-    try:
-        return hashlib.sha256(Path(inspect.getfile(method)).read_bytes()).hexdigest()[:16]
-    except (OSError, TypeError):
-        return None

@@ -17,7 +17,7 @@ from nnprune.allocations.uniform import Uniform
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.hidden_buffer import DEVICE_SHARE
 from nnprune.engine.hidden_states import tokens_of_logits
-from nnprune.engine.importance_pass import survey
+from nnprune.engine.importance_pass import run_importance_pass
 from nnprune.engine.input_collector import PROBE_TOKENS, input_groups, rows_needed
 from nnprune.engine.layer_files import LayerFiles
 from nnprune.engine.layer_store import LayerStore
@@ -118,7 +118,7 @@ class CostEstimate:
             stream.run(0, layer, stream.activations.get(slice(0, len(ids))))  # the first call of a kernel is slow
             if first.allocation.looks_at != "nothing" and self.pruned:
                 with watch.stage("allocation"):
-                    survey(engine, ids, {"": partial(first.allocation.measure, pattern=first.pattern)})
+                    run_importance_pass(engine, ids, {"": partial(first.allocation.measure, pattern=first.pattern)})
             cells = [PruneTask(*cell) for cell in zip(self.methods, plans, finished, strict=False)]
             PruningPass(engine, cells, first.config["propagate"], watch).run(ids, [stream])
         return {stage: value / len(decoder.layers) for stage, value in watch.seconds.items()}

@@ -9,12 +9,12 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from nnprune.engine.importance_pass import Planned, make_plans
 from nnprune.engine.layer_files import LayerFiles
 from nnprune.engine.pruning_pass import PruneTask, PruningPass
 from nnprune.experiment.build import Experiment
 from nnprune.experiment.folder import locked
 from nnprune.experiment.job import SCRATCH, Job, check_shapes, skeleton
+from nnprune.experiment.plans import Planned, make_plans
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from nnprune.allocations.base import Plan
 from nnprune.allocations.uniform import Uniform
 from nnprune.calibration import token_hash
+from nnprune.engine.consistency_check import check_consistency
 from nnprune.engine.engine import LayerwiseEngine
-from nnprune.engine.importance_pass import Planned, make_plans
 from nnprune.engine.layer_files import LayerFiles
 from nnprune.engine.layer_store import LayerStore
 from nnprune.engine.pruning_pass import PruneTask, PruningPass
@@ -22,6 +22,7 @@ from nnprune.engine.stopwatch import Stopwatch
 from nnprune.experiment.build import Experiment
 from nnprune.experiment.folder import locked
 from nnprune.experiment.measurement import Measurement
+from nnprune.experiment.plans import Planned, make_plans
 from nnprune.experiment.provenance import commit, versions
 from nnprune.model.attention import use_kernel
 from nnprune.model.decoder import Decoder
@@ -59,11 +60,11 @@ class Job:
             self.calibration_ids, self.evaluation_ids = token_ids(experiment, self.config, self.tokenizer)
         with self.watch.stage("load"):
             self.engine = _engine(experiment, self.config)
-            self.engine.check_model()
+            check_consistency(self.engine)
 
     @cached_property
     def plan(self) -> Plan:
-        """Linear name -> pattern, after a survey of the dense model where the allocation needs one."""
+        """Linear name -> pattern, after an importance pass over the dense model where the allocation needs one."""
         wanted = Planned(self.experiment.allocation, self.experiment.pattern, self.experiment.folder / SCRATCH)
         return make_plans(self.engine, self.calibration_ids, [wanted], self.watch)[0]
 

@@ -6,7 +6,7 @@ Everything that can be known without weights (configuration, tokenizer, shapes o
 import copy
 import hashlib
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from nnprune.model.checkpoint import Checkpoint
 from nnprune.model.dtypes import DTYPES, choose_computing_dtype
 from nnprune.texts import DEMO_FOLDER
 
@@ -182,50 +181,6 @@ class ModelSource:
                 f"model.path={self.path}: no such directory, and the hub did not give it ({reason}); "
                 "without a hub use model=local model.path=DIR"
             ) from error
-
-
-class Checkpoint:
-    """Weights in safetensors files, read by name and only when asked for.
-
-    Args:
-        folder: where the files are.
-        model: tells, by its state dict, what the weights are called; transformers' own rules rename those of the files.
-        label: the config key and value, for error messages.
-    """
-
-    def __init__(self, folder: Path, model: PreTrainedModel, label: str) -> None:
-        self.label = label
-        self.dtype = model.dtype
-        self.places: dict[str, tuple[Path, str]] = {}
-        transforms = get_model_conversion_mapping(model)
-        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-        state = model.state_dict()
-        for path in sorted(folder.glob("*.safetensors")):
-            try:
-                with safe_open(path, "pt") as file:
-                    keys = list(file.keys())
-            except SafetensorError as error:
-                raise ValueError(f"{label}: {path.name} cannot be read ({error}); get it again") from error
-            for key in keys:
-                name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, state)
-                self.places[name] = (path, key)
-        if not self.places:
-            raise ValueError(f"{label}: has no safetensors files to read layers from one at a time; use runtime.layers=host")
-
-    def read(self, names: list[str], optional: Collection[str] = ()) -> dict[str, Tensor]:
-        """Name -> tensor for the model's parameters `names`; only those in `optional` may be absent from the files."""
-        wanted = [name for name in names if name in self.places]
-        if missing := set(names) - set(wanted) - set(optional):
-            raise ValueError(f"{self.label}: its safetensors lack {min(missing)}; use runtime.layers=host")
-        tensors: dict[str, Tensor] = {}
-        for path in {self.places[name][0] for name in wanted}:
-            with safe_open(path, "pt") as file:
-                for name in wanted:
-                    place, key = self.places[name]
-                    if place == path:
-                        tensor = file.get_tensor(key)
-                        tensors[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-        return tensors
 
 
 def _attention(config: Any) -> str | None:

@@ -1,0 +1,63 @@
+"""What an experiment is: the part of its settings, and of what they name, that its fingerprint is a hash of.
+
+A local text or model counts by its content, not by where it lies, and the code of a method from outside this package counts too.
+"""
+
+import hashlib
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nnprune.model.dtypes import name_of
+from nnprune.records import NOT_SCIENCE
+
+if TYPE_CHECKING:
+    from nnprune.experiment.build import Experiment
+
+
+def science(experiment: "Experiment") -> dict[str, Any]:
+    """All that makes an experiment another one when it changes."""
+    config, source, method = experiment.config, experiment.source, experiment.method
+    model = {**config["model"], "path": source.digest() or source.path, "name": None}
+    model["dtype"] = {"stored": name_of(source.stored_dtype), "computing": name_of(experiment.computing_dtype)}
+    evaluation = {**config["evaluation"], "path": None}
+    evaluation["datasets"] = {
+        name: {"source": _science_of(text), "max_windows": experiment.evaluation.max_windows[name]}
+        for name, text in experiment.evaluation.sources.items()
+    }
+    if experiment.is_dense:
+        return {"model": model, "evaluation": evaluation}
+    text = experiment.calibration.source
+    rest = {key: value for key, value in config.items() if key not in NOT_SCIENCE}
+    parts = {"allocation": experiment.allocation, "target": method.target, "update": method.update, "recover": method.recovery}
+    rest["allocation"] = rest["allocation"] | experiment.allocation.identity()
+    rest |= {key: rest[key] | _named(_code_of(type(part))) for key, part in parts.items()}
+    return rest | {
+        "model": model,
+        "evaluation": evaluation,
+        "calibration": {**config["calibration"], "path": None, "dataset": text and _science_of(text)},
+        "sparsity": str(experiment.pattern),
+        "pruner_code": _code_of(type(method.pruner)),
+    }
+
+
+def _science_of(source: Any) -> dict[str, Any]:
+    """A source by its content where it is local, else by its name."""
+    digest = source.digest()
+    known = {"path": digest, "dataset": None} if digest else {}
+    return {**source.__dict__, **known, "key": None}
+
+
+def _named(code: str | None) -> dict[str, str]:
+    """What the code of a user's own method adds to the settings of its group."""
+    return {"code": code} if code else {}
+
+
+def _code_of(method: type) -> str | None:
+    """A hash of the source file of a method that is not ours: an edited method is another method."""
+    if method.__module__.startswith("nnprune."):
+        return None
+    try:
+        return hashlib.sha256(Path(inspect.getfile(method)).read_bytes()).hexdigest()[:16]
+    except (OSError, TypeError):
+        return None
