@@ -30,7 +30,7 @@ from benchmarks.peers.official import HessianStatistic
 from benchmarks.report import markdown
 from nnprune.calibration import TextCalibration
 from nnprune.engine.hidden_states import HiddenStates
-from nnprune.engine.importance_pass import see_inputs
+from nnprune.engine.importance_pass import collect_inputs
 from nnprune.method import Method
 from nnprune.model.decoder import Decoder, weight_OI
 from nnprune.model.loading import ModelSource, quieten_transformers
@@ -139,7 +139,7 @@ def layer_groups(args: argparse.Namespace) -> dict[int, list[Group]]:
                 continue
 
             kinds = [Hessian, SquaredNorm, Moments]
-            collector = see_inputs(stream, index, layer, kinds, is_last=index == max(args.layers))
+            collector = collect_inputs(stream, index, layer, kinds, is_last=index == max(args.layers))
             found[index] = [
                 Group({name: weight_OI(linears[name]).clone() for name in names}, collector.statistics[names[0]])
                 for names in collector.groups

@@ -1,11 +1,11 @@
-"""Evaluation: perplexity over the fixed windows of a text, streamed through the decoder layers.
+"""Evaluation: what a model is measured by. An evaluator names token rows and makes metrics of the model's logits for them.
 
-The field's protocol: the whole split joined, cut into windows of `seq_len` that do not overlap, every prediction counted.
-Letters: N windows, T tokens of a window, V vocabulary.
+Letters: N rows (windows), T tokens of a row, V vocabulary.
 """
 
 import math
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,16 +14,92 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from nnprune.checks import check_count
-from nnprune.engine.hidden_states import HiddenStates
 from nnprune.texts import TextSource
+
+Logits = Iterable[tuple[int, slice, Tensor]]
+"""(row, some of its tokens, their logits (tokens, V)), until every token of every row was there, in order. Logits are the largest
+tensors of a small model, so an evaluator keeps none."""
+
+
+class Evaluator(ABC):
+    """Measures one thing. A class with `_target_` under `evaluation.datasets`, like a pruner."""
+
+    seq_len: int
+    """T, which the model's positions must allow."""
+
+    def check(self) -> None:
+        """Raise ValueError for what can be known to be wrong before anything is read."""
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that make this another evaluation when they change."""
+        return dict(vars(self))
+
+    @abstractmethod
+    def prepare(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """The token rows (N, T), int64, that the model is to see."""
+
+    @abstractmethod
+    def measure(self, ids: Tensor, logits: Logits) -> dict[str, float]:
+        """Metric -> value, for the rows `ids` (N, T) and the model's logits for them. Raises ValueError when one is not finite."""
+
+
+class Perplexity(Evaluator):
+    """exp(mean negative log-likelihood) over fixed windows of a text, as the field does it: the whole split joined, cut into windows of
+    `seq_len` that do not overlap, every prediction counted.
+
+    Args:
+        name: of the text; the metric is `<name>_perplexity`.
+        source: the text.
+        seq_len: T.
+        max_windows: at most so many windows, from the start of the text; None: all.
+    """
+
+    def __init__(self, name: str, source: TextSource, seq_len: int, max_windows: int | None = None) -> None:
+        self.name = name
+        self.source = source
+        self.seq_len = seq_len
+        self.max_windows = max_windows
+
+    def check(self) -> None:
+        self.source.check()
+
+    def identity(self) -> dict[str, Any]:
+        return {"source": self.source.identity(), "max_windows": self.max_windows}
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """Raises ValueError for a text shorter than one window."""
+        ids = torch.tensor(tokenizer(self.source.joined()).input_ids, dtype=torch.int64)
+        num_windows = len(ids) // self.seq_len
+        if not num_windows:
+            raise ValueError(
+                f"evaluation.seq_len={self.seq_len}: the text {self.name} has only {len(ids)} tokens, less than one window; "
+                "lower evaluation.seq_len or give a longer text"
+            )
+        return ids[: num_windows * self.seq_len].view(num_windows, self.seq_len)[: self.max_windows]
+
+    @torch.no_grad()
+    def measure(self, ids: Tensor, logits: Logits) -> dict[str, float]:
+        total = 0.0
+        for row, tokens, scores in logits:
+            following = ids[row, tokens.start + 1 : tokens.stop + 1].to(scores.device)
+            losses = cross_entropy(scores[: len(following)].float(), following, reduction="none")
+            total = losses.sum(dtype=torch.float64) + total
+        num_windows, seq_len = ids.shape
+        mean = float(total) / (num_windows * (seq_len - 1))
+        if not math.isfinite(mean):
+            raise ValueError(
+                f"{self.name} perplexity: the model gives NaN or infinite logits; try model.dtype=float32 or bfloat16"
+            )
+        return {f"{self.name}_perplexity": math.exp(min(mean, 700))}  # beyond, a float overflows
 
 
 class Evaluation:
-    """The texts that a model is measured on.
+    """All that a model is measured by.
 
     Args:
-        datasets: name -> arguments of TextSource, and `max_windows` where a text has a customary limit of its own.
-        seq_len: T.
+        datasets: name -> the arguments of a TextSource, for its perplexity, and `max_windows` where a text has a customary limit of
+            its own; or an evaluator.
+        seq_len: T of texts.
         max_windows: at most so many windows of each text, from its start; None: all.
         path: local files, measured as the text named "text".
         column: the column of `path` that holds the text, in all formats but .txt.
@@ -31,55 +107,31 @@ class Evaluation:
 
     def __init__(
         self,
-        datasets: Mapping[str, Mapping[str, Any]],
+        datasets: Mapping[str, Mapping[str, Any] | Evaluator],
         seq_len: int,
         max_windows: int | None = None,
         path: str | list[str] | None = None,
         column: str = "text",
     ) -> None:
         check_count("evaluation.seq_len", seq_len, 2)
-        self.seq_len = seq_len
-        self.max_windows: dict[str, int | None] = {}
-        self.sources: dict[str, TextSource] = {}
-        own_text = {"text": {"path": path, "column": column}} if path is not None else {}
-        for name, entry in {**datasets, **own_text}.items():
-            key = "evaluation" if name in own_text else f"evaluation.datasets.{name}"
-            source = dict(entry)
-            limits = {f"{key}.max_windows": source.pop("max_windows", None), "evaluation.max_windows": max_windows}
-            limits = {key: limit for key, limit in limits.items() if limit is not None}
-            for limit_key, limit in limits.items():
-                check_count(limit_key, limit, 1)
-            self.max_windows[name] = min(limits.values(), default=None)
-            self.sources[name] = TextSource(key=key, **source)
+        self.evaluators: dict[str, Evaluator] = {}
+        for name, entry in datasets.items():
+            key = f"evaluation.datasets.{name}"
+            self.evaluators[name] = (
+                entry if isinstance(entry, Evaluator) else _perplexity(name, key, dict(entry), seq_len, max_windows)
+            )
+        if path is not None:
+            self.evaluators["text"] = _perplexity("text", "evaluation", {"path": path, "column": column}, seq_len, max_windows)
 
     def token_ids(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-        """Text name -> windows (N, T) int64. Raises ValueError for a text shorter than one window."""
-        return {name: self._windows(name, source, tokenizer) for name, source in self.sources.items()}
-
-    def _windows(self, name: str, source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-        ids = torch.tensor(tokenizer(source.joined()).input_ids, dtype=torch.int64)
-        num_windows = len(ids) // self.seq_len
-        if not num_windows:
-            raise ValueError(
-                f"evaluation.seq_len={self.seq_len}: the text {name} has only {len(ids)} tokens, less than one window; "
-                "lower evaluation.seq_len or give a longer text"
-            )
-        return ids[: num_windows * self.seq_len].view(num_windows, self.seq_len)[: self.max_windows[name]]
+        """Name of an evaluator -> its rows (N, T), int64."""
+        return {name: evaluator.prepare(tokenizer) for name, evaluator in self.evaluators.items()}
 
 
-@torch.no_grad()
-def perplexity(stream: HiddenStates, title: str) -> float:
-    """exp(mean negative log-likelihood of all tokens but each window's first), of windows that went through all layers.
-
-    Raises ValueError when it is not finite.
-    """
-    total = torch.zeros((), dtype=torch.float64, device=stream.device)
-    for row, tokens, logits in stream.logits():
-        following = stream.ids[row, tokens.start + 1 : tokens.stop + 1].to(stream.device)
-        losses = cross_entropy(logits[: len(following)].float(), following, reduction="none")
-        total += losses.sum(dtype=torch.float64)
-    num_windows, seq_len = stream.ids.shape
-    mean = float(total) / (num_windows * (seq_len - 1))
-    if not math.isfinite(mean):
-        raise ValueError(f"{title}: the model gives NaN or infinite logits; try model.dtype=float32 or bfloat16")
-    return math.exp(min(mean, 700))  # beyond, a float overflows
+def _perplexity(name: str, key: str, source: dict[str, Any], seq_len: int, max_windows: int | None) -> Perplexity:
+    """The perplexity of a text whose settings stand at `key`; the tighter of its own limit and the common one counts."""
+    limits = {f"{key}.max_windows": source.pop("max_windows", None), "evaluation.max_windows": max_windows}
+    limits = {limit_key: limit for limit_key, limit in limits.items() if limit is not None}
+    for limit_key, limit in limits.items():
+        check_count(limit_key, limit, 1)
+    return Perplexity(name, TextSource(key=key, **source), seq_len, min(limits.values(), default=None))

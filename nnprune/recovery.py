@@ -8,18 +8,26 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from nnprune.checks import check_count, check_positive
-from nnprune.engine.hidden_buffer import HiddenBuffer
 
 log = logging.getLogger(__name__)
 
 Run = Callable[[nn.Module, Tensor], Tensor]
 """A decoder layer's outputs (B, T, D), for the layer and its inputs (B, T, D)."""
+
+
+class Rows(Protocol):
+    """Hidden states (N, T, D), wherever they are kept."""
+
+    shape: tuple[int, int, int]
+
+    def pick(self, rows: Tensor) -> Tensor:
+        """The hidden states (B, T, D) of `rows` (B,), in that order, on the device."""
 
 
 class Recovery:
@@ -33,9 +41,7 @@ class Recovery:
         """Whether any layer is tuned."""
         return self.epochs_before + self.epochs_after > 0
 
-    def tune(
-        self, index: int, layer: nn.Module, run: Run, inputs: HiddenBuffer, targets: HiddenBuffer, num_epochs: int
-    ) -> dict[str, Any]:
+    def tune(self, index: int, layer: nn.Module, run: Run, inputs: Rows, targets: Rows, num_epochs: int) -> dict[str, Any]:
         """Change the weights of decoder layer `index` in place; zeros stay zero. Returns a report."""
         raise NotImplementedError
 
@@ -77,10 +83,8 @@ class Reconstruction(Recovery):
         self.batch_tokens = batch_tokens
         self.holdout = check_positive("recover.holdout", holdout, below=1)
 
-    def tune(
-        self, index: int, layer: nn.Module, run: Run, inputs: HiddenBuffer, targets: HiddenBuffer, num_epochs: int
-    ) -> dict[str, Any]:
-        num_rows, seq_len = inputs.tensor.shape[:2]
+    def tune(self, index: int, layer: nn.Module, run: Run, inputs: Rows, targets: Rows, num_epochs: int) -> dict[str, Any]:
+        num_rows, seq_len = inputs.shape[:2]
         if num_rows < 2:
             raise ValueError(f"calibration.num_samples={num_rows}: recover needs one sequence to tune on and one to hold out")
         generator = torch.Generator().manual_seed(index)
@@ -127,7 +131,7 @@ class Reconstruction(Recovery):
         return {"loss_before": first, "loss_after": best, "epoch": epoch_kept}
 
 
-def _loss(run: Run, layer: nn.Module, inputs: HiddenBuffer, targets: HiddenBuffer, rows: Tensor) -> Tensor:
+def _loss(run: Run, layer: nn.Module, inputs: Rows, targets: Rows, rows: Tensor) -> Tensor:
     """The normalised squared error of a layer with float32 weights on rows (B,) of the calibration."""
     hidden, wanted = (activations.pick(rows) for activations in (inputs, targets))
     with _autocast(hidden):

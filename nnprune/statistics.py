@@ -5,13 +5,13 @@ A statistic is read, not consumed: `mean()` is a fresh tensor each time. Knows n
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nnprune.kernels.gram import PANEL, add_product, multiply_bfloat16, pack
+from nnprune.kernels.gram import PANEL, Packed, add_product, multiply_bfloat16, pack
 from nnprune.kernels.matmul import fast_products
 
 STRIP = 4 * PANEL
@@ -28,15 +28,43 @@ class InputStatistic(ABC):
         self.num_tokens = 0
         self._sum: Tensor | None = None
         self._memo: dict[Any, Any] = {}
+        self._until: dict[int, int] = {}  # part of the sum -> `until` of the last batch that it holds; -1: the token count
 
-    def add(self, X: Tensor, *others: Tensor) -> None:
-        """Accumulate inputs X (..., I) of any floating dtype, with `others` of the same tokens for a statistic of several."""
-        inputs = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (X, *others)]
+    def add(self, X: Tensor, *others: Tensor, until: int | None = None) -> None:
+        """Accumulate inputs X (tokens, I) of any floating dtype, in any order and number of batches.
+
+        Args:
+            X: the inputs.
+            others: for a statistic of several inputs, those of the same tokens.
+            until: makes the call repeatable: a number that grows from batch to batch, such as the rows seen by then. Where
+                memory ran out halfway, the same tokens may come again, in smaller batches: no part of the sum counts them twice.
+        """
         if self._sum is None:
             self._sum = torch.zeros(self._shape(X.shape[-1]), dtype=torch.float32, device=X.device)
-        self._accumulate(self._sum, *inputs)
-        self.num_tokens += len(inputs[0])
+        prepared = self._prepare(X, *others)
+        for index, part in enumerate(self._parts(*prepared)):
+            if self._is_new(index, until):
+                self._accumulate(self._sum[part], part, *prepared)
+                self._until[index] = until or 0
+        if self._is_new(-1, until):
+            self.num_tokens += len(X)
+            self._until[-1] = until or 0
         self._memo.clear()
+
+    def merge(self, other: "InputStatistic") -> None:
+        """Add what `other`, of the same kind, has seen of other tokens."""
+        assert type(other) is type(self), f"{type(other).__name__} merged into {type(self).__name__}"
+        if other._sum is not None:
+            self._sum = other._sum.clone() if self._sum is None else self._sum.add_(other._sum)
+            self.num_tokens += other.num_tokens
+            self._memo.clear()
+
+    def all_reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Merge the shares of all processes, by a `reduce` that replaces a tensor by its sum over them."""
+        if self._sum is not None:
+            count = reduce(torch.tensor(self.num_tokens, dtype=torch.int64, device=self._sum.device))
+            self._sum, self.num_tokens = reduce(self._sum), int(count)
+            self._memo.clear()
 
     def mean(self) -> Tensor:
         """The sum divided by the number of tokens, float32, as a fresh tensor. ValueError before the first `add`."""
@@ -54,15 +82,28 @@ class InputStatistic(ABC):
             self._memo[key] = compute()
         return self._memo[key]
 
+    def _is_new(self, index: int, until: int | None) -> bool:
+        return until is None or self._until.get(index, 0) < until
+
     @staticmethod
     @abstractmethod
     def _shape(width: int) -> tuple[int, ...]:
         """The shape of the sum for I features."""
 
     @staticmethod
+    def _prepare(*inputs: Tensor) -> tuple[Any, ...]:
+        """What `_accumulate` is given of a batch, made once for all parts of the sum."""
+        return inputs
+
+    @staticmethod
+    def _parts(*prepared: Any) -> Iterable[slice]:
+        """Rows of the sum that are updated by one operation each, which happens as a whole or, out of memory, not at all."""
+        return (slice(None),)
+
+    @staticmethod
     @abstractmethod
-    def _accumulate(total: Tensor, X: Tensor) -> None:
-        """Add what a batch X (tokens, I) brings to the float32 sum, in place."""
+    def _accumulate(total: Tensor, part: slice, *prepared: Any) -> None:
+        """Add what a batch brings to `total`, the rows `part` of the float32 sum, in place."""
 
 
 class SquaredNorm(InputStatistic):
@@ -73,7 +114,7 @@ class SquaredNorm(InputStatistic):
         return (width,)
 
     @staticmethod
-    def _accumulate(total: Tensor, X: Tensor) -> None:
+    def _accumulate(total: Tensor, part: slice, X: Tensor) -> None:
         total += sum(part.float().square().sum(0) for part in X.split(TOKENS))
 
 
@@ -85,10 +126,12 @@ class Moments(InputStatistic):
         return (2, width)
 
     @staticmethod
-    def _accumulate(total: Tensor, X: Tensor) -> None:
-        X = X.float()
-        total[0] += X.sum(0)
-        total[1] += X.square().sum(0)
+    def _parts(X: Tensor) -> Iterable[slice]:
+        return (slice(0, 1), slice(1, 2))
+
+    @staticmethod
+    def _accumulate(total: Tensor, part: slice, X: Tensor) -> None:
+        total += X.float().pow(part.stop).sum(0)
 
 
 class Hessian(InputStatistic):
@@ -102,15 +145,20 @@ class Hessian(InputStatistic):
         return (width, width)
 
     @staticmethod
-    def _accumulate(total: Tensor, X: Tensor) -> None:
-        if multiply_bfloat16(X):
-            packed = pack(X)
-            add_product(total, packed, packed, lower=True)
+    def _prepare(X: Tensor) -> tuple[Tensor | Packed, bool]:
+        return pack(X) if multiply_bfloat16(X) else _factor(X), X.dtype == torch.bfloat16
+
+    @staticmethod
+    def _parts(X: Tensor | Packed, is_bfloat16: bool) -> Iterable[slice]:
+        return (slice(None),) if isinstance(X, Packed) else _strips(X.shape[1], STRIP)
+
+    @staticmethod
+    def _accumulate(total: Tensor, part: slice, X: Tensor | Packed, is_bfloat16: bool) -> None:
+        if isinstance(X, Packed):
+            add_product(total, X, X, lower=True)
             return
-        with fast_products(enabled=X.dtype == torch.bfloat16):
-            X = _factor(X)
-            for strip in _strips(len(total), STRIP):
-                _add_product(total[strip, : strip.stop], X[:, strip], X[:, : strip.stop])
+        with fast_products(enabled=is_bfloat16):
+            _add_product(total[:, : part.stop], X[:, part], X[:, : part.stop])
 
     def mean(self) -> Tensor:
         mean = super().mean()
@@ -130,7 +178,7 @@ class CrossProduct(InputStatistic):
         return (width, width)
 
     @staticmethod
-    def _accumulate(total: Tensor, X: Tensor, dense: Tensor) -> None:
+    def _accumulate(total: Tensor, part: slice, X: Tensor, dense: Tensor) -> None:
         if multiply_bfloat16(X, dense):
             add_product(total, pack(dense), pack(X))
             return

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nnprune.checks import check_count
 
@@ -79,6 +80,12 @@ class TextSource:
             with path.open("rb") as file:
                 sha.update(hashlib.file_digest(file, "sha256").digest())
         return sha.hexdigest()[:16] if files else None
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that make this another text when they change: local files count by their content."""
+        digest = self.digest()
+        known = {"path": digest, "dataset": None} if digest else {}
+        return {**vars(self), **known, "key": None}
 
     def _paths(self) -> list[Path]:
         if self.path is None:

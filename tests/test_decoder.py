@@ -46,7 +46,7 @@ def prune(engine, method, plan, ids, propagate="pruned") -> list[dict]:
 @contextmanager
 def through_layers(engine, ids, pruned=True):
     """Hidden states behind the last layer: what an evaluation sees."""
-    with torch.no_grad(), engine.stream(ids, "test") as stream:
+    with torch.no_grad(), engine.hidden_states(ids, "test") as stream:
         chosen = {"pruned": [stream]} if pruned else {"dense": [stream]}
         PruningPass(engine, [], "pruned").run(ids, **chosen)
         yield stream

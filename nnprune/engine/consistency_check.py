@@ -35,7 +35,7 @@ def check_consistency(engine: LayerwiseEngine) -> None:
         if index not in checked:
             return own_hidden
         store.fetch(index, pruned=False)
-        with refuse_nonfinite(decoder.linears(index)):
+        with refuse_nonfinite(decoder.weights(index)):
             own_output = run_layer(layer_forward, own_hidden, call)
         hidden = run_layer(layer_forward, hidden, calls[index])
         store.release(index)

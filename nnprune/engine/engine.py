@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from nnprune.engine import parallel
 from nnprune.engine.hidden_states import HiddenStates
 from nnprune.engine.layer_store import LayerStore
 from nnprune.model.decoder import Decoder
@@ -36,11 +37,11 @@ class LayerwiseEngine:
         """Decoder layers of the model."""
         return len(self.decoder.layers)
 
-    def stream(self, ids: Tensor, name: str) -> HiddenStates:
+    def hidden_states(self, ids: Tensor, name: str) -> HiddenStates:
         """Hidden states that enter the first decoder layer, for ids (N, T); `name` is their own among those alive."""
         return HiddenStates(self.decoder, self.runtime, ids, self.scratch / f"activations-{name}.bin")
 
     @staticmethod
     def progress(total: int, title: str) -> tqdm:
-        """A progress bar with time left, on a terminal."""
-        return tqdm(total=total, desc=title, disable=None, leave=False)
+        """A progress bar with time left, on a terminal; of several processes the first shows it."""
+        return tqdm(total=total, desc=title, disable=True if parallel.rank() else None, leave=False)

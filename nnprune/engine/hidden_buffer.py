@@ -26,6 +26,7 @@ class HiddenBuffer:
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, rest: str, path: Path) -> None:
         self.device = device
+        self.shape = shape
         self.path = path if rest == "disk" else None
         size = shape[0] * shape[1] * shape[2]
         if self.path:

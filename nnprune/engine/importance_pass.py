@@ -19,7 +19,6 @@ from nnprune.allocations.base import DenseLayer
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.hidden_states import HiddenStates
 from nnprune.engine.input_collector import PROBE_TOKENS, InputCollector, check_weight, input_groups
-from nnprune.model.decoder import weight_OI
 from nnprune.statistics import InputStatistic, SquaredNorm
 
 log = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ def run_importance_pass(engine: LayerwiseEngine, ids: Tensor | None, measures: d
     """
     found: dict[str, list[float]] = {key: [] for key in measures}
     bar = engine.progress(engine.num_layers, "survey")
-    with nullcontext() if ids is None else engine.stream(ids, "survey") as stream, bar:
+    with nullcontext() if ids is None else engine.hidden_states(ids, "survey") as stream, bar:
         for index in range(engine.num_layers):
             module = engine.store.fetch(index, pruned=False)
             engine.store.prefetch(index + 1)
@@ -51,44 +50,37 @@ def run_importance_pass(engine: LayerwiseEngine, ids: Tensor | None, measures: d
     return found
 
 
-def _look(engine: LayerwiseEngine, index: int, module: nn.Module, stream: HiddenStates | None) -> DenseLayer:
-    """Decoder layer `index`, fetched as `module`; the stream, if any, is left at the input of the next layer."""
-    linears = engine.decoder.linears(index)
-    for name, linear in linears.items():
-        check_weight(name, linear.weight)
-    layer = DenseLayer({name: weight_OI(linear) for name, linear in linears.items()}, {}, {})
-    if stream is None:
+def _look(engine: LayerwiseEngine, index: int, module: nn.Module, states: HiddenStates | None) -> DenseLayer:
+    """Decoder layer `index`, fetched as `module`; hidden states, if any, are left at the input of the next layer."""
+    weights = {name: view.read() for name, view in engine.decoder.weights(index).items()}
+    for name, W in weights.items():
+        check_weight(name, W)
+    layer = DenseLayer(weights, {}, {})
+    if states is None:
         return layer
-    collector = see_inputs(stream, index, module, [SquaredNorm], is_last=index == engine.num_layers - 1)
+    collector = collect_inputs(states, index, module, [SquaredNorm], is_last=index == engine.num_layers - 1)
     for names in collector.groups:
         layer.squared_norms |= dict.fromkeys(names, collector.statistics[names[0]][SquaredNorm].mean())
         layer.samples |= dict.fromkeys(names, collector.sample(names))
     return layer
 
 
-def see_inputs(
-    stream: HiddenStates, index: int, layer: nn.Module, statistics: Sequence[type[InputStatistic]], is_last: bool
+def collect_inputs(
+    states: HiddenStates, index: int, layer: nn.Module, statistics: Sequence[type[InputStatistic]], is_last: bool
 ) -> InputCollector:
-    """What the linears of decoder layer `index`, fetched as `layer`, receive from a stream, which is left behind the layer
-    unless that `is_last`."""
-    linears = stream.decoder.linears(index)
-    groups = input_groups(linears, lambda: stream.run(index, layer, stream.probe(PROBE_TOKENS)))
-    collector = InputCollector(statistics, [], groups, linears, stream.ids.shape[1])
+    """Statistics of the inputs of decoder layer `index`, fetched as `layer`. The hidden states are replaced by the layer's outputs,
+    unless it `is_last`."""
+    weights = states.decoder.weights(index)
+    groups = input_groups(weights, lambda: states.run(index, layer, states.probe(PROBE_TOKENS)))
+    collector = InputCollector(statistics, [], groups, weights, states.ids.shape[1])
 
     def step(rows: slice, hidden: Tensor) -> Tensor | None:
         output = None
         with collector.rows(rows):
-            output = stream.run(index, layer, hidden)
+            output = states.run(index, layer, hidden)
         return output
 
     with collector.watching(stop=is_last):
-        stream.each_batch(step)
+        states.each_batch(step)
     collector.finish()
     return collector
-
-
-def stand_in(linears: dict[str, nn.Module], num_tokens: int) -> DenseLayer:
-    """A decoder layer without data, to see how long measuring takes."""
-    weights = {name: weight_OI(linear) for name, linear in linears.items()}
-    ones = {name: torch.ones(W.shape[1], device=W.device) for name, W in weights.items()}
-    return DenseLayer(weights, ones, {name: one.expand(num_tokens, -1) for name, one in ones.items()})

@@ -5,13 +5,16 @@ Letters: N samples, B batch, T tokens, I input features.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nnprune.checks import is_finite
+from nnprune.engine import parallel
 from nnprune.method import Method
 from nnprune.model.decoder import StopForward
+from nnprune.model.weight_views import WeightView
 from nnprune.pruners.base import Pruner
 from nnprune.statistics import CrossProduct, InputStatistic
 
@@ -22,7 +25,7 @@ PROBE_TOKENS = 8
 """Tokens of the forward that shows which linears share an input."""
 
 
-def input_groups(linears: dict[str, nn.Module], forward: Callable[[], object]) -> list[list[str]]:
+def input_groups(weights: dict[str, WeightView], forward: Callable[[], object]) -> list[list[str]]:
     """Names of the linears that receive the same input tensor (q, k and v; gate and up), in the order of their use.
 
     Found by the input's identity in one forward of their decoder layer, in which values do not matter. Raises ValueError
@@ -37,9 +40,9 @@ def input_groups(linears: dict[str, nn.Module], forward: Callable[[], object]) -
         if name not in names:
             names.append(name)
 
-    with _hooks(linears, note):
+    with _observed(weights, note):
         forward()
-    if unused := set(linears) - {name for names in groups.values() for name in names}:
+    if unused := set(weights) - {name for names in groups.values() for name in names}:
         raise ValueError(f"{min(unused)}: never receives an input, so it cannot be pruned with this model's own forward")
     return list(groups.values())
 
@@ -54,7 +57,7 @@ class InputCollector:
         statistics: the kinds to accumulate.
         own: pruners that collect by themselves.
         groups: as from `input_groups`; only these are looked at.
-        linears: name -> linear, for at least the names in `groups`.
+        weights: name -> weight, for at least the names in `groups`.
         seq_len: T.
         reference: the same of the dense layer, where that is another module.
     """
@@ -64,12 +67,12 @@ class InputCollector:
         statistics: Iterable[type[InputStatistic]],
         own: Sequence[Pruner],
         groups: list[list[str]],
-        linears: dict[str, nn.Module],
+        weights: dict[str, WeightView],
         seq_len: int,
-        reference: dict[str, nn.Module] | None = None,
+        reference: dict[str, WeightView] | None = None,
     ) -> None:
         self.groups = groups
-        self.linears = linears
+        self.weights = weights
         self.seq_len = seq_len
         self.statistics = {names[0]: {kind: kind() for kind in statistics} for names in groups}
         self._own = [pruner for pruner in own if not pruner.shares_statistics]
@@ -80,7 +83,7 @@ class InputCollector:
         self._totals: dict[str, Tensor] = {}  # sums that show NaNs, where no statistic does
         self._outputs: dict[str, float] = {}
         self._rows = slice(0, 0)
-        self._num_seen: dict[str, int] = {}
+        self._counted: dict[tuple, int] = {}  # what was told of an input -> rows seen by then
 
     @property
     def pairs(self) -> bool:
@@ -94,7 +97,7 @@ class InputCollector:
 
         def see(name: str, X: Tensor) -> None:
             if self._remembers:
-                self._reference_inputs[name] = X.detach()
+                self._reference_inputs[name] = X
                 if self._stops_reference and name == watched[-1]:
                     raise StopForward
             else:
@@ -103,9 +106,9 @@ class InputCollector:
                     raise StopForward
 
         with ExitStack() as stack:
-            for linears in (self.linears, self._reference):
-                if linears is not None:
-                    stack.enter_context(_hooks({name: linears[name] for name in watched}, see))
+            for weights in (self.weights, self._reference):
+                if weights is not None:
+                    stack.enter_context(_observed({name: weights[name] for name in watched}, see))
             yield
 
     @contextmanager
@@ -131,6 +134,9 @@ class InputCollector:
         """To be called after the last row. Raises ValueError, naming a linear, for NaN or infinite inputs."""
         self._reference_inputs = None
         for leader, statistics in self.statistics.items():
+            if parallel.world_size() > 1:
+                for statistic in statistics.values():
+                    statistic.all_reduce(parallel.all_reduce)
             finite = all(statistic.is_finite() for statistic in statistics.values())
             if not finite or (leader in self._totals and not self._totals[leader].isfinite()):
                 raise ValueError(f"{leader}: its inputs hold NaN or infinite values; try model.dtype=float32 or bfloat16")
@@ -146,19 +152,34 @@ class InputCollector:
         return self._outputs[name]
 
     def _see(self, name: str, X: Tensor) -> None:
-        if self._num_seen.get(name, 0) >= self._rows.stop:
-            return
-        X = X.detach().reshape(-1, self.seq_len, X.shape[-1])  # some layers flatten their tokens
+        """Show the inputs X (tokens, I) of the current rows to all that collect them, each of which counts a row once."""
         if name in self._samples:
-            self._sample(name, X)
             for kind, statistic in self.statistics[name].items():
                 others = [self._reference_inputs[name]] if kind is CrossProduct else []
-                statistic.add(X, *others)
+                statistic.add(X, *others, until=self._rows.stop)
             if not self.statistics[name]:
-                self._totals[name] = self._totals.get(name, 0) + X.sum(dtype=torch.float32)
+                self._once(("total", name), lambda: self._add_total(name, X))
+            self._once(("sample", name), lambda: self._sample(name, X.unflatten(0, (-1, self.seq_len))))
         for pruner in self._own:
+            self._once((id(pruner), name), lambda pruner=pruner: self._show(pruner, name, X.unflatten(0, (-1, self.seq_len))))
+
+    def _once(self, key: tuple, count: Callable[[], None]) -> None:
+        """Call `count` unless it has counted these rows already."""
+        if self._counted.get(key, 0) < self._rows.stop:
+            count()
+            self._counted[key] = self._rows.stop
+
+    def _add_total(self, name: str, X: Tensor) -> None:
+        self._totals[name] = self._totals.get(name, 0) + X.sum(dtype=torch.float32)
+
+    @staticmethod
+    def _show(pruner: Pruner, name: str, X: Tensor) -> None:
+        """Show X (B, T, I) to a pruner that collects by itself. What it has counted when it runs out of memory, nobody knows."""
+        try:
             pruner.add_linear_activations(name, X)
-        self._num_seen[name] = self._rows.stop
+        except torch.OutOfMemoryError as error:
+            reason = f"{type(pruner).__name__} ran out of device memory while it collected inputs"
+            raise ValueError(f"{name}: {reason}; lower runtime.batch_tokens") from error
 
     def _sample(self, name: str, X: Tensor) -> None:
         rows = X[: max(num_sampled_rows(self.seq_len) - self._rows.start, 0)]
@@ -184,25 +205,23 @@ def check_weight(name: str, weight: Tensor) -> None:
 
 
 @contextmanager
-def refuse_nonfinite(linears: dict[str, nn.Module]) -> Iterator[None]:
-    """Raise ValueError, naming the first culprit, for NaN or infinity in the weights of `linears` or in what they receive."""
-    for name, linear in linears.items():
-        check_weight(name, linear.weight)
+def refuse_nonfinite(weights: dict[str, WeightView]) -> Iterator[None]:
+    """Raise ValueError, naming the first culprit, for NaN or infinity in `weights` or in what they receive."""
+    for name, weight in weights.items():
+        check_weight(name, weight.read())
 
     def check(name: str, X: Tensor) -> None:
         if not is_finite(X):
             raise ValueError(f"{name}: its inputs hold NaN or infinite values; try model.dtype=float32 or bfloat16")
 
-    with _hooks(linears, check):
+    with _observed(weights, check):
         yield
 
 
 @contextmanager
-def _hooks(linears: dict[str, nn.Module], see) -> Iterator[None]:
-    """Call `see(name, X)` before each linear's forward. StopForward leaves the forward, not this context."""
-    handles = [
-        linear.register_forward_pre_hook(lambda module, args, name=name: see(name, args[0])) for name, linear in linears.items()
-    ]
+def _observed(weights: dict[str, WeightView], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `see(name, X)` with the inputs X (tokens, I) of each weight. StopForward leaves the forward, not this context."""
+    handles = [weight.observe(partial(see, name)) for name, weight in weights.items()]
     try:
         yield
     finally:

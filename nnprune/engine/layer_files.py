@@ -4,19 +4,15 @@ A finished layer is one safetensors file, with the names that the whole model gi
 report. The report is written last, so that its presence means "finished".
 """
 
-import errno
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
+from nnprune.model.checkpoint import save_atomically
 from nnprune.records import write_atomically
-
-LOADED_BY_TRANSFORMERS = {"format": "pt"}
 
 
 class LayerFiles:
@@ -67,22 +63,3 @@ class LayerFiles:
 
     def _report_path(self, index: int) -> Path:
         return self.folder / f"layer-{index:04d}.json"
-
-
-def save_atomically(state: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file by rename. Raises OSError, also for the library's own I/O errors."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-        save_file(state, temporary, metadata=LOADED_BY_TRANSFORMERS)
-        temporary.chmod(mode)  # the library makes files that nobody else may read
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except SafetensorError as error:
-        full = "No space left" in str(error)
-        raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ to a CUDA device.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +98,17 @@ class LayerStore:
         """Name within the layer -> tensor of decoder layer `index`, as it is now, in the dtype that it is stored in."""
         prefix = f"{self.decoder.path}.{index}."
         return {name: self.as_stored(prefix + name, tensor) for name, tensor in self.decoder.layers[index].state_dict().items()}
+
+    def file_of(self, index: int) -> Path | None:
+        """The file of decoder layer `index` if it is finished."""
+        return self.finished.path(index) if index in self.finished else None
+
+    def read_dense(self, index: int) -> dict[str, Tensor]:
+        """Full name -> tensor of decoder layer `index`, dense, in the dtype that it is stored in."""
+        self.fetch(index, pruned=False)
+        state = self.finished.named(index, self.stored_state(index))
+        self.release(index)
+        return state
 
     def as_stored(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of the model's, by its full name, in the dtype that it is stored in."""

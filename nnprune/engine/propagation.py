@@ -18,6 +18,7 @@ from nnprune.engine.hidden_states import HiddenStates
 from nnprune.engine.input_collector import PROBE_TOKENS, InputCollector, input_groups
 from nnprune.engine.stopwatch import Stopwatch
 from nnprune.method import Method
+from nnprune.model.weight_views import weight_views
 
 PROPAGATE = ("pruned", "dense", "sequential")
 
@@ -121,12 +122,11 @@ class Propagation:
         outputs of that one. The last pass over a layer replaces the reference by the outputs of the dense layer, unless it has
         passed through already.
         """
-        linears = self.engine.decoder.linears(index)
-        modules = self._modules(index, dense)
-        dense_linears = {name: modules[name] for name in linears} if dense is not layer else None
+        weights = self.engine.decoder.weights(index)
+        dense_weights = weight_views(dense, self._prefix(index)) if dense is not layer else None
         kinds = set().union(*(method.statistics for method in methods))
         pruners = [method.pruner for method in methods]
-        collector = InputCollector(kinds, pruners, groups, linears, self.calibration.ids.shape[1], dense_linears)
+        collector = InputCollector(kinds, pruners, groups, weights, self.calibration.ids.shape[1], dense_weights)
         pairs = collector.pairs
         advances = self.reference is not None and not self._reference_is_behind and is_last
 
@@ -154,7 +154,7 @@ class Propagation:
     def _cache(self, index: int, layer: nn.Module, dense: nn.Module) -> None:
         """Start to cache outputs of a layer, and of its dense copy if there is one."""
         hidden = self.calibration.probe(PROBE_TOKENS)
-        linears = self.engine.decoder.linears(index)
+        linears = self.engine.decoder.weights(index).keys()
         parts = find_parts(self._modules(index, layer), linears, lambda: self.calibration.run(index, layer, hidden))
         for one, name in {dense: "dense", layer: "pruned"}.items():
             path = self.engine.scratch / f"activations-{name}"
@@ -165,8 +165,11 @@ class Propagation:
 
     def _modules(self, index: int, layer: nn.Module) -> dict[str, nn.Module]:
         """The submodules of decoder layer `index`, or of its copy, by their names in the whole model."""
-        return dict(layer.named_modules(prefix=f"{self.engine.decoder.path}.{index}"))
+        return dict(layer.named_modules(prefix=self._prefix(index)))
+
+    def _prefix(self, index: int) -> str:
+        return f"{self.engine.decoder.path}.{index}"
 
     def _groups(self, index: int, layer: nn.Module) -> list[list[str]]:
         hidden = self.calibration.probe(PROBE_TOKENS)
-        return input_groups(self.engine.decoder.linears(index), lambda: self.calibration.run(index, layer, hidden))
+        return input_groups(self.engine.decoder.weights(index), lambda: self.calibration.run(index, layer, hidden))

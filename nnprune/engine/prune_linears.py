@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nnprune.checks import is_finite
 from nnprune.engine.input_collector import InputCollector, check_weight
 from nnprune.method import Method
-from nnprune.model.decoder import weight_OI
+from nnprune.model.weight_views import WeightView
 from nnprune.patterns import PatternError, SparsityPattern, zeros_in
 from nnprune.pruners.base import Pruner
 from nnprune.solvers.layer_error import relative_error, squared_output
@@ -23,7 +23,6 @@ def prune_linears(
     method: Method,
     plan: dict[str, SparsityPattern],
     collector: InputCollector,
-    linears: dict[str, nn.Module],
     stored_dtype: torch.dtype,
 ) -> list[dict[str, Any]]:
     """Prune in place all linears whose inputs were collected, and report on each.
@@ -31,23 +30,20 @@ def prune_linears(
     Pruned weights are rounded to `stored_dtype` before anything looks at them. Raises ValueError, naming the linear, for a
     weight that is not finite and for a pruner that breaks its contract.
     """
-    return [
-        report for names in collector.groups for report in _prune_group(method, plan, collector, linears, names, stored_dtype)
-    ]
+    return [report for names in collector.groups for report in _prune_group(method, plan, collector, names, stored_dtype)]
 
 
 def _prune_group(
     method: Method,
     plan: dict[str, SparsityPattern],
     collector: InputCollector,
-    linears: dict[str, nn.Module],
     names: list[str],
     stored_dtype: torch.dtype,
 ) -> list[dict[str, Any]]:
     """Prune linears `names` that share an input."""
     start = time.perf_counter()
     pruner, sample = method.pruner, collector.sample(names)
-    weights = {name: weight_OI(linears[name]).contiguous() for name in names}
+    weights = {name: collector.weights[name].read().contiguous() for name in names}
     for name, W in weights.items():
         check_weight(name, W)
     statistics = collector.statistics[names[0]]
@@ -60,7 +56,7 @@ def _prune_group(
         weight = _checked(pruner, pruned[name], W, name, plan[name], stored_dtype)
         dense_output = collector.squared_output(name, lambda W=W: squared_output(W, sample))
         error = relative_error(W, weight, sample, dense_output)
-        weight_OI(linears[name]).copy_(weight)  # from here on W is the pruned weight too, where it is a view
+        collector.weights[name].write(weight)  # from here on W is the pruned weight too, where it is a view
         reports.append(
             {
                 "name": name,
@@ -116,15 +112,15 @@ def _checked(
     return pruned
 
 
-def count_zeros(layer: nn.Module, linears: dict[str, nn.Module]) -> dict[str, int]:
-    """Zeros and sizes of a fetched decoder layer and of its linears' weights."""
-    weights = [linear.weight for linear in linears.values()]
-    inside = set(weights)
+def count_zeros(layer: nn.Module, weights: dict[str, WeightView]) -> dict[str, int]:
+    """Zeros and sizes of a fetched decoder layer and of its weights that can be pruned."""
+    inside = {weight.parameter for weight in weights.values()}
     others = [parameter for parameter in layer.parameters() if parameter not in inside]
-    linear_zeros, linear_size = sum(map(zeros_in, weights)), sum(weight.numel() for weight in weights)
+    linears = [weight.read() for weight in weights.values()]
+    linear_zeros, linear_size = sum(map(zeros_in, linears)), sum(map(torch.numel, linears))
     return {
         "zeros": linear_zeros + sum(map(zeros_in, others)),
-        "size": linear_size + sum(parameter.numel() for parameter in others),
+        "size": linear_size + sum(map(torch.numel, others)),
         "linear_zeros": linear_zeros,
         "linear_size": linear_size,
     }

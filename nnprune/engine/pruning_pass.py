@@ -89,7 +89,7 @@ class PruningPass:
             for index in range(engine.num_layers):
                 if dense is not None:
                     layer = self._advance(index, dense, "dense_evaluation", pruned=False)
-                    counts.append(count_zeros(layer, engine.decoder.linears(index)))
+                    counts.append(count_zeros(layer, engine.decoder.weights(index)))
                 if index <= last:
                     self._visit(index, last, propagation)
                 if pruned:
@@ -109,10 +109,10 @@ class PruningPass:
         methods = [cell.method for cell in self.cells]
         ids = rows_needed(methods, ids)
         with ExitStack() as stack:
-            calibration = stack.enter_context(self.engine.stream(ids, "calibration"))
+            calibration = stack.enter_context(self.engine.hidden_states(ids, "calibration"))
             reference = None
             if any(method.needs_reference for method in methods):
-                reference = stack.enter_context(self.engine.stream(ids, "reference"))
+                reference = stack.enter_context(self.engine.hidden_states(ids, "reference"))
             propagation = Propagation(self.engine, self.propagate, calibration, reference, self.watch)
             stack.callback(propagation.invalidate)
             yield propagation
@@ -146,24 +146,24 @@ class PruningPass:
     def _prune(self, index: int, last: int, propagation: Propagation, todo: list[PruneTask]) -> list[dict[str, Any]]:
         """Prune layer `index` for all cells that lack it. Returns the reports of their linears."""
         layer = self.store.fetch(index, pruned=False)
-        linears = self.engine.decoder.linears(index)
+        weights = self.engine.decoder.weights(index)
         start = time.perf_counter()
         recovered: dict[str, Any] = {}
         if todo[0].method.recovery.epochs_before:
             with self.watch.stage("calibration"):
                 propagation.advance_reference(index, layer)
             recovered["before"] = self._tune(index, layer, propagation, todo[0].method.recovery.epochs_before)
-        dense = {name: linear.weight.clone() for name, linear in linears.items()} if len(self.cells) > 1 else {}
+        dense = {name: weight.read().clone() for name, weight in weights.items()} if len(self.cells) > 1 else {}
         by_cell: list[list[dict[str, Any]]] = [[] for _ in todo]
         for collector in propagation.collectors(index, layer, [cell.method for cell in todo], hand_on=index < last):
             self.store.prefetch(index + 1)
             for cell, reports in zip(todo, by_cell, strict=True):
                 with self.watch.stage("prune"):
-                    reports += prune_linears(cell.method, cell.plan, collector, linears, self.store.stored_dtype)
+                    reports += prune_linears(cell.method, cell.plan, collector, self.store.stored_dtype)
                 if dense:
                     self._finish(index, layer, cell, reports, start)
                     for name, weight in dense.items():
-                        linears[name].weight.copy_(weight)
+                        weights[name].write(weight)
         if not dense:
             if epochs := todo[0].method.recovery.epochs_after:
                 recovered["after"] = self._tune(index, layer, propagation, epochs)
@@ -190,7 +190,7 @@ class PruningPass:
         """Write the layer as it is now as finished by a cell."""
         self.store.round(index)  # the weights handed on are those that are saved
         with self.watch.stage("prune"):
-            counts = count_zeros(layer, self.engine.decoder.linears(index))
+            counts = count_zeros(layer, self.engine.decoder.weights(index))
             seconds = time.perf_counter() - start
             report = {"linears": reports, **counts, "seconds": seconds, "num_cells": len(self.cells), **more}
         with self.watch.stage("write"):

@@ -115,10 +115,9 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
         runtime=runtime,
         label="dense" if is_dense else str(config["label"] or type(pruner).__name__),
     )
-    sources = [*experiment.evaluation.sources.values(), experiment.calibration.source]
-    for source in sources:
-        if source:
-            source.check()
+    for checked in (*experiment.evaluation.evaluators.values(), experiment.calibration.source):
+        if checked:
+            checked.check()
     experiment.source.config()  # what names the experiment needs it
     return experiment
 

@@ -112,7 +112,7 @@ class CostEstimate:
             decoder, LayerStore(decoder, self.device, rest, finished[0], None, first.computing_dtype), runtime, folder
         )
         plans = [Uniform().plan(cell.pattern, decoder.shapes_by_layer()) for cell in self.pruned]  # as good as any
-        with engine.stream(ids, "windows") as stream:
+        with engine.hidden_states(ids, "windows") as stream:
             layer = engine.store.fetch(0)
             self.groups = input_groups(decoder.linears(0), lambda: stream.run(0, layer, stream.probe(PROBE_TOKENS)))
             stream.run(0, layer, stream.activations.get(slice(0, len(ids))))  # the first call of a kernel is slow

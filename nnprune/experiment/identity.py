@@ -22,8 +22,7 @@ def science(experiment: "Experiment") -> dict[str, Any]:
     model["dtype"] = {"stored": name_of(source.stored_dtype), "computing": name_of(experiment.computing_dtype)}
     evaluation = {**config["evaluation"], "path": None}
     evaluation["datasets"] = {
-        name: {"source": _science_of(text), "max_windows": experiment.evaluation.max_windows[name]}
-        for name, text in experiment.evaluation.sources.items()
+        name: one.identity() | _named(_code_of(type(one))) for name, one in experiment.evaluation.evaluators.items()
     }
     if experiment.is_dense:
         return {"model": model, "evaluation": evaluation}
@@ -35,17 +34,10 @@ def science(experiment: "Experiment") -> dict[str, Any]:
     return rest | {
         "model": model,
         "evaluation": evaluation,
-        "calibration": {**config["calibration"], "path": None, "dataset": text and _science_of(text)},
+        "calibration": {**config["calibration"], "path": None, "dataset": text and text.identity()},
         "sparsity": str(experiment.pattern),
         "pruner_code": _code_of(type(method.pruner)),
     }
-
-
-def _science_of(source: Any) -> dict[str, Any]:
-    """A source by its content where it is local, else by its name."""
-    digest = source.digest()
-    known = {"path": digest, "dataset": None} if digest else {}
-    return {**source.__dict__, **known, "key": None}
 
 
 def _named(code: str | None) -> dict[str, str]:

@@ -107,19 +107,20 @@ class Job:
 
     def _pass(self, pruned: RunRecord | None, dense: RunRecord | None) -> None:
         """One pass over the layers for the metrics and sparsities of one or both records."""
-        cells, texts, finished = [], self.evaluation_ids, self.engine.store.finished
+        tasks, finished = [], self.engine.store.finished
+        evaluators, ids = self.experiment.evaluation.evaluators, self.evaluation_ids
         dense_folder = self.experiment.dense().folder / SCRATCH
         if pruned:
-            cells.append(PruneTask(self.experiment.method, self.plan, finished))
+            tasks.append(PruneTask(self.experiment.method, self.plan, finished))
         with ExitStack() as stack:
             with self.watch.stage("evaluation"):
-                measured = Measurement("pruned", texts if pruned else {}, self.experiment.folder / SCRATCH)
-                streams = stack.enter_context(measured.streams(self.engine))
+                measured = Measurement("pruned", evaluators if pruned else {}, ids, self.experiment.folder / SCRATCH)
+                states = stack.enter_context(measured.hidden_states(self.engine))
             with self.watch.stage("dense_evaluation"):
-                measured_dense = Measurement("dense", texts if dense else {}, dense_folder)
-                dense_streams = stack.enter_context(measured_dense.streams(self.engine))
-            pruning = PruningPass(self.engine, cells, self.experiment.config["propagate"], self.watch)
-            counts = pruning.run(self.calibration_ids, dense_streams if dense else None, streams)
+                measured_dense = Measurement("dense", evaluators if dense else {}, ids, dense_folder)
+                dense_states = stack.enter_context(measured_dense.hidden_states(self.engine))
+            pruning = PruningPass(self.engine, tasks, self.experiment.config["propagate"], self.watch)
+            counts = pruning.run(self.calibration_ids, dense_states if dense else None, states)
             with self.watch.stage("dense_evaluation"):
                 dense_metrics = measured_dense.finish()
             with self.watch.stage("evaluation"):
@@ -172,7 +173,7 @@ class Job:
 
 def _warn_of_demo_texts(experiment: Experiment) -> None:
     """The demo's texts are the defaults of `model.path=org/name` alone, and say little about a real model."""
-    if experiment.source.path != "demo" and "demo" in experiment.evaluation.sources:
+    if experiment.source.path != "demo" and "demo" in experiment.evaluation.evaluators:
         log.warning(
             "warning: evaluation=demo measures a real model on the demo's text; model=hub or model=local has better defaults"
         )
@@ -195,9 +196,9 @@ def check_shapes(experiment: Experiment, decoder: Decoder) -> None:
     """Raise ValueError for sequences, or patterns of linears, that this model, with or without weights, or the pruner
     can't have."""
     positions = getattr(decoder.text_config, "max_position_embeddings", None)
-    used = {"calibration": not experiment.is_dense, "evaluation": bool(experiment.evaluation.sources)}
-    for key in [key for key, is_used in used.items() if is_used]:
-        seq_len = getattr(experiment, key).seq_len
+    lengths = {"calibration": 0 if experiment.is_dense else experiment.calibration.seq_len}
+    lengths["evaluation"] = max((one.seq_len for one in experiment.evaluation.evaluators.values()), default=0)
+    for key, seq_len in lengths.items():
         if positions and seq_len > positions:
             raise ValueError(
                 f"{key}.seq_len={seq_len}: {experiment.source.name} has {positions} positions; lower {key}.seq_len"

@@ -1,7 +1,7 @@
-"""The perplexities of one model on its texts, those that an interrupted run has measured included."""
+"""The metrics of one model, those that an interrupted run had measured already included."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -9,45 +9,46 @@ from torch import Tensor
 
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.hidden_states import HiddenStates
-from nnprune.evaluation import perplexity
+from nnprune.evaluation import Evaluator
 from nnprune.records import write_atomically
 
 
 class Measurement:
-    """What is still to be measured, on its way through the layers.
+    """What is still to be measured while its rows pass through the layers.
 
     Args:
         kind: "dense" or "pruned", for messages.
-        ids: text name -> windows (N, T).
+        evaluators: name -> evaluator.
+        ids: name -> its rows (N, T).
         folder: keeps what is measured until the record is written.
     """
 
-    def __init__(self, kind: str, ids: dict[str, Tensor], folder: Path) -> None:
+    def __init__(self, kind: str, evaluators: Mapping[str, Evaluator], ids: dict[str, Tensor], folder: Path) -> None:
         self.kind = kind
+        self.evaluators = evaluators
         self.ids = ids
         self.journal = folder / f"{kind}_metrics.json"
-        self.metrics: dict[str, float] = {}
+        self.metrics: dict[str, dict[str, float]] = {}  # by evaluator
         if self.journal.exists():
             self.metrics = json.loads(self.journal.read_text(encoding="utf-8"))
-        self._streams: dict[str, HiddenStates] = {}
+        self._states: dict[str, HiddenStates] = {}
 
     @contextmanager
-    def streams(self, engine: LayerwiseEngine) -> Iterator[list[HiddenStates]]:
-        """The windows of all texts that are not measured yet, before the first layer."""
+    def hidden_states(self, engine: LayerwiseEngine) -> Iterator[list[HiddenStates]]:
+        """The rows of all evaluators that have no metrics yet, before the first layer."""
         with ExitStack() as stack:
-            for name, ids in self.ids.items():
-                if _key(name) not in self.metrics:
-                    self._streams[name] = stack.enter_context(engine.stream(ids, f"{self.kind}-{name}"))
-            yield list(self._streams.values())
-            self._streams.clear()
+            for name in self.evaluators:
+                if name not in self.metrics:
+                    self._states[name] = stack.enter_context(engine.hidden_states(self.ids[name], f"{self.kind}-{name}"))
+            yield list(self._states.values())
+            self._states.clear()
 
     def finish(self) -> dict[str, float]:
-        """`<text>_perplexity` -> its value, once all streams went through all layers. Each is kept as soon as it is known."""
-        for name, stream in self._streams.items():
-            self.metrics[_key(name)] = perplexity(stream, f"{self.kind} {name} perplexity")
+        """Metric -> value, once all rows have passed through all layers. Each is kept as soon as it is known."""
+        for name, states in self._states.items():
+            try:
+                self.metrics[name] = self.evaluators[name].measure(states.ids, states.logits())
+            except ValueError as error:
+                raise ValueError(f"{self.kind} {error}") from error
             write_atomically(self.journal, json.dumps(self.metrics))
-        return {_key(name): self.metrics[_key(name)] for name in self.ids}
-
-
-def _key(name: str) -> str:
-    return f"{name}_perplexity"
+        return {metric: value for name in self.evaluators for metric, value in self.metrics[name].items()}

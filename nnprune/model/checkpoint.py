@@ -1,13 +1,18 @@
-"""The weights of a checkpoint, read from its safetensors files tensor by tensor."""
+"""Safetensors files of checkpoints: read tensor by tensor, written as a whole or not at all."""
 
+import errno
+import os
 from collections.abc import Collection
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+LOADED_BY_TRANSFORMERS = {"format": "pt"}
 
 
 class Checkpoint:
@@ -52,3 +57,22 @@ class Checkpoint:
                         tensor = file.get_tensor(key)
                         tensors[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
         return tensors
+
+
+def save_atomically(state: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file by rename. Raises OSError, also for the library's own I/O errors."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+        save_file(state, temporary, metadata=LOADED_BY_TRANSFORMERS)
+        temporary.chmod(mode)  # the library makes files that nobody else may read
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except SafetensorError as error:
+        full = "No space left" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)

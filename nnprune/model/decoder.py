@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+
+from nnprune.model.weight_views import WeightView, weight_views
 
 
 class StopForward(Exception):
@@ -46,14 +47,7 @@ class Decoder:
         self.path, self.layers = _find_layers(model, layers_path)
         self._tuple_classes: dict[type[nn.Module], bool] = {}
         self._refuse_experts()
-        self._linears = [
-            {
-                name: module
-                for name, module in layer.named_modules(prefix=f"{self.path}.{index}")
-                if isinstance(module, nn.Linear | Conv1D)
-            }
-            for index, layer in enumerate(self.layers)
-        ]
+        self._weights = [weight_views(layer, f"{self.path}.{index}") for index, layer in enumerate(self.layers)]
 
     @property
     def text_config(self) -> Any:
@@ -65,9 +59,9 @@ class Decoder:
         """V."""
         return self.text_config.vocab_size
 
-    def linears(self, index: int) -> dict[str, nn.Module]:
-        """Full name -> linear, for decoder layer `index`, in the order of the model's definition."""
-        return self._linears[index]
+    def weights(self, index: int) -> dict[str, WeightView]:
+        """Full name -> weight that can be pruned, of decoder layer `index`, in the order of the model's definition."""
+        return self._weights[index]
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Name -> (O, I) of every linear of every decoder layer."""
@@ -75,7 +69,7 @@ class Decoder:
 
     def shapes_by_layer(self) -> list[dict[str, tuple[int, int]]]:
         """A dict a decoder layer: name -> (O, I) of its linears."""
-        return [{name: tuple(weight_OI(linear).shape) for name, linear in group.items()} for group in self._linears]
+        return [{name: view.shape for name, view in views.items()} for views in self._weights]
 
     def embed(self, ids: Tensor) -> Tensor:
         """The hidden states (B, T, D) that enter the first decoder layer, for ids (B, T)."""
@@ -183,11 +177,6 @@ def run_layer(layer: Callable[..., Any], hidden: Tensor, call: LayerCall) -> Ten
     if not isinstance(output, Tensor) or output.shape != hidden.shape:
         raise ValueError(f"a decoder layer returned {type(output).__name__} instead of hidden states {tuple(hidden.shape)}")
     return output
-
-
-def weight_OI(linear: nn.Module) -> Tensor:
-    """The weight (O, I) of a linear, as a view; GPT-2's Conv1D keeps it transposed."""
-    return linear.weight.detach().t() if isinstance(linear, Conv1D) else linear.weight.detach()
 
 
 def _find_layers(model: PreTrainedModel, layers_path: str | None) -> tuple[str, nn.ModuleList]:

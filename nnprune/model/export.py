@@ -7,48 +7,53 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import safe_open
 from torch import Tensor
 
-from nnprune.engine.layer_files import save_atomically
-from nnprune.engine.layer_store import LayerStore
+from nnprune.model.checkpoint import save_atomically
+from nnprune.model.decoder import Decoder
 from nnprune.records import write_atomically
 
 
-def save_model(store: LayerStore, tokenizer: Any, generation_config: Any, summary: dict[str, Any], target: Path) -> None:
+class Layers(Protocol):
+    """The decoder layers of a pruned model, as the engine keeps them."""
+
+    decoder: Decoder
+
+    def file_of(self, index: int) -> Path | None:
+        """The safetensors file of a layer that was pruned, with the names that the whole model gives its tensors."""
+
+    def read_dense(self, index: int) -> dict[str, Tensor]:
+        """The same names -> tensors of a layer that was not."""
+
+    def as_stored(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the model's, by its full name, in the dtype that it is stored in."""
+
+
+def save_model(layers: Layers, tokenizer: Any, generation_config: Any, summary: dict[str, Any], target: Path) -> None:
     """Write model, tokenizer and `pruning.json` (the `summary`) to `target`, which appears only once it is whole.
 
     `generation_config` is the dense model's, or None where it has none.
 
-    Shards are the shell and one a decoder layer: the files of finished layers, which are not written a second time.
+    Shards are the embeddings and head, and one a decoder layer: the files of finished layers, which are not written a second time.
     Raises OSError when the folder cannot be written.
     """
-    decoder = store.decoder
-    model = decoder.model
+    decoder = layers.decoder
     unfinished = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    names = [
-        f"model-{number + 1:05d}-of-{1 + len(decoder.layers):05d}.safetensors" for number in range(1 + len(decoder.layers))
-    ]
-    shell = _shell_state(store)
-    save_atomically(shell, unfinished / names[0])
-    weight_map = dict.fromkeys(shell, names[0])
-    size = sum(tensor.nbytes for tensor in shell.values())
+    num_files = 1 + len(decoder.layers)
+    names = [f"model-{number:05d}-of-{num_files:05d}.safetensors" for number in range(1, num_files + 1)]
+    save_atomically(_embeddings_and_head(layers), unfinished / names[0])
     for index, name in enumerate(names[1:]):
-        if index in store.finished:
-            _link_or_copy(store.finished.path(index), unfinished / name)
+        if (source := layers.file_of(index)) is not None:
+            _link_or_copy(source, unfinished / name)
         else:
-            save_atomically(store.finished.named(index, _fetched_state(store, index)), unfinished / name)
-            store.release(index)
-        with safe_open(unfinished / name, "pt") as file:
-            weight_map |= dict.fromkeys(file.keys(), name)
-            size += sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
-    index_file = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    write_atomically(unfinished / "model.safetensors.index.json", json.dumps(index_file, indent=1) + "\n")
-    model.config.save_pretrained(unfinished)
+            save_atomically(layers.read_dense(index), unfinished / name)
+    write_atomically(unfinished / "model.safetensors.index.json", json.dumps(_index(unfinished, names), indent=1) + "\n")
+    decoder.model.config.save_pretrained(unfinished)
     if generation_config is not None:
         generation_config.to_json_file(unfinished / "generation_config.json")  # unlike save_pretrained, as it is
     tokenizer.save_pretrained(unfinished)
@@ -58,10 +63,16 @@ def save_model(store: LayerStore, tokenizer: Any, generation_config: Any, summar
     unfinished.replace(target)
 
 
-def _fetched_state(store: LayerStore, index: int) -> dict[str, Tensor]:
-    """The tensors of decoder layer `index`, which is not pruned, by their names within it."""
-    store.fetch(index)
-    return store.stored_state(index)
+def _index(folder: Path, names: list[str]) -> dict[str, Any]:
+    """What a checkpoint of several files says of them."""
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    for name in names:
+        with safe_open(folder / name, "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                weight_map[key] = name
+                total_size += file.get_tensor(key).nbytes
+    return {"metadata": {"total_size": total_size}, "weight_map": weight_map}
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -72,13 +83,13 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copy(source, target)
 
 
-def _shell_state(store: LayerStore) -> dict[str, Tensor]:
+def _embeddings_and_head(layers: Layers) -> dict[str, Tensor]:
     """All weights outside the decoder layers, each tied one under one name only."""
-    decoder = store.decoder
+    decoder = layers.decoder
     seen: set[int] = set()
     state: dict[str, Tensor] = {}
     for name, tensor in decoder.model.state_dict().items():
         if not name.startswith(f"{decoder.path}.") and tensor.data_ptr() not in seen:
             seen.add(tensor.data_ptr())
-            state[name] = store.as_stored(name, tensor)
+            state[name] = layers.as_stored(name, tensor)
     return state

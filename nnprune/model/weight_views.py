@@ -1,0 +1,75 @@
+"""What a pruner may prune: one weight (O, I) and the inputs that it is multiplied with, whatever module holds it.
+
+Letters: O output features, I input features.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
+
+
+class WeightView(ABC):
+    """One weight of a decoder layer.
+
+    Args:
+        name: in the whole model, such as "model.layers.0.mlp.up_proj".
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return tuple(self.read().shape)
+
+    @property
+    @abstractmethod
+    def parameter(self) -> nn.Parameter:
+        """The parameter that holds the weight; several views may share one."""
+
+    @abstractmethod
+    def read(self) -> Tensor:
+        """The weight (O, I), detached. It shares the parameter's memory where the layout allows."""
+
+    @abstractmethod
+    def write(self, weight_OI: Tensor) -> None:
+        """Overwrite the weight by `weight_OI` (O, I), in the parameter's dtype."""
+
+    @abstractmethod
+    def observe(self, see: Callable[[Tensor], None]) -> RemovableHandle:
+        """Call `see(X)` with the inputs X (tokens, I) of every forward, before the product. What `see` raises ends the forward."""
+
+
+class LinearView(WeightView):
+    """The weight of an `nn.Linear`, or of GPT-2's `Conv1D`, which stores it transposed."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__(name)
+        self.module = module
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.module.weight
+
+    def read(self) -> Tensor:
+        weight = self.module.weight.detach()
+        return weight.t() if isinstance(self.module, Conv1D) else weight
+
+    def write(self, weight_OI: Tensor) -> None:
+        self.read().copy_(weight_OI)
+
+    def observe(self, see: Callable[[Tensor], None]) -> RemovableHandle:
+        return self.module.register_forward_pre_hook(lambda _, args: see(args[0].detach().flatten(0, -2)))
+
+
+def weight_views(layer: nn.Module, prefix: str) -> dict[str, WeightView]:
+    """Name -> view of every weight of a decoder layer that can be pruned, in the order of the model's definition.
+
+    `prefix` is the layer's name in the whole model.
+    """
+    modules = layer.named_modules(prefix=prefix)
+    return {name: LinearView(name, module) for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
