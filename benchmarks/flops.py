@@ -28,9 +28,9 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShapes]:
     decoder = Decoder(model)
     seen: dict[str, Tensor] = {}  # alive until compared: a freed tensor could lend its address to the next
     hooks = [
-        linear.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0]}))
+        weight.observe(lambda X, name=name: seen.update({name: X}))
         for index in range(len(decoder.layers))
-        for name, linear in decoder.linears(index).items()
+        for name, weight in decoder.weights(index).items()
     ]
     model(input_ids=torch.zeros(1, 4, dtype=torch.int64, device=model.device), use_cache=False)
     for hook in hooks:
@@ -40,7 +40,7 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShapes]:
     head_width = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     layers = []
     for index in range(len(decoder.layers)):
-        names = list(decoder.linears(index))
+        names = list(decoder.weights(index))
         distinct = {seen[name].data_ptr(): shapes[name][1] for name in names}
         linears = tuple(shapes[name] for name in names)
         layers.append(LayerShapes(linears, tuple(distinct.values()), head_width * text_config.num_attention_heads))

@@ -27,5 +27,5 @@ def perplexity(model: PreTrainedModel, ids: Tensor) -> float:
 def linear_sparsity(model: PreTrainedModel) -> float:
     """Fraction of zeros among the weights of the linears of the decoder layers."""
     decoder = Decoder(model)
-    weights = [linear.weight for index in range(len(decoder.layers)) for linear in decoder.linears(index).values()]
+    weights = [weight.read() for index in range(len(decoder.layers)) for weight in decoder.weights(index).values()]
     return 1 - sum(int(weight.count_nonzero()) for weight in weights) / sum(weight.numel() for weight in weights)

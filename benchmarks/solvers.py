@@ -32,7 +32,7 @@ from nnprune.calibration import TextCalibration
 from nnprune.engine.hidden_states import HiddenStates
 from nnprune.engine.importance_pass import collect_inputs
 from nnprune.method import Method
-from nnprune.model.decoder import Decoder, weight_OI
+from nnprune.model.decoder import Decoder
 from nnprune.model.loading import ModelSource, quieten_transformers
 from nnprune.patterns import NM, SparsityPattern, parse_pattern
 from nnprune.pruners.base import Pruner
@@ -133,7 +133,7 @@ def layer_groups(args: argparse.Namespace) -> dict[int, list[Group]]:
     found = {}
     with HiddenStates(decoder, Runtime(device="cpu"), ids, Path("unused")) as stream:
         for index in range(max(args.layers) + 1):
-            layer, linears = decoder.layers[index], decoder.linears(index)
+            layer, linears = decoder.layers[index], decoder.weights(index)
             if index not in args.layers:
                 stream.advance(index, layer)
                 continue
@@ -141,7 +141,7 @@ def layer_groups(args: argparse.Namespace) -> dict[int, list[Group]]:
             kinds = [Hessian, SquaredNorm, Moments]
             collector = collect_inputs(stream, index, layer, kinds, is_last=index == max(args.layers))
             found[index] = [
-                Group({name: weight_OI(linears[name]).clone() for name in names}, collector.statistics[names[0]])
+                Group({name: linears[name].read().clone() for name in names}, collector.statistics[names[0]])
                 for names in collector.groups
             ]
     return found

@@ -5,12 +5,15 @@ No tensors, and no import of torch: the collector reads thousands of records.
 
 import hashlib
 import json
+import logging
 import math
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 NOT_SCIENCE = ("runtime", "label", "outputs", "overwrite", "save", "plan", "grid")
 """Settings that are no part of what an experiment is."""
@@ -90,6 +93,29 @@ def write_atomically(path: Path, text: str) -> Path:
         with suppress(OSError):
             temporary.unlink()
     return path
+
+
+def write_journal(path: Path, content: Any) -> None:
+    """Keep `content`, plain data, in a JSON file with a checksum, by rename. Raises what `write_atomically` does."""
+    write_atomically(path, json.dumps({"sha256": _checksum(content), "content": content}))
+
+
+def read_journal(path: Path) -> Any:
+    """What `write_journal` kept; None where there is no such file, or, with one line in the log, where it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["sha256"] == _checksum(found["content"]):
+            return found["content"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        pass
+    log.warning("warning: %s is damaged: what it tells of is done again", path)
+    return None
+
+
+def _checksum(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read(folder: Path) -> RunRecord | None:

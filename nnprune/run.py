@@ -2,10 +2,10 @@
 
 import logging
 import os
-import shutil
+import signal
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,95 +13,104 @@ import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from nnprune.experiment.command_line import GRID, check_outputs_of_sweep, gather_grid, is_grid, rewrite_sparsity
-from nnprune.records import RESULT_FILE, RunRecord, fingerprint, read_completed
+from nnprune.experiment.command_line import (
+    check_outputs_of_sweep,
+    gather_grid,
+    grid_cells,
+    is_grid,
+    label_of,
+    rewrite_sparsity,
+)
+from nnprune.records import RESULT_FILE, RunRecord
 
 log = logging.getLogger("nnprune")
 
 PACKAGE = Path(__file__).parent
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 
-BESIDE = {"allocation": "uniform", "target": "dense", "update": "none", "recover": "none"}
-"""Groups that change a method, and what leaves it as it is."""
+INTERRUPTED = 130
+"""Exit status of a program that Ctrl-C ended."""
 
 
 class RunFailed(CompactHydraException):
     """One line for the user instead of a traceback, which is in the run's log."""
 
 
-def run(cfg: DictConfig, pruner: Any = None) -> RunRecord:
+def run(cfg: DictConfig, pruner: Any = None, keep_layers: bool = False) -> RunRecord:
     """Prune and evaluate as `cfg` says, with `pruner` in place of the config's if given, and return the record.
 
-    A finished run is not repeated, and an interrupted one goes on where it stopped. Whatever fails is recorded before it
-    is raised.
+    A finished run is not repeated, and an interrupted one resumes from its layer files, with `keep_layers` also when it is to be
+    overwritten. Whatever fails is recorded before it is raised.
     """
+    # Imported here, not above: torch takes seconds, and --help or a mistyped option need none of it.
     from nnprune.experiment.build import build
     from nnprune.experiment.folder import locked, logged
     from nnprune.experiment.job import Job
+    from nnprune.experiment.outcome import finished_record, record_failure, summary
 
     experiment = None
     try:
         experiment = build(cfg, pruner)
         with locked(experiment.folder), logged(experiment.folder):
-            record = _finished(experiment)
+            record = finished_record(experiment, keep_layers)
             if record is None:
                 record = Job(experiment).run()
-                log.info(_summary(record))
+                log.info(summary(record))
             else:
-                log.info("finished already, nothing to do (overwrite=true runs it again): %s", _summary(record))
+                log.info("finished already, nothing to do (overwrite=true runs it again): %s", summary(record))
             log.info("record: %s", experiment.folder / RESULT_FILE)
             return record
     except Exception as error:
-        _record_failure(cfg, experiment, error)
+        record_failure(cfg, experiment, error)
         raise
 
 
 def run_grid(cfgs: Sequence[DictConfig]) -> list[RunRecord]:
     """Prune with several methods and patterns in one pass over a model, then evaluate and record each as `run` does.
 
-    `cfgs` differ in pruner and sparsity only. Raises what `run` raises, for the first cell that fails, once the others are
-    done.
+    `cfgs` differ in pruner and sparsity only. Raises what `run` raises, for the first cell that fails, once the others are done.
     """
     from nnprune.experiment.build import build
     from nnprune.experiment.folder import locked
     from nnprune.experiment.grid import check_grid, prune_grid
+    from nnprune.experiment.outcome import finished_record, one_line
 
-    experiments = [build(cfg) for cfg in cfgs]
-    check_grid(experiments)
+    check_grid(cfgs)
     unfinished = []
-    for experiment in experiments:
+    for cfg in cfgs:
+        try:
+            experiment = build(cfg)
+        except ValueError:  # told, and recorded, by its own run
+            continue
         with locked(experiment.folder):
-            if not experiment.is_dense and _finished(experiment) is None:
+            if not experiment.is_dense and finished_record(experiment) is None:
                 unfinished.append(experiment)
     if unfinished:
         prune_grid(unfinished)
     records, failures = [], []
     for cfg in cfgs:
-        cfg.overwrite = False  # what there was is gone already, and the finished layers are new
         try:
-            records.append(run(cfg))
+            records.append(run(cfg, keep_layers=True))
         except (ValueError, OSError) as error:
             failures.append(error)
-            log.error("error: %s", error)
+            log.error("error: %s", one_line(error))
     if failures:
         raise failures[0]
     return records
 
 
-def show_plan(cfgs: Sequence[DictConfig]) -> None:
+def show_estimate(cfgs: Sequence[DictConfig]) -> None:
     """Print what a run, or a grid of several, would take, without loading weights. Raises ValueError when it does not fit on this
     machine."""
     from nnprune.experiment.build import build
     from nnprune.experiment.cost_estimate import CostEstimate
+    from nnprune.experiment.grid import check_grid
 
-    cells = [build(cfg) for cfg in cfgs]
-    if len(cells) > 1:
-        from nnprune.experiment.grid import check_grid
-
-        check_grid(cells)
-    estimate = CostEstimate(cells)
+    if len(cfgs) > 1:
+        check_grid(cfgs)
+    estimate = CostEstimate([build(cfg) for cfg in cfgs])
     for line in estimate.lines():
         log.info(line)
     if estimate.problems:
@@ -136,20 +145,25 @@ def prune(pruner: Any, model_name: str = "demo", sparsity: float | str = 0.5, ov
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def _main(cfg: DictConfig) -> None:
+    from nnprune.experiment.outcome import one_line
+
     failure = None
     try:
         if cfg.label is None:
             chosen = HydraConfig.get()
-            cfg.label = _label(cfg, chosen.runtime.choices, chosen.overrides.task)
+            cfg.label = label_of(cfg, chosen.runtime.choices, chosen.overrides.task)
         if cfg.plan:
-            show_plan(_cells(cfg) if is_grid(cfg) else [cfg])
+            show_estimate(grid_cells(cfg) if is_grid(cfg) else [cfg])
         elif is_grid(cfg):
-            run_grid(_cells(cfg))
+            run_grid(grid_cells(cfg))
         else:
             run(cfg)
     except (ValueError, OSError) as error:  # what a user can mend
-        failure = " ".join(_one_line(error).split())
+        failure = one_line(error)
         log.error("error: %s", failure)
+    except KeyboardInterrupt as interrupt:
+        log.error("interrupted%s: the same command goes on from there", f" {interrupt}" if str(interrupt) else "")
+        sys.exit(INTERRUPTED)
     except Exception as error:
         failure = f"{type(error).__name__}: {error}"
         log.error("unexpected error\n%s", traceback.format_exc())  # as text: a kept log record would keep the model alive too
@@ -157,87 +171,22 @@ def _main(cfg: DictConfig) -> None:
         raise RunFailed(failure)
 
 
-def _label(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str]) -> str:
-    """What to call the method: as its option of `pruner`, or as its class where that is the user's own, and with what was
-    asked for beside it: wanda+refit."""
-    name = choices["pruner"]
-    if name == "custom":
-        name = str(OmegaConf.select(cfg, "pruner._target_", default=name)).split(".")[-1]
-    asked = {entry.partition("=")[0] for entry in overrides}
-    return "+".join([name, *(choices[key] for key, plain in BESIDE.items() if key in asked and choices[key] != plain)])
-
-
-def _cells(cfg: DictConfig) -> list[DictConfig]:
-    """The configs of the ordinary runs that a grid stands for."""
-    hydra_config = HydraConfig.get()
-    overrides = [entry for entry in hydra_config.overrides.task if entry.partition("=")[0] not in ("grid", *GRID)]
-    pruners = cfg.grid.get("pruner") or [hydra_config.runtime.choices["pruner"]]
-    patterns = cfg.grid.get("sparsity") or [cfg.sparsity.pattern]
-    cells = []
-    for pruner in pruners:
-        for pattern in patterns:
-            cell = compose("config", rewrite_sparsity([*overrides, f"pruner={pruner}", f"sparsity={pattern}"]))
-            cell.label = cell.label or _label(cell, {**hydra_config.runtime.choices, "pruner": pruner}, overrides)
-            cells.append(cell)
-    return cells
-
-
 def main() -> None:
     """Run what the command line says."""
-    sys.path.insert(0, os.getcwd())  # a user's own pruner is imported from the folder they are in
+    sys.path.append(os.getcwd())  # a user's own pruner is imported from the folder they are in; last, so that it hides nothing
     sys.argv[1:] = rewrite_sparsity(gather_grid(sys.argv[1:]))
+    signal.signal(signal.SIGTERM, _interrupt)  # what Slurm sends before it preempts a job
     try:
         check_outputs_of_sweep(sys.argv[1:])
+        _main()
     except ValueError as error:
         sys.exit(f"error: {error}")
-    _main()
+    except KeyboardInterrupt:  # before or between runs
+        sys.exit(INTERRUPTED)
 
 
-def _finished(experiment: Any) -> RunRecord | None:
-    """The record of this experiment if it is completed, to be kept, and has all that was asked for."""
-    from nnprune.experiment.job import SCRATCH
-
-    folder, config = experiment.folder, experiment.config
-    if config["overwrite"]:
-        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
-        (folder / RESULT_FILE).unlink(missing_ok=True)
-        return None
-    record = read_completed(folder)
-    if record is None or (config["save"] and not (folder / "model").is_dir()):
-        (folder / RESULT_FILE).unlink(missing_ok=True)
-        return None
-    return record
-
-
-def _record_failure(cfg: DictConfig, experiment: Any, error: Exception) -> None:
-    """Leave a record of status failed where the run's own would be, if anything can be written there."""
-    from nnprune.experiment.build import run_folder
-
-    log.debug("failed", exc_info=True)
-    config = OmegaConf.to_container(cfg, resolve=False)
-    if not config.get("outputs"):
-        return
-    model, sparsity = config.get("model") or {}, config.get("sparsity") or {}
-    name = str(model.get("name") or Path(str(model.get("path"))).name)
-    identity = {key: value for key, value in config.items() if key not in ("runtime", "outputs")}
-    pattern, label = str(sparsity.get("pattern")), str(config.get("label") or "custom")
-    record = RunRecord("failed", fingerprint(identity), name, label, pattern, config=config, error=f"{error}")
-    folder = run_folder(str(config["outputs"]), name, pattern, label, record.fingerprint)
-    if experiment is not None:
-        record.fingerprint, record.sparsity, folder = experiment.fingerprint, str(experiment.pattern), experiment.folder
-    try:
-        if not (folder / RESULT_FILE).exists():  # never over a record that is there, readable or not
-            record.write(folder)
-        with (folder / "run.log").open("a", encoding="utf-8") as file:
-            file.write(traceback.format_exc())
-    except OSError:
-        pass
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return str(error)
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _is_plain(value: Any) -> bool:
@@ -246,16 +195,6 @@ def _is_plain(value: Any) -> bool:
         entries = value.values() if isinstance(value, dict) else value
         return len(value) > 0 and all(map(_is_plain, entries))
     return isinstance(value, bool | int | float | str | None)
-
-
-def _summary(record: RunRecord) -> str:
-    """One line with what was asked for and what came out."""
-    figures = [
-        f"{name} {float(value):.4g}" + (f" (dense {float(record.dense_metrics[name]):.4g})" if record.pruner != "dense" else "")
-        for name, value in record.metrics.items()
-    ]
-    seconds = record.seconds.get("total", 0)
-    return f"{record.model}  {record.pruner}  {record.sparsity}  {', '.join(figures) or 'not evaluated'}  {seconds:.1f} s"
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class InputStatistic(ABC):
         self._until: dict[int, int] = {}  # part of the sum -> `until` of the last batch that it holds; -1: the token count
 
     def add(self, X: Tensor, *others: Tensor, until: int | None = None) -> None:
-        """Accumulate inputs X (tokens, I) of any floating dtype, in any order and number of batches.
+        """Accumulate inputs X (tokens, I), or (..., I), of any floating dtype, in any order and number of batches.
 
         Args:
             X: the inputs.
@@ -39,6 +39,7 @@ class InputStatistic(ABC):
             until: makes the call repeatable: a number that grows from batch to batch, such as the rows seen by then. Where
                 memory ran out halfway, the same tokens may come again, in smaller batches: no part of the sum counts them twice.
         """
+        X, *others = (inputs.reshape(-1, inputs.shape[-1]) for inputs in (X, *others))
         if self._sum is None:
             self._sum = torch.zeros(self._shape(X.shape[-1]), dtype=torch.float32, device=X.device)
         prepared = self._prepare(X, *others)

@@ -22,7 +22,7 @@ from nnprune.targets import Asymmetric
 def parts_of(family: str) -> dict[str, Part]:
     decoder = Decoder(FAMILIES[family]())
     layer, ids = decoder.layers[0], torch.zeros(1, 8, dtype=torch.int64)
-    linears = [name.removeprefix(f"{decoder.path}.0.") for name in decoder.linears(0)]
+    linears = [name.removeprefix(f"{decoder.path}.0.") for name in decoder.weights(0)]
     call = decoder.record_calls(ids)[0]
     with torch.no_grad():
         return find_parts(dict(layer.named_modules()), linears, lambda: layer(decoder.embed(ids), *call.args, **call.kwargs))

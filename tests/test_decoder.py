@@ -17,7 +17,7 @@ from nnprune.engine.layer_files import LayerFiles
 from nnprune.engine.layer_store import LayerStore
 from nnprune.engine.pruning_pass import PruneTask, PruningPass
 from nnprune.method import Method
-from nnprune.model.decoder import Decoder, run_layer, weight_OI
+from nnprune.model.decoder import Decoder, run_layer
 from nnprune.patterns import parse_pattern
 from nnprune.pruners.sparsegpt import SparseGPT
 from nnprune.runtime import Runtime
@@ -79,12 +79,12 @@ def test_pruning_leaves_the_exact_pattern_and_nothing_else_changed(family, spec,
     model, pattern = FAMILIES[family](), parse_pattern(spec)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     engine = engine_of(model, tmp_path)
-    linears = {name: linear for index in range(3) for name, linear in engine.decoder.linears(index).items()}
+    linears = {name: linear for index in range(3) for name, linear in engine.decoder.weights(index).items()}
     plan = dict.fromkeys(linears, pattern)
     reports = prune(engine, SparseGPT(), plan, random_ids(rows=8, seq_len=32))
     assert sorted(linear["name"] for report in reports for linear in report["linears"]) == sorted(linears)
     for linear in linears.values():
-        weight = weight_OI(linear)
+        weight = linear.read()
         pattern.check(weight)
         assert weight.count_nonzero() == weight.numel() // 2
     pruned_names = {f"{name}.weight" for name in linears}
@@ -97,7 +97,7 @@ def test_pruning_leaves_the_exact_pattern_and_nothing_else_changed(family, spec,
 def test_four_distinct_inputs_a_layer(family, linears):
     decoder, ids = Decoder(FAMILIES[family]()), random_ids()
     hidden, call = decoder.embed(ids), decoder.record_calls(ids)[1]
-    groups = input_groups(decoder.linears(1), lambda: run_layer(decoder.layers[1], hidden, call))
+    groups = input_groups(decoder.weights(1), lambda: run_layer(decoder.layers[1], hidden, call))
     assert len(groups) == 4
     assert sum(map(len, groups)) == linears
     short = [{name.rsplit(".", 1)[1] for name in names} for names in groups]
@@ -135,7 +135,7 @@ def test_layers_path():
     model.model.second = nn.ModuleList(nn.Identity() for _ in range(3))
     with pytest.raises(ValueError, match=r"found model\.layers, model\.second; set model\.layers_path"):
         Decoder(model)
-    assert Decoder(model, "model.layers").linears(0)
+    assert Decoder(model, "model.layers").weights(0)
 
 
 def test_the_gate_refuses_a_model_that_its_layers_do_not_explain(tmp_path):

@@ -10,7 +10,8 @@ from families import FAMILIES
 from test_decoder import engine_of, prune, random_ids, through_layers
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
 
-from nnprune.model.decoder import run_layer, weight_OI
+from nnprune.model.decoder import run_layer
+from nnprune.model.weight_views import LinearView
 from nnprune.patterns import NM, Unstructured
 from nnprune.pruners.base import Pruner
 from nnprune.pruners.sparsegpt import SparseGPT
@@ -114,7 +115,7 @@ def test_reports(tmp_path):
     module.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
     with torch.no_grad():
         dense(IDS)
-    W, pruned = weight_OI(module), weight_OI(model.get_submodule(linear["name"]))
+    W, pruned = (LinearView(linear["name"], one).read() for one in (module, model.get_submodule(linear["name"])))
     expected = relative_error(W, pruned, captured[0].reshape(-1, 32).float())
     assert linear["relative_error"] == pytest.approx(expected, rel=1e-3)
 

@@ -9,7 +9,7 @@ from test_decoder import engine_of, through_layers
 from torch.nn.functional import cross_entropy
 
 import nnprune.engine.hidden_states
-from nnprune.evaluation import perplexity
+from nnprune.evaluation import Perplexity
 from nnprune.model.decoder import Decoder
 
 
@@ -22,7 +22,7 @@ def plain_perplexity(model, ids):
 
 def measured(engine, ids):
     with through_layers(engine, ids) as stream:
-        return perplexity(stream, "dense text perplexity")
+        return Perplexity("text", None, ids.shape[1]).measure(stream.ids, stream.logits())["text_perplexity"]
 
 
 @pytest.mark.parametrize("family", ["opt", "opt_post_norm_projected", "llama", "gemma2", "gpt2", "bloom", "falcon"])
@@ -63,5 +63,5 @@ def test_nan_logits_are_an_error(tmp_path):
     model = FAMILIES["llama"]()
     with torch.no_grad():
         model.lm_head.weight[3] = torch.nan
-    with pytest.raises(ValueError, match=r"dense text perplexity: .*NaN.*model\.dtype"):
+    with pytest.raises(ValueError, match=r"text perplexity: .*NaN.*model\.dtype"):
         measured(engine_of(model, tmp_path), torch.ones(1, 8, dtype=torch.int64))

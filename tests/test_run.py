@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from conftest import HANGS, ROOT, compose_config
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-import nnprune.engine.layer_files
 import nnprune.experiment.job
+import nnprune.model.checkpoint
 import nnprune.records
-from nnprune.experiment import measurement
+from nnprune.evaluation import Perplexity
 from nnprune.experiment.command_line import rewrite_sparsity
+from nnprune.experiment.measurement import Measurement
 from nnprune.run import CONF, run
 
 TINY_DEMO = ["calibration.num_samples=4", "calibration.seq_len=64", "evaluation.seq_len=64", "evaluation.max_windows=4"]
@@ -149,10 +151,20 @@ def test_pruning_hurts_and_sequential_differs(tiny_config):
     assert len({record.fingerprint for record in by_mode.values()}) == 3
 
 
+def watch_measurements(monkeypatch):
+    """A list that grows with each measurement: "dense text", "pruned text"."""
+    titles, finish = [], Measurement.finish
+
+    def watched(self):
+        titles.extend(f"{self.kind} {name}" for name in self._states)
+        return finish(self)
+
+    monkeypatch.setattr(Measurement, "finish", watched)
+    return titles
+
+
 def test_dense_perplexity_is_measured_once(tiny_config, monkeypatch):
-    titles = []
-    perplexity = measurement.perplexity
-    monkeypatch.setattr(measurement, "perplexity", lambda *a: titles.append(a[-1]) or perplexity(*a))
+    titles = watch_measurements(monkeypatch)
     for pruner in ("magnitude", "wanda"):
         run(tiny_config(f"pruner={pruner}"))
     run(tiny_config("sparsity=dense"))
@@ -166,7 +178,7 @@ def test_overwrite_and_later_save(tiny_config, monkeypatch):
     assert again.metrics == first.metrics
     stored = run(tiny_config("pruner=wanda", "save=true"))
     assert stored.finished == again.finished
-    monkeypatch.setattr(measurement, "perplexity", lambda *a: 7.0)
+    monkeypatch.setattr(Perplexity, "measure", lambda self, *_: {"text_perplexity": 7.0})
     assert run(tiny_config("pruner=wanda")).metrics == first.metrics
     assert run(tiny_config("pruner=wanda", "overwrite=true")).metrics == {"text_perplexity": 7.0}
 
@@ -183,7 +195,7 @@ def run_until_killed(cfg):
 
 
 def at_second_layer(monkeypatch):
-    monkeypatch.setattr(nnprune.engine.layer_files, "save_file", KillAtCall(2, save_file))
+    monkeypatch.setattr(nnprune.model.checkpoint, "save_file", KillAtCall(2, save_file))
 
 
 def half_a_layer_file(monkeypatch):
@@ -192,15 +204,15 @@ def half_a_layer_file(monkeypatch):
         os.truncate(path, path.stat().st_size // 2)
         kill()
 
-    monkeypatch.setattr(nnprune.engine.layer_files, "save_file", write_half)
+    monkeypatch.setattr(nnprune.model.checkpoint, "save_file", write_half)
 
 
 def in_dense_evaluation(monkeypatch):
-    monkeypatch.setattr(measurement, "perplexity", kill)
+    monkeypatch.setattr(Perplexity, "measure", kill)
 
 
 def in_evaluation(monkeypatch):
-    monkeypatch.setattr(measurement, "perplexity", KillAtCall(2, measurement.perplexity))
+    monkeypatch.setattr(Perplexity, "measure", KillAtCall(2, Perplexity.measure))
 
 
 def half_a_record(monkeypatch):
@@ -216,6 +228,9 @@ def while_clearing_up(monkeypatch):
 class KillAtCall:
     def __init__(self, fatal, function):
         self.left, self.function = fatal, function
+
+    def __get__(self, instance, owner):
+        return partial(self, instance)
 
     def __call__(self, *args, **kwargs):
         self.left -= 1
@@ -250,11 +265,9 @@ def test_texts_measured_before_a_kill_are_not_measured_again(tiny_config, small_
     whole = run(tiny_config(extra, "pruner=wanda"))
     cfg = tiny_config(extra, "pruner=wanda", "seed=1")
     with monkeypatch.context() as patch:
-        patch.setattr(measurement, "perplexity", KillAtCall(2, measurement.perplexity))  # the second text, pruned
+        patch.setattr(Perplexity, "measure", KillAtCall(2, Perplexity.measure))  # the second text, pruned
         run_until_killed(cfg)
-    titles = []
-    perplexity = measurement.perplexity
-    monkeypatch.setattr(measurement, "perplexity", lambda *a: titles.append(a[-1]) or perplexity(*a))
+    titles = watch_measurements(monkeypatch)
     assert run(cfg).metrics.keys() == whole.metrics.keys() == {"text_perplexity", "more_perplexity"}
     assert len(titles) == 1
 
@@ -316,7 +329,7 @@ def test_a_failed_run_of_a_sweep_does_not_keep_its_model(tiny_config, monkeypatc
         raise RuntimeError("out of memory, say")
 
     monkeypatch.setattr(ModelSource, "load", watched)
-    monkeypatch.setattr(measurement, "perplexity", fail)
+    monkeypatch.setattr(Perplexity, "measure", fail)
     cfg = tiny_config("pruner=wanda", "label=mine")
     with pytest.raises(RunFailed) as kept:
         _main(cfg)

@@ -16,8 +16,8 @@ import nnprune.experiment.plans
 from nnprune.allocations.base import mean
 from nnprune.allocations.owl import OWL
 from nnprune.experiment.build import build
-from nnprune.model.decoder import weight_OI
 from nnprune.model.loading import ModelSource
+from nnprune.model.weight_views import LinearView
 from nnprune.patterns import NM, parse_pattern
 from nnprune.run import run, run_grid, show_plan
 
@@ -52,7 +52,7 @@ def test_the_survey_shows_the_dense_model(tmp_path):
     assert [name for layer in look.seen for name in layer.weights] == names
     for layer in look.seen:
         for name, W in layer.weights.items():
-            assert torch.equal(W, weight_OI(model.get_submodule(name)))
+            assert torch.equal(W, LinearView(name, model.get_submodule(name)).read())
             X = expected[name]
             torch.testing.assert_close(layer.squared_norms[name], X.square().mean(0))
             torch.testing.assert_close(layer.samples[name], X)
@@ -69,7 +69,7 @@ def test_a_survey_refuses_what_is_not_finite(tmp_path):
     engine = engine_of(FAMILIES["opt"](), tmp_path)
     with pytest.raises(ValueError, match="of decoder layer 0 is nan"):
         nnprune.engine.importance_pass.run_importance_pass(engine, None, {"look": lambda layer: math.nan})
-    weight_OI(engine.decoder.linears(1)["model.decoder.layers.1.fc1"])[0, 0] = math.nan
+    engine.decoder.weights(1)["model.decoder.layers.1.fc1"].read()[0, 0] = math.nan
     with pytest.raises(ValueError, match=r"layers\.1\.fc1: its weight holds NaN"):
         nnprune.engine.importance_pass.run_importance_pass(engine, None, {"look": lambda layer: 1.0})
 

@@ -17,11 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout's 
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
+from nnprune.model.checkpoint import Checkpoint
 from nnprune.model.decoder import Decoder
-from nnprune.model.loading import Checkpoint, ModelSource
+from nnprune.model.loading import ModelSource
 from nnprune.patterns import PatternError, SparsityPattern, parse_pattern
 
 CHUNK = 1 << 24
@@ -47,8 +47,8 @@ class SavedCheck:
         self.pattern = pattern
         self.names = set(model.state_dict())
         self.tied = set(model.all_tied_weights_keys)
-        self.linears: dict[str, nn.Module] = {
-            f"{name}.weight": linear for index in range(len(decoder.layers)) for name, linear in decoder.linears(index).items()
+        self.linears = {
+            f"{name}.weight": view for index in range(len(decoder.layers)) for name, view in decoder.weights(index).items()
         }
         self.saved_places = Checkpoint(saved, model, str(saved)).places
         self.dense_places = Checkpoint(dense, model, str(dense)).places
@@ -86,7 +86,7 @@ class SavedCheck:
         if not all(chunk.isfinite().all() for chunk in _chunks(saved)):
             yield f"{name}: holds NaN or infinite values"
         if name in self.linears:
-            weight_OI = saved.t() if isinstance(self.linears[name], Conv1D) else saved
+            weight_OI = self.linears[name].within(saved)
             self.num_weights += saved.numel()
             self.zeros += saved.numel() - int(saved.count_nonzero())
             try:

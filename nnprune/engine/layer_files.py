@@ -1,10 +1,11 @@
-"""Decoder layers that a run has pruned, as files: what a killed run goes on behind, and the shards of a saved model.
+"""Layer files: the pruned decoder layers of a run, from which it resumes when it was interrupted.
 
-A finished layer is one safetensors file, with the names that the whole model gives its weights, and a JSON file with its
-report. The report is written last, so that its presence means "finished".
+A finished layer is one safetensors file, with the names that the whole model gives its weights, and a JSON file with its report
+and the checksum of the weights. The report is written last, so that its presence means "finished".
 """
 
-import json
+import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nnprune.model.checkpoint import save_atomically
-from nnprune.records import write_atomically
+from nnprune.records import read_journal, write_journal
+
+log = logging.getLogger(__name__)
 
 
 class LayerFiles:
-    """The finished decoder layers of one run.
+    """The finished decoder layers of one run. Files that are damaged, and those of later layers, are as good as absent.
 
     Args:
-        folder: where their files are, and nothing else.
+        folder: where the files are, and nothing else.
         prefix: what the model calls its list of decoder layers, such as "model.layers".
     """
 
@@ -27,8 +30,12 @@ class LayerFiles:
         self.folder = folder
         self.prefix = prefix
         self.reports: dict[int, dict[str, Any]] = {}
-        while (report := self._report_path(len(self.reports))).exists():
-            self.reports[len(self.reports)] = json.loads(report.read_text(encoding="utf-8"))
+        while (found := read_journal(self._report_path(len(self.reports)))) is not None:
+            index = len(self.reports)
+            if not self.path(index).is_file() or _checksum(self.path(index)) != found["weights_sha256"]:
+                log.warning("warning: %s is missing or damaged: this layer and later ones are pruned again", self.path(index))
+                break
+            self.reports[index] = found["report"]
 
     def __contains__(self, index: int) -> bool:
         return index in self.reports
@@ -38,7 +45,7 @@ class LayerFiles:
         return self.folder / f"layer-{index:04d}.safetensors"
 
     def named(self, index: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of decoder layer `index` as the whole model calls them, ready to be written."""
+        """The tensors of decoder layer `index` under their names in the whole model, ready to be written."""
         return {f"{self.prefix}.{index}.{name}": tensor.detach() for name, tensor in state.items()}
 
     def read(self, index: int) -> dict[str, Tensor]:
@@ -52,7 +59,7 @@ class LayerFiles:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_atomically(self.named(index, state), self.path(index))
-            write_atomically(self._report_path(index), json.dumps(report))
+            write_journal(self._report_path(index), {"report": report, "weights_sha256": _checksum(self.path(index))})
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -63,3 +70,8 @@ class LayerFiles:
 
     def _report_path(self, index: int) -> Path:
         return self.folder / f"layer-{index:04d}.json"
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,7 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.hidden_states import HiddenStates
-from nnprune.engine.input_collector import rows_needed
+from nnprune.engine.input_collector import InputCollector, rows_needed
 from nnprune.engine.layer_files import LayerFiles
 from nnprune.engine.propagation import Propagation
 from nnprune.engine.prune_linears import count_zeros, prune_linears
@@ -31,9 +31,9 @@ from nnprune.patterns import SparsityPattern
 log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(eq=False)
 class PruneTask:
-    """A method and what it shall make of the model: one cell of a results table.
+    """A method and what it is to do with the model: one cell of a results table.
 
     Args:
         method: what it does to a layer.
@@ -47,22 +47,23 @@ class PruneTask:
 
 
 class PruningPass:
-    """One pass over a model's layers, from the last finished one on.
+    """One pass over a model's layers, which prunes those that no layer file holds yet.
 
     Args:
         engine: the model and its layers.
-        cells: what to prune; more than one only in dense propagation, where all see the same inputs.
+        tasks: what to prune; more than one, a grid, only in dense propagation, where all see the same inputs.
         propagate: what later linears see, as Propagation has it.
         watch: told how long each stage takes.
     """
 
     def __init__(
-        self, engine: LayerwiseEngine, cells: Sequence[PruneTask], propagate: str, watch: Stopwatch | None = None
+        self, engine: LayerwiseEngine, tasks: Sequence[PruneTask], propagate: str, watch: Stopwatch | None = None
     ) -> None:
-        assert len(cells) <= 1 or propagate == "dense"
+        assert len(tasks) <= 1 or propagate == "dense"
         self.engine = engine
         self.store = engine.store
-        self.cells = cells
+        self.tasks = list(tasks)
+        self.num_tasks = len(tasks)
         self.propagate = propagate
         self.watch = watch or Stopwatch()
 
@@ -70,10 +71,11 @@ class PruningPass:
     def run(
         self, ids: Tensor, dense: Sequence[HiddenStates] | None = None, pruned: Sequence[HiddenStates] = ()
     ) -> list[dict[str, int]]:
-        """Prune with calibration ids (N, T) every layer that is not finished; take `dense` streams through the dense
-        layers, `pruned` ones through the pruned layers.
+        """Prune every layer that is not finished with calibration ids (N, T); take hidden states `dense` through the dense layers, and
+        `pruned` through the pruned ones.
 
-        Returns the zeros and sizes of all dense layers, as from `count_zeros`, unless `dense` is None.
+        Returns the zeros and sizes of all dense layers, as from `count_zeros`, unless `dense` is None. A grid goes on without a
+        task whose method fails.
         """
         engine = self.engine
         unfinished = [index for index in range(engine.num_layers) if self._todo(index)]
@@ -81,32 +83,35 @@ class PruningPass:
         counts: list[dict[str, int]] = []
         if not unfinished and dense is None and not pruned:
             return counts
-        num_finished = min(unfinished, default=engine.num_layers) if self.cells else 0
+        num_finished = min(unfinished, default=engine.num_layers) if self.tasks else 0
         if num_finished:
-            log.info("resuming behind %d finished decoder layers", num_finished)
+            log.info("resuming after %d finished decoder layers", num_finished)
         bar = engine.progress(engine.num_layers, "decoder layers")
         with self._propagation(ids, last) as propagation, logging_redirect_tqdm(), bar:
             for index in range(engine.num_layers):
-                if dense is not None:
-                    layer = self._advance(index, dense, "dense_evaluation", pruned=False)
-                    counts.append(count_zeros(layer, engine.decoder.weights(index)))
-                if index <= last:
-                    self._visit(index, last, propagation)
-                if pruned:
-                    self._advance(index, pruned, "evaluation", pruned=True)
+                try:
+                    if dense is not None:
+                        layer = self._advance(index, dense, "dense_evaluation", pruned=False)
+                        counts.append(count_zeros(layer, engine.decoder.weights(index)))
+                    if index <= last:
+                        self._visit(index, last, propagation)
+                    if pruned:
+                        self._advance(index, pruned, "evaluation", pruned=True)
+                except KeyboardInterrupt:
+                    raise KeyboardInterrupt(f"in decoder layer {index + 1} of {engine.num_layers}") from None
                 self.store.release(index)
                 bar.update()
         return counts
 
     def _todo(self, index: int) -> list[PruneTask]:
-        return [cell for cell in self.cells if index not in cell.finished]
+        return [task for task in self.tasks if index not in task.finished]
 
     @contextmanager
     def _propagation(self, ids: Tensor, last: int) -> Iterator[Propagation | None]:
         if last < 0:
             yield None
             return
-        methods = [cell.method for cell in self.cells]
+        methods = [task.method for task in self.tasks]
         ids = rows_needed(methods, ids)
         with ExitStack() as stack:
             calibration = stack.enter_context(self.engine.hidden_states(ids, "calibration"))
@@ -133,7 +138,9 @@ class PruningPass:
         start = time.perf_counter()
         reports = self._prune(index, last, propagation, todo)
         if self.propagate != "dense" and index < last:
-            propagation.hand_on(index, [cell.method for cell in self._todo(index + 1)])
+            propagation.hand_on(index, [task.method for task in self._todo(index + 1)])
+        if not reports:  # no cell of the grid is left
+            return
         log.info(
             "layer %d/%d  relative error %.4g  sparsity %.3f  %.1f s",
             index + 1,
@@ -144,38 +151,55 @@ class PruningPass:
         )
 
     def _prune(self, index: int, last: int, propagation: Propagation, todo: list[PruneTask]) -> list[dict[str, Any]]:
-        """Prune layer `index` for all cells that lack it. Returns the reports of their linears."""
+        """Prune layer `index` for all tasks that lack it. Returns the reports of their linears."""
         layer = self.store.fetch(index, pruned=False)
-        weights = self.engine.decoder.weights(index)
         start = time.perf_counter()
         recovered: dict[str, Any] = {}
         if todo[0].method.recovery.epochs_before:
             with self.watch.stage("calibration"):
                 propagation.advance_reference(index, layer)
             recovered["before"] = self._tune(index, layer, propagation, todo[0].method.recovery.epochs_before)
-        dense = {name: weight.read().clone() for name, weight in weights.items()} if len(self.cells) > 1 else {}
-        by_cell: list[list[dict[str, Any]]] = [[] for _ in todo]
-        for collector in propagation.collectors(index, layer, [cell.method for cell in todo], hand_on=index < last):
+        reports: list[dict[str, Any]] = []
+        for collector in propagation.collectors(index, layer, [task.method for task in todo], hand_on=index < last):
             self.store.prefetch(index + 1)
-            for cell, reports in zip(todo, by_cell, strict=True):
-                with self.watch.stage("prune"):
-                    reports += prune_linears(cell.method, cell.plan, collector, self.store.stored_dtype)
-                if dense:
-                    self._finish(index, layer, cell, reports, start)
-                    for name, weight in dense.items():
-                        weights[name].write(weight)
-        if not dense:
+            if self.num_tasks > 1:
+                reports += self._prune_in_turn(index, layer, collector, todo, start)
+                continue
+            with self.watch.stage("prune"):
+                reports += prune_linears(todo[0].method, todo[0].plan, collector, self.store.stored_dtype)
+        if self.num_tasks == 1:
             if epochs := todo[0].method.recovery.epochs_after:
                 recovered["after"] = self._tune(index, layer, propagation, epochs)
-            self._finish(index, layer, todo[0], by_cell[0], start, **({"recovered": recovered} if recovered else {}))
-        return [report for reports in by_cell for report in reports]
+            self._finish(index, layer, todo[0], reports, start, **({"recovered": recovered} if recovered else {}))
+            self.store.adopt(index)
+        return reports
+
+    def _prune_in_turn(
+        self, index: int, layer: nn.Module, collector: InputCollector, todo: list[PruneTask], start: float
+    ) -> list[dict[str, Any]]:
+        """Prune the dense layer `index` by one task of a grid after the other. Returns the reports of their linears."""
+        weights = self.engine.decoder.weights(index)
+        dense = {name: weight.read().clone() for name, weight in weights.items()}
+        reports: list[dict[str, Any]] = []
+        for task in todo:
+            try:
+                with self.watch.stage("prune"):
+                    own = prune_linears(task.method, task.plan, collector, self.store.stored_dtype)
+                self._finish(index, layer, task, own, start)
+                reports += own
+            except ValueError as error:
+                log.warning("warning: a cell leaves the grid and runs alone later (%s)", error)
+                self.tasks.remove(task)
+            for name, weight in dense.items():
+                weights[name].write(weight)
+        return reports
 
     def _tune(self, index: int, layer: nn.Module, propagation: Propagation, num_epochs: int) -> dict[str, Any]:
         """Tune layer `index` towards the reference, which is behind it already."""
         calibration, reference = propagation.calibration, propagation.reference
         propagation.invalidate()
         with self.watch.stage("recover"):
-            return self.cells[0].method.recovery.tune(
+            return self.tasks[0].method.recovery.tune(
                 index,
                 layer,
                 partial(calibration.run, index),
@@ -185,15 +209,13 @@ class PruningPass:
             )
 
     def _finish(
-        self, index: int, layer: nn.Module, cell: PruneTask, reports: list[dict[str, Any]], start: float, **more: Any
+        self, index: int, layer: nn.Module, task: PruneTask, reports: list[dict[str, Any]], start: float, **more: Any
     ) -> None:
-        """Write the layer as it is now as finished by a cell."""
+        """Write the layer as it is now as finished by a task."""
         self.store.round(index)  # the weights handed on are those that are saved
         with self.watch.stage("prune"):
             counts = count_zeros(layer, self.engine.decoder.weights(index))
             seconds = time.perf_counter() - start
-            report = {"linears": reports, **counts, "seconds": seconds, "num_cells": len(self.cells), **more}
+            report = {"linears": reports, **counts, "seconds": seconds, "num_cells": self.num_tasks, **more}
         with self.watch.stage("write"):
-            cell.finished.write(index, self.store.stored_state(index), report)
-        if len(self.cells) == 1:
-            self.store.adopt(index)
+            task.finished.write(index, self.store.stored_state(index), report)

@@ -5,13 +5,20 @@ of its own under `outputs` before any of our code runs.
 """
 
 import re
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
+from hydra import compose
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
 
 LITERAL = re.compile(r"[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?|-?\d+:-?\d+")
 GRID = ("pruner", "sparsity")
+BESIDE = {"allocation": "uniform", "target": "dense", "update": "none", "recover": "none"}
+"""Groups that change a method, and the option that leaves it as it is."""
+
 FILES = {"0": "dense", "0.0": "dense", "0.5": "unstructured", "2:4": "2of4", "4:8": "4of8"}
 
 
@@ -48,6 +55,31 @@ def is_grid(cfg: DictConfig) -> bool:
     if not isinstance(cfg.grid, DictConfig):
         raise ValueError(f"grid={cfg.grid}: write grid=true, with pruner=A,B and sparsity=X,Y, or leave it away")
     return True
+
+
+def label_of(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str]) -> str:
+    """What to call the method: its option of `pruner`, or its class where that is the user's own, and what was asked for beside it:
+    wanda+refit."""
+    name = choices["pruner"]
+    if name == "custom":
+        name = str(OmegaConf.select(cfg, "pruner._target_", default=name)).split(".")[-1]
+    asked = {entry.partition("=")[0] for entry in overrides}
+    return "+".join([name, *(choices[key] for key, plain in BESIDE.items() if key in asked and choices[key] != plain)])
+
+
+def grid_cells(cfg: DictConfig) -> list[DictConfig]:
+    """The configs of the ordinary runs that a grid stands for. Within a Hydra job only."""
+    hydra_config = HydraConfig.get()
+    choices = hydra_config.runtime.choices
+    overrides = [entry for entry in hydra_config.overrides.task if entry.partition("=")[0] not in ("grid", *GRID)]
+    pruners = cfg.grid.get("pruner") or [choices["pruner"]]
+    patterns = cfg.grid.get("sparsity") or [cfg.sparsity.pattern]
+    cells = []
+    for pruner, pattern in product(pruners, patterns):
+        cell = compose("config", rewrite_sparsity([*overrides, f"pruner={pruner}", f"sparsity={pattern}"]))
+        cell.label = cell.label or label_of(cell, {**choices, "pruner": pruner}, overrides)
+        cells.append(cell)
+    return cells
 
 
 def check_outputs_of_sweep(arguments: list[str]) -> None:

@@ -5,6 +5,7 @@ import shutil
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from nnprune.model.dtypes import name_of
 from nnprune.model.export import save_model
 from nnprune.model.loading import quieten_transformers
 from nnprune.patterns import zeros_in
-from nnprune.records import RunRecord, read_completed
+from nnprune.records import RecordError, RunRecord, read_completed
 from nnprune.runtime import peak_device_bytes, peak_host_bytes
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class Job:
         dense = self.experiment.dense()
         # Where another process measures the same dense model, as in a parallel sweep, its record is read afterwards.
         with locked(dense.folder, wait=False) as ours:
-            dense_record = read_completed(dense.folder)
+            dense_record = _read_dense(dense.folder)
             new = _new_record(dense) if ours and dense_record is None else None
             self._pass(record, new)
             if new:
@@ -97,7 +98,7 @@ class Job:
         if dense_record or new:
             return dense_record or new
         with locked(dense.folder):
-            dense_record = read_completed(dense.folder)
+            dense_record = _read_dense(dense.folder)
             if dense_record is None:  # the other one failed
                 self.engine = _engine(self.experiment, self.config)  # dense weights may no longer be in memory
                 dense_record = _new_record(dense)
@@ -169,6 +170,15 @@ class Job:
         record.finished = datetime.now(UTC).isoformat(timespec="seconds")
         record.write(experiment.folder)
         shutil.rmtree(experiment.folder / SCRATCH, ignore_errors=True)
+
+
+def _read_dense(folder: Path) -> RunRecord | None:
+    """The dense model's record; one that is damaged is measured again."""
+    try:
+        return read_completed(folder)
+    except RecordError as error:
+        log.warning("warning: %s; the dense model is measured again", error)
+        return None
 
 
 def _warn_of_demo_texts(experiment: Experiment) -> None:

@@ -1,6 +1,5 @@
 """The metrics of one model, those that an interrupted run had measured already included."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from torch import Tensor
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.hidden_states import HiddenStates
 from nnprune.evaluation import Evaluator
-from nnprune.records import write_atomically
+from nnprune.records import read_journal, write_journal
 
 
 class Measurement:
@@ -28,9 +27,7 @@ class Measurement:
         self.evaluators = evaluators
         self.ids = ids
         self.journal = folder / f"{kind}_metrics.json"
-        self.metrics: dict[str, dict[str, float]] = {}  # by evaluator
-        if self.journal.exists():
-            self.metrics = json.loads(self.journal.read_text(encoding="utf-8"))
+        self.metrics: dict[str, dict[str, float]] = read_journal(self.journal) or {}  # by evaluator
         self._states: dict[str, HiddenStates] = {}
 
     @contextmanager
@@ -50,5 +47,5 @@ class Measurement:
                 self.metrics[name] = self.evaluators[name].measure(states.ids, states.logits())
             except ValueError as error:
                 raise ValueError(f"{self.kind} {error}") from error
-            write_atomically(self.journal, json.dumps(self.metrics))
+            write_journal(self.journal, self.metrics)
         return {metric: value for name in self.evaluators for metric, value in self.metrics[name].items()}

@@ -5,7 +5,6 @@ What an importance pass measured is written to the folder of each run, so that a
 Letters: N samples, T tokens, L decoder layers.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.importance_pass import run_importance_pass
 from nnprune.engine.stopwatch import Stopwatch
 from nnprune.patterns import SparsityPattern
-from nnprune.records import write_atomically
+from nnprune.records import read_journal, write_journal
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +46,11 @@ class Planned:
 
     def measured(self) -> list[float] | None:
         """The numbers (L,) that an earlier importance pass left, if one did."""
-        journal = self.folder / JOURNAL
-        return json.loads(journal.read_text(encoding="utf-8")).get(self.key) if journal.exists() else None
+        return (read_journal(self.folder / JOURNAL) or {}).get(self.key)
 
     def keep(self, measured: list[float]) -> None:
         """Write down the numbers (L,) of an importance pass."""
-        write_atomically(self.folder / JOURNAL, json.dumps({self.key: measured}))
+        write_journal(self.folder / JOURNAL, {self.key: measured})
 
 
 def make_plans(engine: LayerwiseEngine, ids: Tensor, cells: Sequence[Planned], watch: Stopwatch) -> list[Plan]:

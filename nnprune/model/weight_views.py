@@ -32,12 +32,16 @@ class WeightView(ABC):
         """The parameter that holds the weight; several views may share one."""
 
     @abstractmethod
-    def read(self) -> Tensor:
-        """The weight (O, I), detached. It shares the parameter's memory where the layout allows."""
+    def within(self, parameter: Tensor) -> Tensor:
+        """The weight (O, I) within a tensor laid out like its parameter, such as one read from a file. Shares its memory."""
 
-    @abstractmethod
+    def read(self) -> Tensor:
+        """The weight (O, I), detached. Shares the parameter's memory."""
+        return self.within(self.parameter.detach())
+
     def write(self, weight_OI: Tensor) -> None:
         """Overwrite the weight by `weight_OI` (O, I), in the parameter's dtype."""
+        self.read().copy_(weight_OI)
 
     @abstractmethod
     def observe(self, see: Callable[[Tensor], None]) -> RemovableHandle:
@@ -55,12 +59,8 @@ class LinearView(WeightView):
     def parameter(self) -> nn.Parameter:
         return self.module.weight
 
-    def read(self) -> Tensor:
-        weight = self.module.weight.detach()
-        return weight.t() if isinstance(self.module, Conv1D) else weight
-
-    def write(self, weight_OI: Tensor) -> None:
-        self.read().copy_(weight_OI)
+    def within(self, parameter: Tensor) -> Tensor:
+        return parameter.t() if isinstance(self.module, Conv1D) else parameter
 
     def observe(self, see: Callable[[Tensor], None]) -> RemovableHandle:
         return self.module.register_forward_pre_hook(lambda _, args: see(args[0].detach().flatten(0, -2)))

@@ -1,0 +1,87 @@
+"""What a run leaves behind: the record that makes it finished, the record of its failure, and the line that sums it up."""
+
+import logging
+import shutil
+import traceback
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nnprune.experiment.build import Experiment, run_folder
+from nnprune.experiment.job import SCRATCH
+from nnprune.records import RecordError, RunRecord, fingerprint, read, read_completed
+
+log = logging.getLogger(__name__)
+
+
+def finished_record(experiment: Experiment, keep_layers: bool = False) -> RunRecord | None:
+    """The record of this experiment if it is completed, to be kept, and has all that was asked for.
+
+    None: there is work to do. A record that is to be replaced stays until its successor is written. `overwrite=true` starts afresh,
+    from no layer files, unless they are new: `keep_layers`.
+    """
+    folder, config = experiment.folder, experiment.config
+    if config["overwrite"]:
+        if not keep_layers:
+            shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+        return None
+    record = read_completed(folder)
+    if record is None or (config["save"] and not (folder / "model").is_dir()):
+        return None
+    shutil.rmtree(folder / SCRATCH, ignore_errors=True)  # of a run that was killed between its record and clearing up
+    return record
+
+
+def record_failure(cfg: DictConfig, experiment: Experiment | None, error: Exception) -> None:
+    """Leave a record of status failed where the run's own would be, if anything can be written there."""
+    log.debug("failed", exc_info=True)
+    config = OmegaConf.to_container(cfg, resolve=False)
+    try:
+        outputs = str(OmegaConf.select(cfg, "outputs") or "")
+    except OmegaConfBaseException:  # such as ${oc.env:X} without an X
+        outputs = ""
+    if not outputs:
+        return
+    model, sparsity = config.get("model") or {}, config.get("sparsity") or {}
+    name = str(model.get("name") or Path(str(model.get("path"))).name)
+    identity = {key: value for key, value in config.items() if key not in ("runtime", "outputs")}
+    pattern, label = str(sparsity.get("pattern")), str(config.get("label") or "custom")
+    record = RunRecord("failed", fingerprint(identity), name, label, pattern, config=config, error=f"{error}")
+    folder = run_folder(outputs, name, pattern, label, record.fingerprint)
+    if experiment is not None:
+        record.fingerprint, record.sparsity, folder = experiment.fingerprint, str(experiment.pattern), experiment.folder
+    try:
+        if _is_replaceable(folder):
+            record.write(folder)
+        with (folder / "run.log").open("a", encoding="utf-8") as file:
+            file.write(traceback.format_exc())
+    except OSError:
+        pass
+
+
+def _is_replaceable(folder: Path) -> bool:
+    """Whether a record of failure may stand in this folder: only an earlier failure makes way for it."""
+    try:
+        record = read(folder)
+    except RecordError:
+        return False
+    return record is None or record.status == "failed"
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, without line breaks."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return " ".join(text.split())
+
+
+def summary(record: RunRecord) -> str:
+    """One line with what was asked for and what came out."""
+    figures = [
+        f"{name} {float(value):.4g}" + (f" (dense {float(record.dense_metrics[name]):.4g})" if record.pruner != "dense" else "")
+        for name, value in record.metrics.items()
+    ]
+    seconds = record.seconds.get("total", 0)
+    return f"{record.model}  {record.pruner}  {record.sparsity}  {', '.join(figures) or 'not evaluated'}  {seconds:.1f} s"
