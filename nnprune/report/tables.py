@@ -187,8 +187,9 @@ def _block(
     rows: pd.DataFrame, across: str, columns: list[str], metric: str, extra_head: list[str], names: dict[str, str]
 ) -> list[Row]:
     """A row for each pruner, called as `names` says. Columns are values of the frame's column `across`."""
-    grid = newest_per_cell(rows).pivot(index="pruner", columns=across, values=["mean", "std"])
-    means, stds = (grid[kind].reindex(columns=columns) for kind in ("mean", "std"))
+    # A pivot each: columns of both at once would be a MultiIndex, in which an empty name means something else.
+    cells = newest_per_cell(rows)
+    means, stds = (cells.pivot(index="pruner", columns=across, values=v).reindex(columns=columns) for v in ("mean", "std"))
     best = means.max() if higher_is_better(metric) else means.min()
     contested = means.notna().sum() > 1  # a value alone in its column is not worth a mark
     block = []
