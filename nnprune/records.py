@@ -136,14 +136,32 @@ def read_completed(folder: Path) -> RunRecord | None:
 
 
 def read_all(root: Path) -> tuple[list[dict[str, Any]], list[tuple[Path, str]]]:
-    """All records under `root`, each a dict with its `path` added, and (path, reason) of the files that are none."""
-    records, problems = [], []
-    for path in sorted(Path(root).rglob(RESULT_FILE)):
+    """All records under `root`, each a dict with its `path` added, and (path, reason) of what cannot be read.
+
+    Links are followed, but what several paths lead to is read once: the others are among the reasons.
+    """
+    paths, records, problems, seen = [], [], [], {}
+    walk = os.walk(
+        root,
+        onerror=lambda error: problems.append((Path(error.filename), f"cannot be read ({error.strerror})")),
+        followlinks=True,
+    )
+    for folder, subfolders, files in walk:
+        if (first := seen.setdefault(os.path.realpath(folder), folder)) != folder:
+            problems.append((Path(folder), f"is the same folder as {first}"))
+            subfolders.clear()  # a link to a folder above would lead round for ever
+            continue
+        subfolders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
+        paths += [Path(folder, RESULT_FILE)] * (RESULT_FILE in files or RESULT_FILE in subfolders)
+    for path in sorted(paths, key=lambda path: (path.is_symlink(), path)):
         try:
-            records.append(_read_dict(path) | {"path": str(path)})
+            if (first := seen.setdefault(os.path.realpath(path), path)) != path and not path.is_dir():
+                raise RecordError(f"is the same file as {first}")
+            readable = str(path).encode(errors="backslashreplace").decode()  # a name may hold bytes that are no text
+            records.append(_read_dict(path) | {"path": readable})
         except RecordError as error:
             problems.append((path, str(error)))
-    return records, problems
+    return sorted(records, key=lambda record: Path(record["path"])), sorted(problems)
 
 
 def _finite(value: Any) -> Any:
@@ -156,20 +174,26 @@ def _finite(value: Any) -> Any:
 
 
 def _read_dict(path: Path) -> dict[str, Any]:
+    """The fields of `RunRecord` from a file, their types unchecked. Raises RecordError when it is no record."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for, and a device never ends
+            raise RecordError("is no file")
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or "schema_version" not in content:
+            raise RecordError("is no nnprune record")
+        if content["schema_version"] != SCHEMA_VERSION:
+            raise RecordError(f"has schema_version {content['schema_version']}, this is nnprune with {SCHEMA_VERSION}")
+        known = {entry.name for entry in fields(RunRecord)}
+        if unknown := content.keys() - known:
+            raise RecordError(f"has {min(unknown)}, which no record has")
+        return asdict(RunRecord(**content))  # what has been added since a record was written is at its default
     except OSError as error:
         raise RecordError(f"cannot be read ({error.strerror})") from None
-    except ValueError:
-        raise RecordError("is no complete JSON file") from None
-    if not isinstance(content, dict) or "schema_version" not in content:
-        raise RecordError("is no nnprune record")
-    if content["schema_version"] != SCHEMA_VERSION:
-        raise RecordError(f"has schema_version {content['schema_version']}, this is nnprune with {SCHEMA_VERSION}")
-    known = {entry.name for entry in fields(RunRecord)}
-    if unknown := content.keys() - known:
-        raise RecordError(f"has {min(unknown)}, which no record has")
-    try:
-        return asdict(RunRecord(**content))  # what has been added since a record was written is at its default
+    except RecursionError:
+        raise RecordError("is nested too deeply") from None
     except TypeError:
         raise RecordError("lacks keys of a record") from None
+    except RecordError:
+        raise
+    except ValueError:
+        raise RecordError("is no complete JSON file") from None

@@ -1,4 +1,4 @@
-"""The collector of this checkout, installed or not: see `python scripts/collect.py --help`, and nnprune/collect.py."""
+"""Runs the collector of this checkout, installed or not. See `python scripts/collect.py --help` and nnprune/collect.py."""
 
 import sys
 from pathlib import Path

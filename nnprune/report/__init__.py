@@ -1,1 +1,1 @@
-"""Records to tables and plots. Imports nothing of nnprune but records."""
+"""Tables and plots from records. Imports nothing else of nnprune."""

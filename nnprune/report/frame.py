@@ -1,93 +1,129 @@
-"""Records -> one long frame, and which of its rows a table or a plot shows.
+"""Turns records into one long frame, and chooses which of its rows a table or a plot shows.
 
 A *cell* is one (model, pruner, sparsity) of one metric. An *experiment* is all records of a cell whose configs differ in
 nothing but the seed, the newest record of each seed. Where experiments compete for a cell, the one with the newest
-`finished` is shown: the mean over its seeds and their sample standard deviation. That, and on demand a perplexity beside
-another's, is all that is computed here.
+`finished` is shown: the mean over its seeds and their sample standard deviation. That, and on demand a perplexity relative
+to another pruner's, is all that is computed here.
 """
 
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime
 from typing import Any
 
 import pandas as pd
 
 from nnprune import records
 from nnprune.report.labels import DENSE, normal_sparsity
+from nnprune.report.validation import find_fault, to_float
 
 CELL = ["model", "pruner", "sparsity"]
 PEAKS = ["peak_host_bytes", "peak_device_bytes"]
-OF_RECORD = ["value", "dense_value", "linear_sparsity", "seconds_total", *PEAKS, "fingerprint", "finished", "path"]
-OF_EXPERIMENT = ["experiment", "seed", "num_seeds", "mean", "std"]
-COLUMNS = [*CELL, "metric", *OF_RECORD, *OF_EXPERIMENT]
-NOT_SCIENCE = ("seed", *records.NOT_SCIENCE)
-"""Settings that do not tell one experiment from another."""
+RECORD_COLUMNS = ["value", "dense_value", "linear_sparsity", "seconds_total", *PEAKS, "fingerprint", "finished", "path"]
+SEED_STATISTICS = ["num_seeds", "mean", "std"]
+COLUMNS = [*CELL, "metric", *RECORD_COLUMNS, "experiment", "seed", *SEED_STATISTICS]
+SAME_EXPERIMENT = ("seed", *records.NOT_SCIENCE)
+"""Settings in which records of one experiment may differ."""
 
 
-def to_frame(records: list[dict[str, Any]]) -> tuple[pd.DataFrame, list[str]]:
-    """One row per completed record and metric, oldest first; and a line for each record that cannot be used.
+def to_frame(found: list[dict[str, Any]]) -> tuple[pd.DataFrame, list[str]]:
+    """One row per completed run and metric, oldest first, and one line for each record that is not in the frame.
 
-    A fingerprint that occurs twice is the same run made again: only its newest record stays. Of a row's experiment there
-    are the number of seeds, their mean, and the sample standard deviation, NaN for a single seed.
+    `found` is from `records.read_all`. Columns are `COLUMNS`: values in units of the metric, seconds, bytes; `num_seeds`,
+    `mean` and `std` are those of the row's experiment, `std` the sample standard deviation, NaN for a single seed.
     """
-    rows, problems = [], []
-    for record in records:
-        path, status = record["path"], record.get("status")
-        if status != "completed":
-            problems.append(f"{path}: skipped, {status} run: {_one_line(record.get('error'))}")
-            continue
-        try:
-            rows += _record_rows(record)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            problems.append(f"{path}: skipped, not a usable record ({type(error).__name__}: {_one_line(error)})")
-    frame = pd.DataFrame(rows, columns=[column for column in COLUMNS if column not in ("num_seeds", "mean", "std")])
+    usable, problems = [], []
+    for record in found:
+        if fault := find_fault(record):
+            problems.append(f"{record['path']}: skipped, {fault}")
+        else:
+            usable.append(record)
+    # Sorted by instant and not by text, since records may carry different UTC offsets.
+    usable.sort(key=lambda record: (_instant(record["finished"]), record["path"]))
+    runs, replaced = _newest_of_each_run(usable)
+    rows = [row for record in runs for row in _record_rows(record)]
+    frame = pd.DataFrame(rows, columns=[column for column in COLUMNS if column not in SEED_STATISTICS])
     frame = frame.astype({**dict.fromkeys(PEAKS, "Int64"), "value": float})
-    # Sorted by instant, not by text: records may carry different UTC offsets. Unreadable times count as oldest.
-    instants = pd.to_datetime(frame["finished"], utc=True, format="ISO8601", errors="coerce")
-    frame = frame.assign(instant=instants).sort_values(["instant", "path"], kind="stable", na_position="first")
-    newest = frame.drop_duplicates("fingerprint", keep="last").set_index("fingerprint")["path"]
-    frame = frame[frame["path"] == frame["fingerprint"].map(newest)]
-    return _with_seeds(frame.drop(columns="instant").reset_index(drop=True)), problems
+    return _number_repeated_seeds(frame), problems + replaced
 
 
-def _with_seeds(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame, oldest first, with what belongs to the experiment of each row.
+def _instant(finished: str | None) -> float:
+    """Seconds since 1970 of an ISO 8601 time. What cannot be read counts as oldest."""
+    try:
+        time = datetime.fromisoformat(finished or "")
+        return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        return -math.inf
+
+
+def _newest_of_each_run(usable: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The newest record of each fingerprint, and a line for each other one with other names or figures.
+
+    A fingerprint that occurs twice is one run made twice, or a copy of its record. Model name and label are not part of it.
+    `usable` is sorted, oldest first.
+    """
+    newest = {record["fingerprint"]: record for record in usable}
+    kept, lines = [], []
+    for record in usable:
+        shown = newest[record["fingerprint"]]
+        if record is shown:
+            kept.append(record)
+            continue
+        names, shown_names = _names(record), _names(shown)
+        if names != shown_names:
+            lines.append(
+                f"{record['path']}: not shown; {names} is the same run (fingerprint {record['fingerprint']}) as "
+                f"{shown_names}, which is shown: {shown['path']}"
+            )
+        elif record["metrics"] != shown["metrics"] or record["dense_metrics"] != shown["dense_metrics"]:
+            lines.append(
+                f"{record['path']}: not shown; {names} has a newer record of the same run (fingerprint "
+                f"{record['fingerprint']}) with other figures, which is shown: {shown['path']}"
+            )
+    return kept, lines
+
+
+def _names(record: dict[str, Any]) -> str:
+    return " / ".join([record["model"], record["pruner"], normal_sparsity(record["sparsity"])])
+
+
+def _number_repeated_seeds(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame, oldest first, with all `COLUMNS`.
 
     Records of one seed that differ in what no config shows, such as the text in a file, are experiments of their own:
-    the newest of each seed are one, those before them another.
+    the newest of each seed form one, those before them another, named by a number.
     """
     key = [*CELL, "metric", "experiment"]
     age = frame.groupby([*key, "seed"]).cumcount(ascending=False)
     frame["experiment"] = frame["experiment"].where(age == 0, frame["experiment"] + "-" + age.astype(str))
-    return _with_means(frame)[COLUMNS]
+    return _with_seed_statistics(frame)[COLUMNS]
 
 
-def _with_means(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with the number of seeds of each row's experiment, the mean of their values and its standard deviation."""
+def _with_seed_statistics(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with `SEED_STATISTICS`, those of the experiment of each row."""
     values = frame.groupby([*CELL, "metric", "experiment"])["value"]
     num_seeds = values.transform("size").astype(int)
-    whole = values.transform("count") == num_seeds  # no mean over some of the seeds: one that is NaN makes NaN
-    mean = frame["value"].where(num_seeds == 1, values.transform("mean").where(whole))
-    return frame.assign(num_seeds=num_seeds, mean=mean, std=values.transform("std").where(whole))
+    complete = values.transform("count") == num_seeds  # if one seed has no figure, the others' mean would mislead
+    mean = frame["value"].where(num_seeds == 1, values.transform("mean").where(complete))
+    return frame.assign(num_seeds=num_seeds, mean=mean, std=values.transform("std").where(complete))
 
 
 def _record_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
-    dense_metrics = record.get("dense_metrics") or {}
     experiment, seed = _experiment_and_seed(record)
     return [
         {
-            "model": str(record["model"]),
-            "pruner": str(record["pruner"]),
+            "model": record["model"],
+            "pruner": record["pruner"],
             "sparsity": normal_sparsity(record["sparsity"]),
             "metric": metric,
-            "value": _number(value),
-            "dense_value": _number(dense_metrics.get(metric)),
-            "linear_sparsity": _number(record.get("linear_sparsity")),
-            "seconds_total": _number((record.get("seconds") or {}).get("total")),
-            **{name: None if record.get(name) is None else int(record[name]) for name in PEAKS},
-            "fingerprint": str(record["fingerprint"]),
-            "finished": str(record["finished"] or ""),
+            "value": to_float(value),
+            "dense_value": to_float(record["dense_metrics"].get(metric)),
+            "linear_sparsity": to_float(record["linear_sparsity"]),
+            "seconds_total": to_float(record["seconds"].get("total")),
+            **{name: record[name] for name in PEAKS},
+            "fingerprint": record["fingerprint"],
+            "finished": record["finished"] or "",
             "path": record["path"],
             "experiment": experiment,
             "seed": seed,
@@ -97,30 +133,28 @@ def _record_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _experiment_and_seed(record: dict[str, Any]) -> tuple[str, str]:
-    """12 digits that name the config and the evaluated tokens without the seeds; the seeds as text, "" for none."""
-    config = dict(record.get("config") or {})
-    calibration = dict(config.get("calibration") or {})
-    seeds = [config.get("seed"), calibration.pop("seed", None)]
-    config = {key: value for key, value in config.items() if key not in NOT_SCIENCE}
-    name = records.fingerprint({**config, "calibration": calibration, "tokens": record.get("evaluation_hashes") or {}})
-    known = dict.fromkeys(str(seed) for seed in seeds if seed is not None)
-    return name, "" if str(record["pruner"]) == DENSE else "/".join(known)  # nothing of a dense model is drawn
+    """12 digits that name the config and the evaluated tokens without the seeds, and the seeds as text, "" for none."""
+    config = {key: value for key, value in record["config"].items() if key not in SAME_EXPERIMENT}
+    seeds = [record["config"].get("seed")]
+    if isinstance(config.get("calibration"), dict):
+        config["calibration"] = dict(config["calibration"])
+        seeds.append(config["calibration"].pop("seed", None))
+    name = records.fingerprint({**config, "tokens": record["evaluation_hashes"]})
+    if record["pruner"] == DENSE and normal_sparsity(record["sparsity"]) == DENSE:
+        return name, ""  # nothing random in evaluating the dense model
+    return name, "/".join(dict.fromkeys(str(seed) for seed in seeds if seed is not None))
 
 
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
+def is_dense(rows: pd.DataFrame) -> pd.Series:
+    """True for runs of the dense model. A pruned one may be labelled "dense" too, so the label alone does not tell."""
+    return (rows["pruner"] == DENSE) & (rows["sparsity"] == DENSE)
 
 
-def _one_line(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 160 else text[:157] + "..."
-
-
-def shown(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """Of the rows of one metric those of each cell's newest experiment; and a line for each cell that others compete for."""
+def newest_experiments(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Those rows of one metric that belong to the newest experiment of their cell, and a line for each contested cell."""
     warnings = []
     for names, group in rows.groupby(CELL):
-        newest = group.drop_duplicates("experiment", keep="last")  # fingerprints are unique by now, and rows in time order
+        newest = group.drop_duplicates("experiment", keep="last")  # rows are in order of time
         if len(newest) > 1:
             last = newest.iloc[-1]
             seeds = f" ({last['num_seeds']} seeds)" if last["num_seeds"] > 1 else ""
@@ -132,38 +166,39 @@ def shown(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
 
 def relative_to(rows: pd.DataFrame, pruner: str) -> pd.DataFrame:
-    """The shown rows of one perplexity, each value x / x of `pruner` at the same model, sparsity and seed.
+    """Rows of one perplexity with each value x divided by the x of `pruner` at the same model, sparsity and seed.
 
-    x = ln(perplexity / dense perplexity): 0 for the dense model, 1 for `pruner` itself, NaN where that has no record.
+    x = ln(perplexity / dense perplexity). The result is 0 for the dense model, 1 for `pruner` itself, and NaN where `pruner`
+    has no record. `rows` are those of `newest_experiments`.
     """
     ratios = rows["value"] / rows["dense_value"]
     x = ratios.map(lambda ratio: math.log(ratio) if ratio > 0 else math.nan)
-    place = pd.MultiIndex.from_frame(rows[["model", "sparsity", "seed"]])
-    of_pruner = x.set_axis(place)[(rows["pruner"] == pruner).to_numpy()].reindex(place)
-    return _with_means(rows.assign(value=x / of_pruner.to_numpy(), dense_value=rows["dense_value"] * 0))
+    key = pd.MultiIndex.from_frame(rows[["model", "sparsity", "seed"]])
+    reference = x.set_axis(key)[(rows["pruner"] == pruner).to_numpy()].reindex(key)
+    return _with_seed_statistics(rows.assign(value=x / reference.to_numpy(), dense_value=rows["dense_value"] * 0))
 
 
-def one_per_cell(rows: pd.DataFrame) -> pd.DataFrame:
-    """The newest row of each cell; `mean` and `std` are those of all its seeds."""
+def newest_per_cell(rows: pd.DataFrame) -> pd.DataFrame:
+    """The newest row of each cell; its `mean` and `std` are those over all seeds."""
     return rows.drop_duplicates(CELL, keep="last")
 
 
-def dense_values(cells: pd.DataFrame) -> tuple[dict[str, float], set[str]]:
-    """Model -> dense value, from its dense run or else from the newest pruned run's own dense figure; its paths."""
+def dense_values(rows: pd.DataFrame) -> tuple[dict[str, float], set[str]]:
+    """Model -> dense value, and the paths it comes from: the model's dense run, or its newest pruned run without one."""
     values, sources = {}, set()
-    for model, group in cells.dropna(subset="dense_value").groupby("model"):
-        runs = group[group["pruner"] == DENSE]
-        source = (group if runs.empty else runs).iloc[-1]
+    for model, group in rows.dropna(subset="dense_value").groupby("model"):
+        dense_runs = group[is_dense(group)]
+        source = (group if dense_runs.empty else dense_runs).iloc[-1]
         values[model] = float(source["dense_value"])
         sources.add(source["path"])
     return values, sources
 
 
-def dense_disagreements(cells: pd.DataFrame, metric: str) -> list[str]:
-    """One model has one dense figure; more than rounding between records means they were evaluated differently."""
-    spread = cells.groupby("model")["dense_value"].agg(["min", "max"])
+def dense_disagreements(rows: pd.DataFrame, metric: str) -> list[str]:
+    """A line for each model whose dense figures differ by more than rounding: its records were evaluated differently."""
+    extremes = rows.groupby("model")["dense_value"].agg(["min", "max"])
     return [
         f"{model}: records disagree on dense {metric} ({low:.2f} to {high:.2f}), so they do not compare"
-        for model, low, high in spread.itertuples()
+        for model, low, high in extremes.itertuples()
         if high - low > 0.01 * abs(low)
     ]

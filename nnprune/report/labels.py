@@ -1,9 +1,8 @@
-"""How methods, sparsities and models are called in tables and plots, and the order they stand in."""
+"""How pruners, sparsities and models are named in tables and plots, and in which order they stand."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
 DENSE = "dense"
 PRETTY = {
@@ -24,55 +23,61 @@ FIRST_PRUNERS = [
 ]
 UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
+UNSTRUCTURED, N_OF_M, UNKNOWN = range(3)
+"""Kinds of sparsity, in the order of their blocks. No completed run has an unknown one."""
 
-def normal_sparsity(label: Any) -> str:
-    """Text of a sparsity, so that "0.50" and 0.5 name the same cell; 2:4 and dense stay as they are."""
+
+def normal_sparsity(label: str) -> str:
+    """One text for each sparsity: "0.5" for "0.50", "dense" for 0. N:M and anything else stay as they are."""
     try:
-        return f"{float(label):g}"
+        fraction = float(label)
     except ValueError:
-        return str(label).strip()
+        return label.strip()
+    return repr(fraction) if fraction else DENSE
 
 
 def sparsity_key(label: str) -> tuple[int, float, int]:
-    """(kind, fraction of zeros, M): unstructured first, ascending, then N:M, then whatever else a record may say."""
-    pair = re.fullmatch(r"(\d+):([1-9]\d*)", label)
-    if pair:
-        return 1, 1 - int(pair[1]) / int(pair[2]), int(pair[2])
+    """Sort key (kind, fraction of zeros, M): unstructured first, ascending, then N:M, then what is neither."""
+    pair = re.fullmatch(r"([1-9][0-9]{0,6}):([1-9][0-9]{0,6})", label)
+    if pair and int(pair[1]) < int(pair[2]):
+        return N_OF_M, 1 - int(pair[1]) / int(pair[2]), int(pair[2])
     try:
-        return 0, 0.0 if label == DENSE else float(label), 0
+        fraction = 0.0 if label == DENSE else float(label)
     except ValueError:
-        return 2, 0.0, 0
+        return UNKNOWN, 0.0, 0
+    return (UNSTRUCTURED, fraction, 0) if 0 <= fraction < 1 else (UNKNOWN, 0.0, 0)
 
 
 def pretty_sparsity(label: str) -> str:
+    """`62.5%` for 0.625. Fractions that differ behind the fourth digit share a name: see `escaping.distinct_names`."""
     kind, fraction, _ = sparsity_key(label)
-    return f"{100 * fraction:.4g}%" if kind == 0 else label
+    return f"{100 * fraction:.4g}%" if kind == UNSTRUCTURED else label
 
 
 def pretty_pruner(label: str) -> str:
-    """`Wanda + refit` for wanda+refit and wanda_refit."""
-    pruner, *beside = _parts(label)
-    return " + ".join([PRETTY.get(pruner, pruner), *beside])
+    """`Wanda + refit` for wanda+refit and wanda_refit. Several labels may share a name: see `escaping.distinct_names`."""
+    pruner, *additions = _parts(label)
+    return " + ".join([PRETTY.get(pruner, pruner), *additions])
 
 
 def pruner_key(label: str) -> tuple[int, list[str], str]:
-    """The known ones first, each before what it is with, refit foremost; then others."""
-    pruner, *beside = _parts(label)
-    place = FIRST_PRUNERS.index(pruner) if pruner in FIRST_PRUNERS else len(FIRST_PRUNERS)
-    return place, [pruner.lower(), *("" if name == "refit" else name.lower() for name in beside)], label
+    """Sort key: known pruners first, each followed by its combinations, refit foremost; then others by name."""
+    pruner, *additions = _parts(label)
+    rank = FIRST_PRUNERS.index(pruner) if pruner in FIRST_PRUNERS else len(FIRST_PRUNERS)
+    return rank, [pruner.lower(), *("" if name == "refit" else name.lower() for name in additions)], label
 
 
 def _parts(label: str) -> list[str]:
-    """A label's pruner, then what was put beside it: update, target, recovery, allocation."""
-    pruner, *beside = label.split("+")
+    """A label's pruner, then what it is combined with: update, target, recovery, allocation."""
+    pruner, *additions = label.split("+")
     plain = pruner.removesuffix("_refit")
-    return [plain, "refit", *beside] if plain != pruner and plain in FIRST_PRUNERS else [pruner, *beside]
+    return [plain, "refit", *additions] if plain != pruner and plain in FIRST_PRUNERS else [pruner, *additions]
 
 
-def model_key(name: str) -> tuple[bool, list[str | float]]:
-    """The demo first, then natural order with size units: opt-125m < opt-350m < opt-1.3b < opt-13b."""
+def model_key(name: str) -> tuple[bool, list[str | float], str]:
+    """Sort key: the demo first, then natural order with size units: opt-125m < opt-350m < opt-1.3b < opt-13b."""
     parts: list[str | float] = re.split(r"(\d+(?:\.\d+)?(?:[kmbt](?![a-z]))?)", name.lower())
-    for i in range(1, len(parts), 2):  # re.split puts the captured numbers at the odd places
+    for i in range(1, len(parts), 2):  # re.split puts the captured numbers at odd indices
         unit = UNITS.get(parts[i][-1])
         parts[i] = float(parts[i][:-1]) * unit if unit else float(parts[i])
-    return name != "demo", parts
+    return name != "demo", parts, name

@@ -1,91 +1,116 @@
-"""Figures from the collector's frame (see cells.py). Matplotlib is imported only when a figure is asked for."""
+"""Plots from the collector's frame (see frame.py). Matplotlib is imported only when a plot is asked for."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from nnprune.report import labels
-from nnprune.report.frame import dense_values, one_per_cell, shown
+from nnprune.report.escaping import distinct_names, shorten, visible
+from nnprune.report.frame import dense_values, is_dense, newest_experiments, newest_per_cell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 SUFFIXES = (".png", ".pdf", ".svg")
-# Okabe and Ito's palette: told apart by colour-blind readers too.
+# Okabe and Ito's palette, which colour-blind readers can tell apart too.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F6A00", "#444444"]
 LINE_STYLES = ["-", ":", "-."]  # for the second and third eight pruners
 PATTERN_MARKERS = "sD^vPX*"
 HOLLOW = {"markerfacecolor": "none", "markeredgewidth": 1.5, "markersize": 7, "linestyle": "none", "zorder": 3}
 GREY = "#666666"
+SMALLEST, LARGEST = 1e-30, 1e30  # what a logarithmic axis shows without overflow
+LONGEST_NAME = 60  # characters, so that the legend leaves room for the panels
 
 
 def plot_sparsity(frame: pd.DataFrame, metric: str, path: Path) -> list[str]:
-    """`metric` against sparsity, one panel a model, one line a pruner; returns the collector's warnings.
+    """Draw `metric` against sparsity to `path`, a panel for each model and a line for each pruner; returns warnings.
 
     Points are means over seeds, bars their standard deviation. N:M patterns are hollow markers at their fraction of zeros,
-    1 - N/M; dense is a dashed line.
+    1 - N/M; dense is a dashed line. Raises ValueError when there is nothing to draw, OSError when `path` cannot be written.
     """
-    from matplotlib.figure import Figure  # not pyplot: no display, no global state
-
-    rows, warnings = shown(frame[frame["metric"] == metric])
-    cells = one_per_cell(rows)
-    cells = cells[cells["mean"].map(math.isfinite) & (cells["mean"] > 0)]  # what a logarithmic axis can show
-    dense, _ = dense_values(cells)
+    rows, warnings = newest_experiments(frame[frame["metric"] == metric])
+    cells = newest_per_cell(rows)
+    can_be_drawn = cells["mean"].between(SMALLEST, LARGEST)
+    for *names, mean in cells.loc[~can_be_drawn, ["model", "pruner", "sparsity", "mean"]].itertuples(index=False):
+        warnings.append(f"{' / '.join(names)}: not drawn, a logarithmic axis cannot show {metric} {mean:g}")
+    cells = cells[can_be_drawn]
     if cells.empty:
         raise ValueError(f"no record has a positive, finite {metric} to draw; choose another with --metric")
-    models = sorted(cells["model"].unique(), key=labels.model_key)
-    pruned = cells[cells["pruner"] != labels.DENSE]
+    dense = {model: value for model, value in dense_values(cells)[0].items() if SMALLEST <= value <= LARGEST}
+    pruned = cells[~is_dense(cells)]
     pruners = sorted(pruned["pruner"].unique(), key=labels.pruner_key)
     styles = {p: (COLOURS[i % 8], LINE_STYLES[i // 8 % 3]) for i, p in enumerate(pruners)}
     patterns = sorted((s for s in pruned["sparsity"].unique() if ":" in s), key=labels.sparsity_key)
+    names = distinct_names(pruners, _pretty_pruner, reserved=[_pretty_pruner(labels.DENSE), *patterns])
     shapes = {pattern: PATTERN_MARKERS[i % len(PATTERN_MARKERS)] for i, pattern in enumerate(patterns)}
 
+    models = sorted(cells["model"].unique(), key=labels.model_key)
+    titles = distinct_names(models, _short)
     columns = 2 if len(models) == 4 else min(len(models), 3)
-    lines = math.ceil(len(models) / columns)
-    figure = Figure(figsize=(max(4.2 * columns, 5.4), 3.4 * lines + 0.7), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False)
-    for axes, model in zip(grid.flat, models, strict=False):
-        panel = pruned[pruned["model"] == model]
-        _draw_panel(axes, panel, styles, shapes, dense.get(model))
-        axes.set_title(model, fontsize=11, fontweight="bold")
-    for axes in grid.flat[len(models) :]:
-        axes.set_visible(False)
+    figure, panels = _make_panels(len(models), columns)
+    for axes, model in zip(panels, models, strict=True):
+        _draw_panel(axes, pruned[pruned["model"] == model], styles, shapes, dense.get(model))
+        axes.set_title(titles[model], fontsize=11, fontweight="bold", parse_math=False)
     figure.supxlabel("sparsity", fontsize=10)
-    figure.supylabel(metric.replace("_", " "), fontsize=10)
-    handles = _legend(styles, shapes, bool(dense))
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 3 * columns), frameon=False)
+    figure.supylabel(_short(metric.replace("_", " ")), fontsize=10, parse_math=False)
+    handles = _legend_handles({names[pruner]: style for pruner, style in styles.items()}, shapes, bool(dense))
+    _add_legend(figure, handles, 3 * columns)
     figure.savefig(path, dpi=150)
     return warnings
 
 
-def _draw_panel(axes: Axes, panel: pd.DataFrame, styles: dict, shapes: dict, dense: float | None) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def _short(name: str) -> str:
+    return shorten(visible(name), LONGEST_NAME)
 
+
+def _pretty_pruner(label: str) -> str:
+    return _short(labels.pretty_pruner(label))
+
+
+def _make_panels(number: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """An empty figure with this number of visible panels."""
+    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+
+    lines = math.ceil(number / columns)
+    figure = Figure(figsize=(max(4.2 * columns, 5.4), 3.4 * lines + 0.7), layout="constrained")
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in panels[number:]:
+        axes.set_visible(False)
+    return figure, panels[:number]
+
+
+def _draw_panel(axes: Axes, panel: pd.DataFrame, styles: dict, shapes: dict, dense: float | None) -> None:
     for pruner, group in panel.groupby("pruner"):
         colour, dashes = styles[pruner]
         line = []
         for sparsity, mean, std in zip(group["sparsity"], group["mean"], group["std"], strict=True):
             kind, x, _ = labels.sparsity_key(sparsity)
-            if kind == 2:  # what is neither a fraction nor N:M has no place on this axis
-                continue
-            if kind == 0:
+            if kind == labels.UNSTRUCTURED:
                 line.append((x, mean))
             else:
                 axes.plot([x], [mean], color=colour, marker=shapes[sparsity], **HOLLOW)
-            if std > 0:
+            if 0 < std <= LARGEST:
                 axes.errorbar([x], [mean], [std], color=colour, capsize=3, linewidth=1.2)
         if line:
             style = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": 4.5, "linewidth": 1.6}
             axes.plot(*zip(*sorted(line), strict=True), **style)
     if dense is not None:
         axes.axhline(dense, color=GREY, linestyle="--", linewidth=1.2, zorder=1)
+    _format_axes(axes)
+
+
+def _format_axes(axes: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    # Within a decade or two a log axis has hardly a labelled tick: label 2 and 5 as well.
+    # Within a decade or two a logarithmic axis has hardly any labelled tick: label 2 and 5 as well.
     subs = (1, 2, 5) if high / low < 300 else (1,)
     if high / low < 8:
         subs = (1, 1.5, 2, 3, 4, 5, 6, 8)
@@ -99,13 +124,23 @@ def _draw_panel(axes: Axes, panel: pd.DataFrame, styles: dict, shapes: dict, den
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(styles: dict, shapes: dict, has_dense: bool) -> list[Any]:
+def _legend_handles(styles: dict, shapes: dict, has_dense: bool) -> dict[str, Line2D]:
+    """Name -> handle: pruners, the dense line, N:M patterns."""
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D([], [], color=colour, linestyle=style, marker="o", markersize=4.5, label=labels.pretty_pruner(name))
+    handles = {
+        name: Line2D([], [], color=colour, linestyle=style, marker="o", markersize=4.5)
         for name, (colour, style) in styles.items()
-    ]
+    }
     if has_dense:
-        handles.append(Line2D([], [], color=GREY, linestyle="--", label=labels.PRETTY[labels.DENSE]))
-    return handles + [Line2D([], [], color=GREY, marker=shape, label=label, **HOLLOW) for label, shape in shapes.items()]
+        handles[labels.PRETTY[labels.DENSE]] = Line2D([], [], color=GREY, linestyle="--")
+    return handles | {pattern: Line2D([], [], color=GREY, marker=shape, **HOLLOW) for pattern, shape in shapes.items()}
+
+
+def _add_legend(figure: Figure, handles: dict[str, Line2D], columns: int) -> None:
+    # The names are set afterwards: of labels, Matplotlib omits those that begin with _ and reads $ as mathematics.
+    numbers = [str(i) for i in range(len(handles))]
+    columns = max(min(len(handles), columns), 1)
+    legend = figure.legend(list(handles.values()), numbers, loc="outside upper center", ncols=columns, frameon=False)
+    for text, name in zip(legend.get_texts(), handles, strict=True):
+        text.set(text=name, parse_math=False)

@@ -1,31 +1,41 @@
-"""The collector's frame -> tables. Pure formatting with pandas; no metric is computed and no file is read or written.
+"""Tables from the collector's frame, as Markdown and LaTeX. No metric is computed and no file is read or written.
 
-All arithmetic is in cells.py, a mean and a spread over seeds, but for the mean and the most of what runs took.
+Means and standard deviations over seeds come from frame.py; here costs are averaged, and values formatted.
 
-Two layouts, dense on top in both and the best of a block and column in bold. Models: rows are method x sparsity, columns
-are models, one block a sparsity. Methods: rows are methods, columns are sparsities, for one model.
+Two layouts, both with the dense model on top and the best value of each block and column in bold. Models: rows are pruner x
+sparsity, columns are models, one block for each sparsity. Methods: rows are pruners, columns are sparsities, for one model.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 
 import pandas as pd
 
-from nnprune.report.frame import PEAKS, dense_disagreements, dense_values, one_per_cell, relative_to, shown
+from nnprune.report.escaping import distinct_names, escape_latex, escape_markdown
+from nnprune.report.frame import (
+    PEAKS,
+    dense_disagreements,
+    dense_values,
+    is_dense,
+    newest_experiments,
+    newest_per_cell,
+    relative_to,
+)
 from nnprune.report.labels import DENSE, model_key, pretty_pruner, pretty_sparsity, pruner_key, sparsity_key
 
 MISSING = "--"
+GIB = 2**30
 
 
 def higher_is_better(metric: str) -> bool:
+    """True for accuracies; perplexities are better when lower."""
     return metric.endswith(("accuracy", "acc", "acc_norm"))
 
 
 def format_value(value: float) -> str:
-    """Two decimals; 1.6e3 from a thousand up."""
+    """Two decimals, and from a thousand upwards `1.6e3`."""
     if math.isfinite(value) and abs(round(value, 2)) >= 1000:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa}e{int(exponent)}"
@@ -33,7 +43,7 @@ def format_value(value: float) -> str:
 
 
 def format_mean(mean: float, std: float) -> str:
-    """`46.8 ± 0.4`, with the decimals that the spread leaves meaningful; without a spread, as any value."""
+    """`46.8 ± 0.4`, with no more decimals than `std` leaves meaningful. Where `std` is NaN, as `format_value`."""
     if not (math.isfinite(mean) and math.isfinite(std)):
         return format_value(mean)
     text = format_value(mean)
@@ -41,20 +51,24 @@ def format_mean(mean: float, std: float) -> str:
         exponent = int(text.split("e")[1])
         if std >= 0.05 * 10**exponent:
             return f"{text} ± {std / 10**exponent:.1f}e{exponent}"
-        return f"{text} ± {std:.0f}" if std >= 1 else f"{text} ± {std:.1g}"  # what the mean's decimals would not show
+        return f"{text} ± {std:.0f}" if std >= 1 else f"{text} ± {std:.1g}"  # would be 0.0e3
     decimals = 2 if std < 0.1 else 1 if std < 10 else 0
     return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
 
 
 @dataclass
 class Row:
-    head: list[str]  # the method, and its sparsity where columns are models
+    """A line of a table. Names and values are plain text, escaped only when they are rendered."""
+
+    head: list[str]  # the pruner, and its sparsity where columns are models
     cells: list[str]
-    best: list[bool]  # a cell of this row is the best of its block and column
+    best: list[bool]  # whether a cell is the best of its block and column
 
 
 @dataclass
 class Table:
+    """A table before it is rendered. `num_records` counts the records whose figures it shows."""
+
     caption: str
     head: list[str]
     columns: list[str]
@@ -64,19 +78,22 @@ class Table:
 
 
 def build_table(frame: pd.DataFrame, metric: str, **filters: list[str] | None) -> Table:
-    """The table of one metric over models. Filters: `models` (gives their order too), `pruners`, `sparsities`.
+    """The table of one metric over models.
 
-    Filters never hide the dense row. A value that matches no record is warned of; a model still gets its column.
+    Filters are `models`, in the order of the columns, `pruners` and `sparsities`. They never hide the dense row. A filter's
+    value that matches no record gives a warning; a model still gets its column.
     """
     rows, warnings = _select(frame, metric, filters)
     models = filters.get("models") or sorted(rows["model"].unique(), key=model_key)
     dense, sources = dense_values(rows)
     blocks = [[_dense_row(["0%"], [dense.get(model) for model in models])]]
-    pruned = rows[rows["pruner"] != DENSE]
-    for sparsity in _sparsities(pruned):
-        of_block = pruned[pruned["sparsity"] == sparsity]
-        blocks.append(_block(of_block, "model", models, metric, [pretty_sparsity(sparsity)]))
-    return Table(metric, ["Method", "Sparsity"], models, blocks, len(set(pruned["path"]) | sources), warnings)
+    pruned = rows[~is_dense(rows)]
+    sparsities = _sorted_sparsities(pruned)
+    for sparsity, name in _sparsity_names(sparsities).items():
+        blocks.append(_block(pruned[pruned["sparsity"] == sparsity], "model", models, metric, [name], _pruner_names(pruned)))
+    columns = distinct_names(models, str)
+    num_records = len(set(pruned["path"]) | sources)
+    return Table(metric, ["Method", "Sparsity"], [columns[model] for model in models], blocks, num_records, warnings)
 
 
 def build_methods_table(
@@ -87,38 +104,34 @@ def build_methods_table(
     relative: str | None = None,
     **filters: list[str] | None,
 ) -> Table:
-    """The table of one metric and model over methods. Filters: `pruners`, `sparsities`, as in `build_table`.
+    """The table of one metric and model over pruners. Filters are `pruners` and `sparsities`, as in `build_table`.
 
-    The dense figure stands in each column. `costs` adds what a row's runs took: the mean of their seconds, evaluation
-    included, and the most memory that any of them held at a time, that of a device only where one was used. `relative`
-    names a pruner: a cell is then ln(perplexity / dense perplexity) relative to that pruner's (`cells.relative_to`), whose
-    row is there whatever `pruners` says.
+    The dense figure is repeated in each column. `costs` adds columns: mean seconds of the runs in a row, evaluation included,
+    and their peak memory in GiB, that of a device only where one was used. `relative` names a pruner: values are then
+    ln(perplexity / dense perplexity) relative to that pruner's (`frame.relative_to`), whose row is there whatever `pruners` says.
     """
     if relative and filters.get("pruners"):
         filters["pruners"] = [*filters["pruners"], relative]
     rows, warnings = _select(frame, metric, {**filters, "models": [model]})
+    names = _pruner_names(rows[~is_dense(rows)])
     caption = f"{metric}, {model}"
     if relative:
-        rows, caption = relative_to(rows, relative), f"{caption}, ln(value / dense) relative to {pretty_pruner(relative)}'s"
+        rows = relative_to(rows, relative)
+        caption += f", ln(value / dense) relative to {names.get(relative, pretty_pruner(relative))}'s"
     dense, sources = dense_values(rows)
-    pruned = rows[rows["pruner"] != DENSE]
-    sparsities = _sparsities(pruned)
+    pruned = rows[~is_dense(rows)]
+    sparsities = _sorted_sparsities(pruned)
     blocks = [[_dense_row([], [dense.get(model)] * len(sparsities))]]
     if sparsities:
-        blocks.append(_block(pruned, "sparsity", sparsities, metric, []))
-    columns = [pretty_sparsity(sparsity) for sparsity in sparsities]
+        blocks.append(_block(pruned, "sparsity", sparsities, metric, [], names))
+    columns = list(_sparsity_names(sparsities).values())
     if costs:
-        taken = _costs(pruned)
-        columns += list(taken.columns)
-        dense_costs = [math.nan] * len(taken.columns)  # a dense run prunes nothing
-        for row, values in zip([row for block in blocks for row in block], [dense_costs, *taken.to_numpy()], strict=True):
-            row.cells += [MISSING if math.isnan(value) else f"{value:.{0 if value >= 10 else 1}f}" for value in values]
-            row.best += [False] * len(values)
+        columns += _append_costs(blocks, pruned)
     return Table(caption, ["Method"], columns, blocks, len(set(pruned["path"]) | sources), warnings)
 
 
 def _select(frame: pd.DataFrame, metric: str, filters: dict[str, list[str] | None]) -> tuple[pd.DataFrame, list[str]]:
-    """The rows that a table shows, and the warnings about them."""
+    """The rows of one metric that pass the filters and are newest in their cell, and the warnings about them."""
     rows, warnings = frame[frame["metric"] == metric], []
     for column, option in (("model", "models"), ("pruner", "pruners"), ("sparsity", "sparsities")):
         wanted = filters.get(option)
@@ -126,73 +139,94 @@ def _select(frame: pd.DataFrame, metric: str, filters: dict[str, list[str] | Non
             continue
         unmatched = sorted(set(wanted) - set(rows[column]) - {DENSE})
         warnings += [f"{option}={value}: no record with {metric} has it" for value in unmatched]
-        rows = rows[rows[column].isin(wanted) | ((rows["pruner"] == DENSE) & (column != "model"))]
-    rows, competing = shown(rows)
-    return rows, warnings + competing + dense_disagreements(rows, metric)
+        rows = rows[rows[column].isin(wanted) | (is_dense(rows) & (column != "model"))]
+    rows, contested = newest_experiments(rows)
+    return rows, warnings + contested + dense_disagreements(rows, metric)
 
 
-def _sparsities(rows: pd.DataFrame) -> list[str]:
+def _pruner_names(pruned: pd.DataFrame) -> dict[str, str]:
+    """Label -> name of its row, unlike that of any other row and of the dense one."""
+    return distinct_names(pruned["pruner"].unique(), pretty_pruner, reserved=[pretty_pruner(DENSE)])
+
+
+def _sparsity_names(sparsities: list[str]) -> dict[str, str]:
+    """Sparsity -> unique name, in the order given."""
+    names = distinct_names(sparsities, pretty_sparsity)
+    return {sparsity: names[sparsity] for sparsity in sparsities}
+
+
+def _sorted_sparsities(rows: pd.DataFrame) -> list[str]:
     return sorted(rows["sparsity"].unique(), key=lambda label: (sparsity_key(label), label))
 
 
-def _costs(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row a pruner, in the order of a block's; columns are what its runs took."""
-    groups = rows.groupby("pruner")
-    peaks = groups[PEAKS].max().astype(float).replace(0, math.nan) / 2**30  # a run on a CPU holds nothing of a device
+def _append_costs(blocks: list[list[Row]], pruned: pd.DataFrame) -> list[str]:
+    """Add the costs of its runs to each row; returns the names of the new columns."""
+    costs = _costs(pruned)
+    of_dense = [math.nan] * len(costs.columns)  # a dense run prunes nothing
+    for row, values in zip([row for block in blocks for row in block], [of_dense, *costs.to_numpy()], strict=True):
+        row.cells += [MISSING if math.isnan(value) else f"{value:.{0 if value >= 10 else 1}f}" for value in values]
+        row.best += [False] * len(values)
+    return list(costs.columns)
+
+
+def _costs(pruned: pd.DataFrame) -> pd.DataFrame:
+    """Seconds and GiB, a row for each pruner in the order of a block's rows."""
+    groups = pruned.groupby("pruner")
+    peaks = groups[PEAKS].max().astype(float).replace(0, math.nan) / GIB  # a run on a CPU uses no device memory
     costs = pd.DataFrame({"Seconds": groups["seconds_total"].mean(), "GiB": peaks["peak_host_bytes"]})
     if peaks["peak_device_bytes"].notna().any():
         costs["GiB of device"] = peaks["peak_device_bytes"]
     return costs.reindex(sorted(costs.index, key=pruner_key))
 
 
-def _dense_row(beside: list[str], values: list[float | None]) -> Row:
-    return Row([pretty_pruner(DENSE), *beside], [_text(value) for value in values], [False] * len(values))
+def _dense_row(extra_head: list[str], values: list[float | None]) -> Row:
+    return Row([pretty_pruner(DENSE), *extra_head], [_cell_text(value) for value in values], [False] * len(values))
 
 
-def _block(rows: pd.DataFrame, across: str, columns: list[str], metric: str, beside: list[str]) -> list[Row]:
-    """A row a pruner, with `beside` next to its name; columns are values of the frame's column `across`."""
-    grid = one_per_cell(rows).pivot(index="pruner", columns=across, values=["mean", "std"])
-    means, stds = (grid[kind].reindex(columns=columns) for kind in ("mean", "std"))
+def _block(
+    rows: pd.DataFrame, across: str, columns: list[str], metric: str, extra_head: list[str], names: dict[str, str]
+) -> list[Row]:
+    """A row for each pruner, called as `names` says. Columns are values of the frame's column `across`."""
+    # A pivot each: columns of both at once would be a MultiIndex, in which an empty name means something else.
+    cells = newest_per_cell(rows)
+    means, stds = (cells.pivot(index="pruner", columns=across, values=v).reindex(columns=columns) for v in ("mean", "std"))
     best = means.max() if higher_is_better(metric) else means.min()
-    contested = means.notna().sum() > 1  # alone in its column, a figure is the best of nothing
+    contested = means.notna().sum() > 1  # a value alone in its column is not worth a mark
     block = []
     for pruner in sorted(means.index, key=pruner_key):
-        texts = [_text(means.at[pruner, c], stds.at[pruner, c]) for c in columns]
-        bold = [bool(contested[c]) and _text(means.at[pruner, c]) == _text(best[c]) for c in columns]
-        block.append(Row([pretty_pruner(pruner), *beside], texts, bold))
+        texts = [_cell_text(means.at[pruner, c], stds.at[pruner, c]) for c in columns]
+        bold = [bool(contested[c]) and _cell_text(means.at[pruner, c]) == _cell_text(best[c]) for c in columns]
+        block.append(Row([names[pruner], *extra_head], texts, bold))
     return block
 
 
-def _text(mean: float | None, std: float = math.nan) -> str:
+def _cell_text(mean: float | None, std: float = math.nan) -> str:
     return MISSING if mean is None or math.isnan(mean) else format_mean(mean, std)
 
 
 def to_markdown(table: Table) -> str:
+    """A GitHub table, each line ended by a newline. Names are escaped: each row has as many cells as the head."""
     width = len(table.head) + len(table.columns)
-    lines = [[*table.head, *(name.replace("|", r"\|") for name in table.columns)], [":---"] * width]
+    lines = [[*table.head, *map(escape_markdown, table.columns)], [":---"] * width]
     for i, block in enumerate(table.blocks):
         lines += [[""] * width] if i else []
         for row in block:
+            name, *extra_head = map(escape_markdown, row.head)
             cells = [f"**{text}**" if best else text for text, best in zip(row.cells, row.best, strict=True)]
-            lines.append([f"**{row.head[0]}**", *row.head[1:], *cells])
+            lines.append([f"**{name}**", *extra_head, *cells])
     return "".join("|" + "".join(f" {cell} |" if cell else " |" for cell in line) + "\n" for line in lines)
 
 
 def to_latex(table: Table) -> str:
     """A booktabs table; `\\usepackage{booktabs}` is all it needs."""
     alignment = "l" * len(table.head) + "r" * len(table.columns)
-    head = " & ".join(map(_escape_latex, [*table.head, *table.columns]))
-    lines = [r"\begin{table}", r"  \centering", rf"  \caption{{{_escape_latex(table.caption)}}}",
+    head = " & ".join(map(escape_latex, [*table.head, *table.columns]))
+    lines = [r"\begin{table}", r"  \centering", rf"  \caption{{{escape_latex(table.caption)}}}",
              rf"  \begin{{tabular}}{{{alignment}}}", r"    \toprule", rf"    {head} \\"]  # fmt: skip
     for block in table.blocks:
         lines.append(r"    \midrule")
         for row in block:
             texts = [text.replace("±", r"$\pm$") for text in row.cells]
             cells = [rf"\textbf{{{t}}}" if best else t for t, best in zip(texts, row.best, strict=True)]
-            lines.append("    " + " & ".join([*map(_escape_latex, row.head), *cells]) + r" \\")
+            lines.append("    " + " & ".join([*map(escape_latex, row.head), *cells]) + r" \\")
     return "\n".join([*lines, r"    \bottomrule", r"  \end{tabular}", r"\end{table}", ""])
-
-
-def _escape_latex(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return re.sub(r"[\\~^&%$#_{}]", lambda match: special.get(match[0], "\\" + match[0]), text)

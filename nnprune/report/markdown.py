@@ -1,4 +1,4 @@
-"""Tables in a Markdown file: where they stand and what their markers ask for. What is in them is for tables.py."""
+"""Marked tables in a Markdown file: where they are and what their markers ask for. tables.py builds and renders them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nnprune.report.labels import normal_sparsity
+from nnprune.report.messages import UsageError
 
 START = re.compile(r"<!--\s*nnprune:table\b(.*?)-->\s*")
 END = re.compile(r"<!--\s*/nnprune:table\s*-->\s*")
@@ -15,13 +16,13 @@ LISTS = ("models", "pruners", "sparsities")
 CHOICES = {"layout": ["models", "methods"], "costs": ["true", "false"]}
 
 
-class MarkerError(ValueError):
-    """One line that names the file, the line, what is wrong there and the remedy."""
+class MarkerError(UsageError):
+    """A marker is wrong: one line that names file, line, fault and remedy."""
 
 
 @dataclass
 class Block:
-    """A marked table: lines[start] is its first marker, lines[end] its second."""
+    """A marked table between `lines[start]` and `lines[end]`, and the options of its first marker."""
 
     start: int
     end: int
@@ -33,7 +34,10 @@ class Block:
 
 
 def find_blocks(lines: list[str], name: str) -> list[Block]:
-    """The marked tables. Markers inside a code fence are an example, not a table."""
+    """The marked tables of the file `name`. Markers inside a code fence are an example, not a table.
+
+    Raises MarkerError for a marker without its partner, or with options that are not understood.
+    """
     blocks, fence, opened = [], "", None
     for i, line in enumerate(lines):
         mark = re.match(r"\s{0,3}(```+|~~~+)", line)
@@ -56,13 +60,13 @@ def find_blocks(lines: list[str], name: str) -> list[Block]:
 
 
 def parse_options(text: str, where: str) -> dict[str, Any]:
-    """What a marker asks for: the fields of `Block` but for its lines."""
+    """The options of a marker, as the fields of `Block` other than its lines. Raises MarkerError, prefixed by `where`."""
     given = dict(item.partition("=")[::2] for item in text.split())
     for key, value in given.items():
         if key not in ("metric", "relative", *LISTS, *CHOICES) or not value or value not in CHOICES.get(key, [value]):
-            known = ["metric=NAME", *(f"{name}=A,B" for name in LISTS), *(f"{k}={'|'.join(v)}" for k, v in CHOICES.items())]
-            known += ["relative=PRUNER"]
-            raise MarkerError(f"{where}: '{key}={value}' is not understood; use {', '.join(known)}")
+            choices = [f"{option}={'|'.join(values)}" for option, values in CHOICES.items()]
+            usage = ", ".join(["metric=NAME", *(f"{option}=A,B" for option in LISTS), *choices, "relative=PRUNER"])
+            raise MarkerError(f"{where}: '{key}={value}' is not understood; use {usage}")
     if "metric" not in given:
         raise MarkerError(f"{where}: the marker names no metric; write <!-- nnprune:table metric=NAME -->")
     filters = {key: list(dict.fromkeys(given[key].split(","))) for key in LISTS if key in given}

@@ -1,0 +1,29 @@
+"""The collector's frame as CSV and JSON, a row for each record and metric. Names are as in the records."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+
+import pandas as pd
+
+
+def to_csv(rows: pd.DataFrame) -> str:
+    """CSV with a head, missing values empty."""
+    text = rows.to_csv(index=False)
+    # Python's csv leaves a carriage return unquoted, and readers take it for the end of a row.
+    return rows.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC) if "\r" in text else text
+
+
+def to_json(rows: pd.DataFrame) -> str:
+    """A JSON list of objects. NaN and infinities, which JSON has no numbers for, are null."""
+    plain = rows.astype(object).where(rows.notna(), None).to_dict("records")  # DataFrame.to_json rounds to 10 digits
+    return json.dumps([{key: _finite(value) for key, value in row.items()} for row in plain], indent=2) + "\n"
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+FORMATS = {"csv": to_csv, "json": to_json}
