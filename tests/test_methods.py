@@ -62,7 +62,7 @@ def best_on_support(W: torch.Tensor, pruned: torch.Tensor, X: torch.Tensor) -> t
 def test_a_refit_never_raises_the_layer_error(rows, width, tokens, steps, kept, seed):
     W, _, statistic = problem(rows, width, tokens, seed)
     mask = torch.rand(rows, width, generator=torch.Generator().manual_seed(seed)) < kept
-    refitted = Refit(steps).update_group({"l": W * mask}, {"l": W}, statistic)["l"]
+    refitted = Refit(max_steps=steps).update_group({"l": W * mask}, {"l": W}, statistic)["l"]
     assert torch.equal((refitted != 0) & ~mask, torch.zeros_like(mask))
     damped = ScaledProblem(statistic, 0.01, "l")
     A = damped.A.double()
@@ -78,7 +78,7 @@ def test_many_steps_reach_the_least_squares_solution():
     W, X, statistic = problem(6, 32, 500)
     mask = torch.rand(6, 32, generator=torch.Generator().manual_seed(1)) < 0.5
     mask[:, 1] = False  # a dead input has no best weight
-    refitted = Refit(200, damping=1e-6).update_group({"l": W * mask}, {"l": W}, statistic)["l"]
+    refitted = Refit(1e-6, 200, damping=1e-6).update_group({"l": W * mask}, {"l": W}, statistic)["l"]
     exact = error(W, best_on_support(W, W * mask, X), X).sum()
     assert error(W, refitted, X).sum() < 1.02 * exact < 0.8 * error(W, W * mask, X).sum()
 
@@ -188,7 +188,10 @@ def test_without_upstream_errors_the_target_is_the_dense_weight():
     [
         (lambda: Asymmetric(alpha=0), "target.alpha=0: must be above 0"),
         (lambda: Asymmetric(damping=0), "target.damping=0: must be a number greater"),
-        (lambda: Refit(num_steps=0), "update.num_steps=0: must be a whole number"),
+        (lambda: Refit(max_steps=0), "update.max_steps=0: must be a whole number"),
+        (lambda: Refit(max_steps=10**9), "update.max_steps=1000000000: .* at most 100000"),
+        (lambda: Refit(tolerance=0), "update.tolerance=0: must be a number greater than 0 and less than 1"),
+        (lambda: Refit(tolerance=1.0), "update.tolerance=1.0: must be a number greater than 0 and less than 1"),
         (lambda: Refit(damping=-1), "update.damping=-1: must be a number greater"),
         (lambda: ADMM(num_iterations=3), "pruner.num_mask_iterations=15: must not exceed pruner.num_iterations=3"),
         (lambda: ALPS(first_rho=2.0), "pruner.last_rho=0.7: must lie between pruner.first_rho=2.0 and four times that"),

@@ -67,4 +67,4 @@ class ALPS(StackedPruner):
         for rho in self.rhos:
             search.advance(rho)
         B = search.B.mul_(projection.exact(search.total.abs_()))
-        return problem.unscaled(problem.refit(B, search.B0, self.num_refit_steps).t()).t()
+        return problem.unscaled(problem.refit(B, search.B0, self.num_refit_steps).B.t()).t()
