@@ -50,7 +50,7 @@ class Refit(Update):
 
     Conjugate gradients as in phase 2 of ALPS (Meng et al. 2024, arXiv:2406.07831, section 3.3), from the pruner's own weights,
     preconditioned by the diagonal of H. A fixed number of steps would leave some rows far from the solution, and there rounding
-    of H shows in the weights: so each row stops by its own residual.
+    of H shows in the weights: so each row stops by its own residual, after seven steps at the earliest.
 
     Notes for each linear: `refit_steps`, most steps of a row, and `refit_residual`, largest relative residual of a row. A residual
     above the tolerance means that `max_steps` ended the refit.

@@ -104,6 +104,7 @@ def test_a_refit_stops_at_its_tolerance_and_says_so(tolerance):
     assert (last <= 1.1 * tolerance * first + 1e-5 * first.max()).all()
     note = refit.notes["l"]
     assert 0 < note["refit_residual"] <= tolerance
+    assert note["refit_steps"] >= conjugate_gradients.MIN_STEPS
     assert note["refit_residual"] == pytest.approx(float((last / first).max()), rel=0.1)
     assert 1 < note["refit_steps"] < 200
 

@@ -4,7 +4,7 @@ For each output feature, a column b of B (I, O) with target b0 and support S, mi
 phase 2 of ALPS (Meng et al. 2024, arXiv:2406.07831, section 3.3). A has a constant diagonal (least_squares.py), so the method needs
 no other preconditioner.
 
-An output stops when its residual S A (b0 - b) has fallen to `tolerance` of its first one. From then on its column does not change,
+An output stops when its residual S A (b0 - b) has fallen to `tolerance` of its first one, but not before `MIN_STEPS`. From then on its column does not change,
 so that the result depends neither on the other outputs nor on how often the loop looks. Outputs converge at very different rates:
 finished ones leave the products as soon as there are enough of them.
 
@@ -23,6 +23,11 @@ STEPS_PER_READ = {"cpu": 1, "cuda": 4}
 
 SHRINK_BELOW = 0.75
 """Share of unfinished outputs below which the finished ones are taken out: that copies four matrices."""
+
+
+MIN_STEPS = 7
+"""Steps of an output whatever its residual: after a start far from the solution, as on Wanda's mask, the residual falls to a tenth
+while the layer error is still 10 % above its minimum."""
 
 
 @dataclass
@@ -52,7 +57,7 @@ def conjugate_gradients(A: Tensor, B: Tensor, B0: Tensor, max_steps: int, tolera
         B: (I, O), where to start; its zeros stay.
         B0: (I, O), the target.
         max_steps: of each output.
-        tolerance: relative residual norm at which an output stops; 0: all take `max_steps`.
+        tolerance: relative residual norm at which an output stops after MIN_STEPS; 0: all take `max_steps`.
     """
     factor = FastFactor(A)
     B = B.clone(memory_format=torch.contiguous_format)
@@ -104,7 +109,7 @@ class _Outputs:
 
     def running(self) -> Tensor:
         """(n,), bool: not finished yet."""
-        return self.norm > self.limit
+        return (self.norm > self.limit) | ((self.steps < MIN_STEPS) & (self.norm > 0))
 
     def advance(self, factor: FastFactor) -> None:
         """One step of every output that is not finished."""
