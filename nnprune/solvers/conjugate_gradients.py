@@ -4,9 +4,9 @@ For each output feature, a column b of B (I, O) with target b0 and support S, mi
 phase 2 of ALPS (Meng et al. 2024, arXiv:2406.07831, section 3.3). A has a constant diagonal (least_squares.py), so the method needs
 no other preconditioner.
 
-An output stops when its residual S A (b0 - b) has fallen to `tolerance` of its first one, but not before `MIN_STEPS`. From then on its column does not change,
-so that the result depends neither on the other outputs nor on how often the loop looks. Outputs converge at very different rates:
-finished ones leave the products as soon as there are enough of them.
+An output stops when its residual S A (b0 - b) has fallen to `tolerance` of its first one, but not before `MIN_STEPS`. From then on
+its column does not change, so that the result depends neither on the other outputs nor on how often the loop reads the residuals.
+Outputs converge at very different rates: finished ones leave the products as soon as there are enough of them.
 
 Letters: O output features (of several linears side by side), I input features. Float32 throughout.
 """
