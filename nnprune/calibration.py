@@ -1,22 +1,34 @@
-"""Calibration: the token ids shown to the model before pruning. No model.
+"""Calibration: the token ids that the model sees before pruning. Knows no model.
 
-Letters: N samples (`num_samples`), T tokens (`seq_len`). Ids are int64 (N, T): full rows, no padding.
+Letters: N samples (`num_samples`), T tokens of a sample (`seq_len`). Ids are int64 (N, T): full rows, no padding.
 """
 
 import hashlib
 import random
+from array import array
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nnprune.checks import check_count
+from nnprune.checks import check_count, quoted
+from nnprune.runtime import available_host_bytes
 from nnprune.texts import TextSource
+
+ID_BYTES = 8
+"""Of a token id, int64."""
+
+MEMORY_SHARE = 0.25
+"""Share of the memory that the ids may fill. The hidden states of as many tokens need far more."""
 
 
 class Calibration:
-    """What all calibrations share: how many rows of how many tokens, drawn with which seed."""
+    """What all calibrations share: N samples of T tokens, drawn with a seed.
+
+    Raises:
+        ValueError: a setting out of range, or more token ids than fit into memory.
+    """
 
     source: TextSource | None = None
 
@@ -24,17 +36,24 @@ class Calibration:
         check_count("calibration.num_samples", num_samples, 1)
         check_count("calibration.seq_len", seq_len, 2)
         check_count("calibration.seed", seed, 0)
+        most = int(MEMORY_SHARE * available_host_bytes()) // ID_BYTES
+        if num_samples * seq_len > most:
+            key, value = ("seq_len", seq_len) if seq_len > most else ("num_samples", num_samples)
+            raise ValueError(
+                f"calibration.{key}={value}: {num_samples} samples of {seq_len} tokens are more than the {most} token ids that fit "
+                f"into {MEMORY_SHARE:.0%} of this machine's memory; lower calibration.{key}"
+            )
         self.num_samples = num_samples
         self.seq_len = seq_len
         self.seed = seed
 
     def token_ids(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
-        """The ids (N, T)."""
+        """The ids (N, T), int64, each below `vocab_size`."""
         raise NotImplementedError
 
 
 class RandomCalibration(Calibration):
-    """Uniformly random token ids: what pruning does without any text."""
+    """Uniformly random token ids: pruning without any text."""
 
     def token_ids(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
@@ -44,38 +63,43 @@ class RandomCalibration(Calibration):
 class TextCalibration(Calibration):
     """Random windows of a text.
 
-    mode "documents": a window within one document that is long enough, drawn anew for each sample, as the C4 loader of
-    SparseGPT and Wanda does; "packed": windows at random places of the joined text, as their WikiText-2 loader does.
-    The draws are those loaders' draws: the same seed gives the same windows. The other arguments are TextSource's.
+    mode "documents": each window lies within one document that is long enough, drawn anew for each sample, as in the C4 loader of
+    SparseGPT and Wanda. "packed": windows at random places of the joined text, as in their WikiText-2 loader. The draws are those
+    loaders' draws: the same seed gives the same windows. The other arguments are those of TextSource.
+
+    Raises:
+        ValueError: an unknown mode; in `token_ids` a text with no window of `seq_len` tokens.
     """
 
     def __init__(self, num_samples: int, seq_len: int, seed: int, mode: str = "packed", **source: Any) -> None:
         super().__init__(num_samples, seq_len, seed)
         if mode not in ("packed", "documents"):
-            raise ValueError(f"calibration.mode={mode}: must be packed or documents")
+            raise ValueError(f"calibration.mode={quoted(mode)}: must be packed or documents")
         self.mode = mode
         self.source = TextSource(key="calibration", **source)
 
     def token_ids(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
         rng = random.Random(self.seed)
         draw = self._packed if self.mode == "packed" else self._documents
-        return torch.tensor(draw(tokenizer, rng), dtype=torch.int64)
+        return draw(tokenizer, rng)
 
-    def _packed(self, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> list[list[int]]:
-        ids = tokenizer(self.source.joined()).input_ids
+    def _packed(self, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Tensor:
+        ids = _tokenise(tokenizer, self.source.joined())
         if len(ids) <= self.seq_len:
             raise ValueError(
                 f"calibration.seq_len={self.seq_len}: the text has {len(ids)} tokens, fewer than one window and its "
                 "next token; lower calibration.seq_len or give a longer text"
             )
-        starts = [rng.randint(0, len(ids) - self.seq_len - 1) for _ in range(self.num_samples)]
-        return [ids[start : start + self.seq_len] for start in starts]
+        last = len(ids) - self.seq_len - 1  # the loaders leave the last possible window out
+        starts = array("q", (rng.randint(0, last) for _ in range(self.num_samples)))
+        return ids.unfold(0, self.seq_len, 1)[torch.frombuffer(starts, dtype=torch.int64)]
 
-    def _documents(self, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> list[list[int]]:
+    def _documents(self, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Tensor:
         documents = self.source.documents()
-        too_short: set[int] = set()  # draws are with replacement; no document is tokenised twice in vain
-        rows: list[list[int]] = []
-        while len(rows) < self.num_samples:
+        too_short: set[int] = set()  # draws are with replacement: a short document is tokenised once
+        rows = torch.empty(self.num_samples, self.seq_len, dtype=torch.int64)
+        num_drawn = 0
+        while num_drawn < self.num_samples:
             if len(too_short) == len(documents):
                 raise ValueError(
                     f"calibration.seq_len={self.seq_len}: no document is longer than that; lower calibration.seq_len or "
@@ -84,17 +108,23 @@ class TextCalibration(Calibration):
             index = rng.randint(0, len(documents) - 1)
             if index in too_short:
                 continue
-            ids = tokenizer(documents[index]).input_ids
+            ids = _tokenise(tokenizer, documents[index])
             if len(ids) <= self.seq_len:
                 too_short.add(index)
                 continue
             start = rng.randint(0, len(ids) - self.seq_len - 1)
-            rows.append(ids[start : start + self.seq_len])
+            rows[num_drawn] = ids[start : start + self.seq_len]
+            num_drawn += 1
         return rows
 
 
+def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """The ids (tokens,), int64, of a text."""
+    return torch.tensor(tokenizer(text).input_ids, dtype=torch.int64)
+
+
 def token_hash(ids: Tensor) -> str:
-    """16 hexadecimal digits that name token ids (N, T) by shape and content."""
+    """16 hexadecimal digits that identify token ids (N, T) by shape and content."""
     sha = hashlib.sha256(str(tuple(ids.shape)).encode())
     sha.update(ids.to(torch.int64).contiguous().numpy().tobytes())
     return sha.hexdigest()[:16]

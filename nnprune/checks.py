@@ -1,30 +1,66 @@
-"""Checks that several parts share."""
+"""Checks of settings, shared by all parts, and how error messages quote what a user or a file gave."""
 
 import math
+import reprlib
+from typing import Any
 
 from torch import Tensor
 
+QUOTED = 200
+"""Characters of a value or a reason that an error message quotes at most."""
 
-def check_count(key: str, value: object, least: int) -> None:
-    """Raise ValueError when `value` of a config's `key` is no whole number, or below `least`."""
-    if type(value) is not int or not least <= value < 2**63:
-        raise ValueError(f"{key}={value}: must be a whole number, at least {least}")
+_SHORT = reprlib.Repr()  # stops early, whatever the depth: aliases of YAML make trees that cannot be written out
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, QUOTED, QUOTED, QUOTED
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = 8
+
+
+def quoted(value: Any) -> str:
+    """`value` for an error message: one line of at most `QUOTED` characters."""
+    try:
+        text = value[: 2 * QUOTED] if isinstance(value, str) else _SHORT.repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        text = "a number too long to show"
+    text = " ".join(text.split())
+    return text if len(text) <= QUOTED else f"{text[: QUOTED - 3]}..."
+
+
+def check_count(key: str, value: object, least: int, most: int = 2**63 - 1, why_most: str = "") -> None:
+    """Check that a setting is an integer, `least` <= value <= `most`.
+
+    Args:
+        key: of the setting, such as "runtime.threads".
+        why_most: what `most` stands for, for the error message.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if type(value) is not int or not least <= value <= most:
+        upper = f" and at most {most}" if most < 2**63 - 1 else ""
+        reason = f" ({why_most})" if upper and why_most else ""
+        raise ValueError(f"{key}={quoted(value)}: must be a whole number, at least {least}{upper}{reason}")
 
 
 def check_number(key: str, value: object, least: float) -> None:
-    """Raise ValueError when `value` of a config's `key` is no finite number, or below `least`."""
-    if type(value) not in (int, float) or not math.isfinite(value) or value < least:
-        raise ValueError(f"{key}={value}: must be a number, at least {least}")
+    """Raise ValueError unless the setting `key` is a finite number of at least `least`."""
+    if type(value) not in (int, float) or not _is_finite_number(value) or value < least:
+        raise ValueError(f"{key}={quoted(value)}: must be a number, at least {least}")
 
 
 def check_positive(key: str, value: object, below: float = math.inf) -> float:
-    """`value` of a config's `key` as a float. Raises ValueError unless it is a number, 0 < value < below."""
-    if type(value) not in (int, float) or not 0 < value < below:
+    """The setting `key` as a float. Raises ValueError unless it is a number, 0 < value < below."""
+    if type(value) not in (int, float) or not _is_finite_number(value) or not 0 < value < below:
         limit = "" if below == math.inf else f" and less than {below:g}"
-        raise ValueError(f"{key}={value}: must be a number greater than 0{limit}")
+        raise ValueError(f"{key}={quoted(value)}: must be a number greater than 0{limit}")
     return float(value)
 
 
+def _is_finite_number(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond float
+        return False
+
+
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity: one pass, where `isfinite` takes several and a mask."""
+    """Whether a tensor is free of NaN and infinity. One pass, where `isfinite` takes several and a mask."""
     return bool(tensor.abs().max() < math.inf)

@@ -1,4 +1,4 @@
-"""Sparsity patterns: which weights of a linear must be zero, how many, and how that is checked.
+"""Sparsity patterns: how many weights of a linear must be zero, which ones may be, and how a weight is checked.
 
 Letters: O output features, I input features. A mask is bool, True = keep. Knows no model and no pruner.
 """
@@ -13,35 +13,39 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nnprune.checks import quoted
+
 ComparisonGroup = Literal["row", "matrix"]
 
-SELECTED_AT_ONCE = 1 << 22
-"""Scores that are looked at together where groups allow it: indices take 8 bytes each."""
+SCORES_AT_ONCE = 1 << 22
+"""Scores that one selection handles: their indices take 8 bytes each."""
 
+MAX_SORTED = 8
+"""Entries of a group that `nth_largest` keeps sorted at most."""
 
-LONGEST_LIST = 8
-"""Largest entries of a group that are kept in order while the others are compared with them."""
+MAX_SMALL_GROUP = 32
+"""Width of a group up to which one tensor for each position is faster than `topk`."""
 
-LARGEST_M = 32
-"""Entries of a group that are worth a tensor each."""
+MAX_M = 1 << 20
+"""Upper bound of M in N:M: no linear has so many inputs."""
 
 
 class PatternError(ValueError):
-    """A weight or a shape that does not satisfy its sparsity pattern."""
+    """A weight or a width that does not fit its sparsity pattern."""
 
 
 def keep_largest(score: Tensor, num_keep: int) -> Tensor:
-    """Mask (same shape as `score`) that keeps exactly `num_keep` largest entries along the last dimension.
+    """Mask (shape of `score`) that keeps exactly the `num_keep` largest entries along the last dimension.
 
-    Ties cannot change the count. They are broken, by index, as by the official SparseGPT and Wanda code, which asks for the
-    smallest entries too: weights that were once quantised have many.
+    The count is exact whatever the ties; weights that were once quantised have many. Ties are broken by index, as in the official
+    SparseGPT and Wanda code, which selects the smallest entries too.
     """
     width = score.shape[-1]
-    # Contiguous whatever the scores are, or its flattened form may be a copy.
+    # Always contiguous: otherwise flatten may copy.
     mask = torch.ones_like(score, dtype=torch.bool, memory_format=torch.contiguous_format)
-    groups_at_once = max(SELECTED_AT_ONCE // width, 1)
+    groups_at_once = max(SCORES_AT_ONCE // width, 1)
     chunks = zip(score.flatten(0, -2).split(groups_at_once), mask.flatten(0, -2).split(groups_at_once), strict=True)
-    is_small = 0 < num_keep < width <= LARGEST_M and can_list(num_keep, width)
+    is_small = 0 < num_keep < width <= MAX_SMALL_GROUP and can_sort(num_keep, width)
     select = _keep_in_small_groups if is_small else _keep_by_index
     for scores, kept in chunks:
         select(scores, kept, num_keep)
@@ -49,60 +53,60 @@ def keep_largest(score: Tensor, num_keep: int) -> Tensor:
 
 
 def _keep_by_index(scores: Tensor, kept: Tensor, num_keep: int) -> None:
-    """Strike out of a mask (groups, width) all but the `num_keep` largest scores of each group."""
+    """Clear all but the `num_keep` largest scores of each group in a mask (groups, width) of ones."""
     drop = scores.topk(scores.shape[-1] - num_keep, dim=-1, largest=False, sorted=False).indices
     kept.scatter_(-1, drop, False)
 
 
 def _keep_in_small_groups(scores: Tensor, kept: Tensor, num_keep: int) -> None:
-    """The same by thresholds, several times as fast."""
+    """The same by thresholds, several times faster for small groups."""
     planes = scores.t().contiguous()
     torch.ge(scores, nth_largest(planes.unbind(), num_keep)[:, None], out=kept)
-    _mend(scores, kept, num_keep, kept.sum(1, dtype=torch.uint8) != num_keep)
+    _repair_groups(scores, kept, num_keep, kept.sum(1, dtype=torch.uint8) != num_keep)
 
 
-def _mend(scores: Tensor, kept: Tensor, num_keep: int, spoilt: Tensor) -> None:
-    """Choose by index in those groups in which ties or NaNs have spoilt the count."""
-    if len(groups := spoilt.nonzero().flatten()):
+def _repair_groups(scores: Tensor, kept: Tensor, num_keep: int, is_wrong: Tensor) -> None:
+    """Select by index in the groups (marked in `is_wrong`) whose count ties or NaN made wrong."""
+    if len(groups := is_wrong.nonzero().flatten()):
         again = torch.ones_like(kept[groups])
         _keep_by_index(scores[groups], again, num_keep)
         kept[groups] = again
 
 
-def can_list(n: int, m: int) -> bool:
-    """Whether `nth_largest` of m is a short job."""
-    return min(n, m - n + 1) <= LONGEST_LIST
+def can_sort(n: int, m: int) -> bool:
+    """Whether `nth_largest` of m tensors is fast."""
+    return min(n, m - n + 1) <= MAX_SORTED
 
 
 def nth_largest(planes: Sequence[Tensor], n: int) -> Tensor:
-    """The n-th largest of m tensors, entry by entry: each in turn is sorted into a list, from whichever end is nearer."""
-    further, nearer, length = torch.minimum, torch.maximum, n
+    """The n-th largest of m tensors, elementwise: insertion into a sorted list, from the end of the order that is nearer."""
+    better, worse, length = torch.maximum, torch.minimum, n
     if len(planes) - n + 1 < n:
-        further, nearer, length = torch.maximum, torch.minimum, len(planes) - n + 1
+        better, worse, length = torch.minimum, torch.maximum, len(planes) - n + 1
     best: list[Tensor] = []
     for plane in planes:
         for place in range(len(best)):
-            best[place], plane = nearer(best[place], plane), further(best[place], plane)
+            best[place], plane = better(best[place], plane), worse(best[place], plane)
         if len(best) < length:
             best.append(plane)
     return best[-1]
 
 
 def keep_where(mask: Tensor, weight: Tensor) -> Tensor:
-    """The weights, bit for bit, where a mask of the same shape is True, and +0 elsewhere: a product of whole numbers, which takes a
-    tenth of the time of `torch.where`."""
+    """The weights, bit for bit, where a mask of the same shape is True, and +0 elsewhere. A product of integers takes a tenth of the
+    time of `torch.where`."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize]
     return (weight.view(integers) * mask).view(weight.dtype)
 
 
 def zeros_in(weight: Tensor) -> int:
-    """Zeros of a tensor: `count_nonzero` is fast for booleans alone, and `sum` makes integers of eight bytes of them."""
+    """Number of zeros of a tensor. `count_nonzero` is fast only for bool, and `sum` would convert to int64."""
     return weight.numel() - int(weight.bool().count_nonzero())
 
 
 @dataclass(frozen=True)
 class Unstructured:
-    """A fraction of zeros, anywhere in the comparison group. `sparsity` is in [0, 1); 0 is the dense model."""
+    """A fraction of zeros anywhere in the comparison group. `sparsity` is in [0, 1); 0 is the dense model."""
 
     sparsity: float | Fraction
 
@@ -114,18 +118,18 @@ class Unstructured:
         return str(float(self.sparsity)) if self.sparsity else "dense"
 
     def num_zeros(self, group_size: int) -> int:
-        """ceil(sparsity x group_size), exact: 0.55 of 100 is 55, though 0.55 * 100 is more in floating point."""
+        """ceil(sparsity x group_size), exact: 0.55 of 100 is 55, although 0.55 * 100 > 55 in floating point."""
         exact = self.sparsity if isinstance(self.sparsity, Fraction) else Fraction(str(self.sparsity))
         return math.ceil(exact * group_size)
 
     def mask(self, score: Tensor, per: ComparisonGroup = "row") -> Tensor:
-        """Mask (O, I) of the highest scores (O, I), compared within each row or over the whole matrix."""
+        """Mask (O, I) of the largest scores (O, I), compared within each row or over the whole matrix."""
         groups = score if per == "row" else score.reshape(1, -1)
         num_keep = groups.shape[-1] - self.num_zeros(groups.shape[-1])
         return keep_largest(groups, num_keep).view_as(score)
 
     def check_width(self, in_features: int) -> None:
-        """Every width can be pruned without structure."""
+        """Every width fits."""
 
     def check(self, weight: Tensor) -> None:
         """Raise PatternError when `weight` (O, I) has fewer than ceil(sparsity x O x I) zeros."""
@@ -143,7 +147,9 @@ class NM:
 
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m:
-            raise ValueError(f"sparsity={self}: N:M keeps N of every M weights and needs 0 < N < M, such as 2:4")
+            raise ValueError(f"sparsity={quoted(str(self))}: N:M keeps N of every M weights and needs 0 < N < M, such as 2:4")
+        if self.m > MAX_M:
+            raise ValueError(f"sparsity={self}: M must be at most {MAX_M}; choose a smaller group, such as 2:4")
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
@@ -154,7 +160,7 @@ class NM:
         return 1 - self.n / self.m
 
     def mask(self, score: Tensor, per: ComparisonGroup = "row") -> Tensor:
-        """Mask (O, I) of the n highest scores (O, I) in each group of m inputs; `per` has no meaning here."""
+        """Mask (O, I) of the n largest scores (O, I) in each group of m inputs, whatever `per` is."""
         self.check_width(score.shape[-1])
         return keep_largest(score.unflatten(-1, (-1, self.m)), self.n).view_as(score)
 
@@ -175,22 +181,24 @@ SparsityPattern = Unstructured | NM
 
 
 def parse_pattern(spec: float | str) -> SparsityPattern:
-    """The pattern meant by 0.5, "0.5", "2:4" or "dense".
+    """The pattern for 0.5, "0.5", "2:4" or "dense".
 
     Raises ValueError, with the remedy, for a fraction outside [0, 1), for an N:M without 0 < N < M, for a percentage,
-    and for the integers that YAML 1.1 makes of an unquoted N:M (2:4 is 124 in base 60).
+    and for the integer that YAML 1.1 reads instead of an unquoted N:M (2:4 is 124 in base 60).
     """
-    text = str(spec).strip()
+    text = spec.strip() if isinstance(spec, str) else quoted(spec)
     if text == "dense":
         return Unstructured(0.0)
-    if match := re.fullmatch(r"(-?\d+):(-?\d+)", text):
+    if match := re.fullmatch(r"(-?\d{1,20}):(-?\d{1,20})", text):
         return NM(int(match[1]), int(match[2]))
     try:
         value = float(text)
     except ValueError:
-        raise ValueError(f"sparsity={text}: not a pattern; use a fraction such as 0.5, N:M such as 2:4, or dense") from None
+        raise ValueError(
+            f"sparsity={quoted(text)}: not a pattern; use a fraction such as 0.5, N:M such as 2:4, or dense"
+        ) from None
     if not 0 <= value < 1:
-        raise ValueError(f"sparsity={text}: must be a fraction of zeros, 0 <= sparsity < 1{_suggestion(value)}")
+        raise ValueError(f"sparsity={quoted(text)}: must be a fraction of zeros, 0 <= sparsity < 1{_suggestion(value)}")
     return Unstructured(value)
 
 

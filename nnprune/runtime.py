@@ -1,4 +1,4 @@
-"""How a run uses the machine: never part of what the run means, and so never part of its identity."""
+"""How a run uses the machine. Nothing here changes what is computed, so nothing here counts for the fingerprint of a run."""
 
 import contextlib
 import ctypes
@@ -12,16 +12,24 @@ from pathlib import Path
 
 import torch
 
-from nnprune.checks import check_count
+from nnprune.checks import check_count, quoted
 from nnprune.kernels import library
 
 log = logging.getLogger(__name__)
 
 M_MMAP_THRESHOLD = -3
-"""The number that malloc.h gives this setting."""
-RESTS = ("host", "device", "disk")
+"""The number of this setting in malloc.h."""
+
+PLACES = ("host", "device", "disk")
+
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 """Enough to keep the matrix units busy; on a CPU few enough for the activations of a linear to stay in its cache."""
+
+MAX_BATCH_TOKENS = 1 << 24
+"""Upper bound of `batch_tokens`: even a narrow model's activations of so many tokens fill a large device."""
+
+THREADS_PER_CPU = 4
+"""Upper bound of `threads`: far more threads than CPUs take the machine down."""
 
 
 @dataclass
@@ -29,15 +37,15 @@ class Runtime:
     """Settings of the machine.
 
     Args:
-        device: auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:N.
+        device: auto (CUDA if there is a device, else the CPU), cpu, cuda or cuda:N.
         batch_tokens: tokens in one forward, at least one row; None: what suits the device. Halved when it runs out of memory.
-        layers: where decoder layers rest: host, device or disk.
-        activations: where the activations between two layers rest: host, device, disk, or auto (the device while they fit).
-        threads: CPU threads; None leaves PyTorch's choice.
-        native: use the kernels in C on a CPU, where they can be compiled; on CUDA there are none.
+        layers: where decoder layers are kept: host, device or disk.
+        activations: where the activations between two layers are kept: host, device, disk, or auto (the device while they fit).
+        threads: CPU threads; None: PyTorch's choice.
+        native: use the C kernels on a CPU if they can be compiled; there are none for CUDA.
 
     Raises:
-        ValueError: a setting that this machine cannot have.
+        ValueError: a setting that is impossible on this machine.
     """
 
     device: str = "auto"
@@ -49,16 +57,18 @@ class Runtime:
 
     def __post_init__(self) -> None:
         if self.batch_tokens is not None:
-            check_count("runtime.batch_tokens", self.batch_tokens, 1)
-        for key, rests in {"layers": RESTS, "activations": (*RESTS, "auto")}.items():
-            if getattr(self, key) not in rests:
-                raise ValueError(f"runtime.{key}={getattr(self, key)}: must be {', '.join(rests)}")
+            check_count("runtime.batch_tokens", self.batch_tokens, 1, MAX_BATCH_TOKENS)
+        for key, places in {"layers": PLACES, "activations": (*PLACES, "auto")}.items():
+            if getattr(self, key) not in places:
+                raise ValueError(f"runtime.{key}={quoted(getattr(self, key))}: must be {', '.join(places)}")
         if self.threads is not None:
-            check_count("runtime.threads", self.threads, 1)
+            most = THREADS_PER_CPU * (os.cpu_count() or 1)
+            why_most = f"{THREADS_PER_CPU} for each of this machine's CPUs; null leaves it to PyTorch"
+            check_count("runtime.threads", self.threads, 1, most, why_most)
         if not isinstance(self.native, bool):
-            raise ValueError(f"runtime.native={self.native}: must be true or false")
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
-            raise ValueError(f"runtime.device={self.device}: must be auto, cpu, cuda or cuda:N")
+            raise ValueError(f"runtime.native={quoted(self.native)}: must be true or false")
+        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
+            raise ValueError(f"runtime.device={quoted(self.device)}: must be auto, cpu, cuda or cuda:N")
         if self.torch_device.type == "cuda" and (self.torch_device.index or 0) >= torch.cuda.device_count():
             raise ValueError(
                 f"runtime.device={self.device}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu"
@@ -66,7 +76,7 @@ class Runtime:
 
     @property
     def torch_device(self) -> torch.device:
-        """The device that layers compute on."""
+        """The device that runs the layers."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
@@ -76,15 +86,15 @@ class Runtime:
         return max((self.batch_tokens or TOKENS_PER_BATCH[self.torch_device.type]) // seq_len, 1)
 
     def halve_batches(self, seq_len: int) -> None:
-        """The device ran out of memory with this many rows at once: go on with half of them."""
+        """Continue with half the rows in a batch, after the device ran out of memory."""
         self.batch_tokens = max(self.rows_per_batch(seq_len) // 2, 1) * seq_len
         log.warning("warning: out of device memory, going on with runtime.batch_tokens=%d", self.batch_tokens)
 
     def start(self, seed: int) -> None:
-        """Set seeds and threads, and forget the peaks of an earlier run in this process."""
-        gc.collect()  # the model of the run before, in a sweep
+        """Set the seed and the threads, compile the kernels, and reset peaks that an earlier run in this process left."""
+        gc.collect()  # in a sweep: the model of the previous run
         if self.layers == "disk":
-            _give_back_freed_memory()
+            _return_freed_memory()
         torch.manual_seed(seed)
         library.enable(self.native and self.torch_device.type == "cpu")
         library.library()  # compiled before anything is timed
@@ -95,17 +105,17 @@ class Runtime:
         forget_peaks()
 
 
-def _give_back_freed_memory() -> None:
-    """Let glibc return every larger block to the system once it is freed.
+def _return_freed_memory() -> None:
+    """Make glibc return every larger block to the system when it is freed.
 
-    By default it keeps blocks of up to 32 MiB for later, in a heap whose holes grow with every decoder layer.
+    By default it keeps blocks of up to 32 MiB for reuse, in a heap that becomes more fragmented with every decoder layer.
     """
     with contextlib.suppress(AttributeError, OSError):  # other C libraries
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
 
 
 def forget_peaks() -> None:
-    """Let `peak_host_bytes`, where the system can do that, and `peak_device_bytes` start anew."""
+    """Reset `peak_device_bytes` and, if the system supports it, `peak_host_bytes`."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
@@ -113,17 +123,17 @@ def forget_peaks() -> None:
 
 
 def peak_host_bytes() -> int:
-    """Largest resident memory of this process since `forget_peaks`, where the system can tell, else since it began."""
+    """Largest resident memory of this process since `forget_peaks`, or since its start if the system cannot reset it."""
     return _status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def resident_host_bytes() -> int:
-    """Resident memory of this process now, where the system can tell, else its peak."""
+    """Resident memory of this process now, or its peak if the system does not tell."""
     return _status_bytes("VmRSS") or peak_host_bytes()
 
 
 def available_host_bytes() -> int:
-    """Memory that this process could have in all: what it holds and what is free, or less where a cgroup limits it."""
+    """Memory that this process could use in total: what it holds and what is free, or the limit of its cgroup if that is less."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limits = [resident_host_bytes() + (_proc_bytes(Path("/proc/meminfo"), "MemAvailable") or free)]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
@@ -137,7 +147,7 @@ def _status_bytes(key: str) -> int:
 
 
 def _proc_bytes(path: Path, key: str) -> int:
-    """The value of `key` in a table of kilobytes of the kernel's; 0 where there is none."""
+    """The value of `key` in a table of the kernel, in bytes; 0 if there is none."""
     with contextlib.suppress(OSError):
         for line in path.read_text().splitlines():
             if line.startswith(f"{key}:"):
@@ -146,5 +156,5 @@ def _proc_bytes(path: Path, key: str) -> int:
 
 
 def peak_device_bytes() -> int:
-    """Largest memory allocated on the CUDA devices since `forget_peaks`; 0 without one."""
+    """Largest memory allocated on the CUDA devices since `forget_peaks`; 0 without CUDA."""
     return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))

@@ -1,7 +1,10 @@
-"""What becomes of the kept weights once a pruner has chosen the mask: `update`.
+"""What happens to the kept weights once a pruner has chosen the mask: `update`.
 
 Letters: O output features, I input features.
 """
+
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +13,9 @@ from nnprune.checks import check_count, check_positive
 from nnprune.solvers.least_squares import ScaledProblem
 from nnprune.statistics import Hessian, InputStatistic
 
+MAX_STEPS = 100_000
+"""Upper bound of `update.max_steps`."""
+
 
 class Update:
     """Leaves the kept weights as the pruner left them."""
@@ -17,21 +23,41 @@ class Update:
     statistic: type[InputStatistic] | None = None
     """What it needs to know of the inputs."""
 
+    # Created on first use, so that a subclass need not call super().__init__().
+    @cached_property
+    def notes(self) -> dict[str, dict[str, Any]]:
+        """Linear name -> entries for its part of the record, such as the residual of a solver."""
+        return {}
+
     def update_group(
         self, pruned: dict[str, Tensor], targets: dict[str, Tensor], statistic: InputStatistic | None
     ) -> dict[str, Tensor]:
-        """Better weights (O, I) on the nonzeros of `pruned` (O, I), for linears that receive the same input."""
+        """Better values for the nonzeros of `pruned`.
+
+        Args:
+            pruned: linear name -> weight (O, I), float32, of linears that receive the same input.
+            targets: linear name -> weight (O, I), float32, to be matched.
+            statistic: of that input, of the kind that `statistic` names.
+
+        Returns:
+            Linear name -> weight (O, I), float32, zero wherever `pruned` is.
+        """
         return pruned
 
 
 class Refit(Update):
-    """Least squares on the support: min tr((W - W0) H (W - W0)^T) + lambda ||W - W0||^2 over the nonzeros of W, row by row.
+    """Least squares on the mask: min tr((W - W0) H (W - W0)^T) + lambda ||W - W0||^2 over the nonzeros of W, row by row.
 
-    Preconditioned conjugate gradients, as in phase 2 of ALPS (Meng et al. 2024, arXiv:2406.07831, section 3.3), from the
-    pruner's own solution, with a step size for every row; the preconditioner is the diagonal of H.
+    Conjugate gradients as in phase 2 of ALPS (Meng et al. 2024, arXiv:2406.07831, section 3.3), from the pruner's own weights,
+    preconditioned by the diagonal of H. A fixed number of steps would leave some rows far from the solution, and there rounding
+    of H shows in the weights: so each row stops by its own residual, after seven steps at the earliest.
+
+    Notes for each linear: `refit_steps`, most steps of a row, and `refit_residual`, largest relative residual of a row. A residual
+    above the tolerance means that `max_steps` ended the refit.
 
     Args:
-        num_steps: conjugate-gradient steps.
+        tolerance: of a row's residual, as a fraction of its first residual, below 1 (docs/methods.md, "The tolerance of a refit").
+        max_steps: of conjugate gradients.
         damping: lambda as a fraction of each input's squared norm.
 
     Raises:
@@ -40,16 +66,19 @@ class Refit(Update):
 
     statistic = Hessian
 
-    def __init__(self, num_steps: int = 7, damping: float = 0.01) -> None:
-        check_count("update.num_steps", num_steps, 1)
-        self.num_steps = num_steps
+    def __init__(self, tolerance: float = 0.1, max_steps: int = 30, damping: float = 0.01) -> None:
+        self.tolerance = check_positive("update.tolerance", tolerance, below=1)
+        check_count("update.max_steps", max_steps, 1, MAX_STEPS)
+        self.max_steps = max_steps
         self.damping = check_positive("update.damping", damping)
 
     def update_group(
         self, pruned: dict[str, Tensor], targets: dict[str, Tensor], statistic: InputStatistic | None
     ) -> dict[str, Tensor]:
-        names = list(pruned)
+        names, sizes = list(pruned), [len(W) for W in pruned.values()]
         problem = ScaledProblem.of(statistic, self.damping, names[0])
         B, B0 = (problem.scaled(torch.cat([weights[name].float() for name in names])).t() for weights in (pruned, targets))
-        pieces = problem.unscaled(problem.refit(B, B0, self.num_steps).t()).split([len(pruned[name]) for name in names])
-        return dict(zip(names, pieces, strict=True))
+        found = problem.refit(B, B0, self.max_steps, self.tolerance)
+        for name, residuals, steps in zip(names, found.residuals.split(sizes), found.steps.split(sizes), strict=True):
+            self.notes[name] = {"refit_steps": int(steps.max()), "refit_residual": float(residuals.max())}
+        return dict(zip(names, problem.unscaled(found.B.t()).split(sizes), strict=True))

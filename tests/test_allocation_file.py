@@ -97,3 +97,36 @@ def test_a_mixed_nm_file(tiny_config, tmp_path):
     with pytest.raises(ValueError, match=r"pruner\.mask_columns=12: must be a multiple of 8"):
         options = ("pruner.mask_columns=12", "pruner.block_size=12")
         run(from_file(tiny_config, tmp_path, '0: "3:8"\n1: "2:4"', "sparsity=0.5625", *options))
+
+
+LEVELS = "\n".join(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 9))
+HOSTILE_FILES = [
+    ("plan.yaml", f"a0: &a0 [x, x]\n{LEVELS}", "line 1 has the anchor or alias a0"),
+    ("plan.yaml", '"*": 0.5\n"a": *b', "line 2 has the anchor or alias b"),
+    ("plan.yaml", "[" * 5000, "is no JSON or YAML"),
+    ("plan.json", "[" * 100_000, "is no JSON or YAML"),
+    ("plan.json", '{"*": ' + "1" * 5000 + "}", "is no JSON or YAML"),
+    ("plan.yaml", f'"*": "{"x" * 100_000}"', "not a pattern"),
+    ("plan.yaml", f'"*": 0.5\n"{"x" * 1000}": 0.5', "decides nothing"),
+    ("plan.yaml", '"*": "1:' + "9" * 5000 + '"', "not a pattern"),
+    ("plan.yaml", '"*": "1:99999999999"', "M must be at most 1048576"),
+    ("plan.yaml", f'"*": {[0] * 10_000}', "not a pattern"),
+    ("plan.yaml", "#" * (5 << 20), "is larger than 4 MiB"),
+]
+
+
+@pytest.mark.parametrize("bad", HOSTILE_FILES, ids=lambda bad: f"{bad[0]} {bad[2]}")
+def test_a_hostile_file_gives_one_short_line(bad, tmp_path):
+    name, text, problem = bad
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=r"allocation\.path=") as caught:
+        FromFile(tmp_path / name).check(parse_pattern("0.5"), SHAPES)
+    message = str(caught.value)
+    assert problem in message
+    assert "\n" not in message
+    assert len(message) < 700
+
+
+def test_a_device_is_not_read():
+    with pytest.raises(ValueError, match=r"allocation\.path=/dev/zero: is no regular file"):
+        FromFile("/dev/zero")

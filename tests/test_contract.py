@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from nnprune.patterns import NM, Unstructured, parse_pattern
 from nnprune.pruners.base import Pruner
 from nnprune.run import CONF
+from nnprune.statistics import CrossProduct, Hessian
 
 NAMES = sorted(path.stem for path in (CONF / "pruner").glob("*.yaml") if path.stem != "custom")
 PATTERNS = ["0.5", "0.7", "0.05", "2:4", "4:8", "1:4", "3:4", "2:3"]
@@ -72,6 +73,50 @@ def test_the_two_calls_by_count_give_the_same(name):
     assert torch.equal(by_count, pruner.prune_linear(W, "l", Unstructured(0.5)))
     pruner.clear_linear_activations("l")
     assert not pruner.statistics
+
+
+DEAD = {"all": slice(None), "half": slice(0, 108), "all but one": slice(1, None), "every other": slice(None, None, 2)}
+
+
+def with_dead_inputs(dead: str) -> tuple[torch.Tensor, torch.Tensor]:
+    W, X = layer(24, 216)
+    X = X.clone()
+    X[..., DEAD[dead]] = 0
+    return W, X
+
+
+@pytest.mark.parametrize("spec", ["0.5", "2:4"])
+@pytest.mark.parametrize("dead", DEAD)
+@pytest.mark.parametrize("name", NAMES)
+def test_dead_inputs(name, dead, spec):
+    W, X = with_dead_inputs(dead)
+    pruned = prune(name, W, X, spec)
+    assert pruned.isfinite().all()
+    parse_pattern(spec).check(pruned)
+
+
+@pytest.mark.parametrize("spec", ["0.5", "2:4"])
+@pytest.mark.parametrize("dead", DEAD)
+@pytest.mark.parametrize("update", ["none", "refit"])
+@pytest.mark.parametrize("target", ["dense", "asymmetric"])
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt", "alps", "admm", "swaps"])
+def test_dead_inputs_with_every_target_and_update(name, target, update, dead, spec):
+    W, X = with_dead_inputs(dead)
+    config = compose_config(f"pruner={name}", f"target={target}", f"update={update}")
+    pruner, target, update = (instantiate(config[key], _convert_="all") for key in ("pruner", "target", "update"))
+    pruner.add_linear_activations("l", X)
+    statistics = {Hessian: Hessian(), CrossProduct: CrossProduct()}
+    statistics[Hessian].add(X)
+    statistics[CrossProduct].add(X, 1.1 * X + 0.1)
+    targets = target.weights({"l": W}, statistics)
+    is_dead = X.flatten(0, 1).abs().sum(0) == 0
+    assert torch.equal(targets["l"][:, is_dead], W[:, is_dead]), "dead inputs keep their dense weights"
+    assert targets["l"].isfinite().all()
+    pruned = pruner.prune_group({"l": targets["l"].clone()}, {"l": parse_pattern(spec)})
+    updated = update.update_group(pruned, targets, statistics[Hessian])["l"]
+    assert updated.isfinite().all()
+    assert not (updated.bool() & ~pruned["l"].bool()).any()
+    parse_pattern(spec).check(updated)
 
 
 @given(

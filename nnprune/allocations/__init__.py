@@ -1,1 +1,1 @@
-"""Allocations: which sparsity pattern each linear gets. One file a method; the rules that all obey are in base.py."""
+"""Allocations: which sparsity pattern each linear gets. One file per method; base.py has the rules for all plans."""

@@ -10,23 +10,24 @@ from nnprune.checks import check_positive
 from nnprune.patterns import SparsityPattern
 
 NUM_BINS = 100
+"""Of the histogram of log eigenvalues, as in the paper."""
 
 
 class AlphaPruning(LayerwiseAllocation):
-    """Sparsity by the power law that the spectra of a layer's weights follow; looks at no data.
+    """Sparsity by the power law that the spectra of a layer's weights follow; needs no data.
 
     With alpha_l the mean of `hill_alpha` over the linears of decoder layer l,
 
         phi_l = 1 - epsilon + 2 epsilon (alpha_l - min alpha) / (max alpha - min alpha)
         s_l   = s phi_l / mean(phi)
 
-    A smaller alpha is a heavier tail: a layer that learned more, and that loses more.
+    A smaller alpha means a heavier tail: a layer that learned more and is hurt more by pruning.
 
     Args:
         strength: epsilon; 0.3 at 70 % sparsity.
 
     Raises:
-        ValueError: in `measure`, a weight without a spectrum to fit.
+        ValueError: a strength outside (0, 1); in `measure` a weight whose spectrum cannot be fitted.
     """
 
     looks_at = "weights"
@@ -38,7 +39,7 @@ class AlphaPruning(LayerwiseAllocation):
         alphas = []
         for name, W in layer.weights.items():
             values = torch.linalg.svdvals(W.float()).double().cpu()
-            real = values > values.max() * max(W.shape) * torch.finfo(torch.float32).eps  # the others are rounding
+            real = values > values.max() * max(W.shape) * torch.finfo(torch.float32).eps  # the others are rounding errors
             try:
                 alphas.append(hill_alpha(values[real].square()))
             except ValueError as error:
@@ -58,8 +59,8 @@ def hill_alpha(eigenvalues: Tensor) -> float:
 
         alpha = 1 + k / sum_{i <= k} log(lambda_i / lambda_min)
 
-    over the k eigenvalues above lambda_min, the smallest in the fullest of 100 equal bins of log lambda: where the
-    histogram peaks the tail begins. Raises ValueError when no two eigenvalues differ there.
+    over the k eigenvalues above lambda_min, the smallest one in the fullest of 100 equal bins of log lambda: the tail begins at the
+    peak of the histogram. Raises ValueError if no two eigenvalues differ there.
     """
     logs = eigenvalues.log().sort().values
     if len(logs) == 0 or logs[0] == logs[-1]:

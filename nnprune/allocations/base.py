@@ -1,10 +1,10 @@
-"""The contract between a run and an allocation, and the rules that every plan obeys.
+"""The contract between a run and an allocation, and the rules for every plan.
 
-A plan gives each linear a pattern. Whatever a method would like, the mean of the linears' sparsities, weighted by their
-parameters, is the sparsity that was asked for, so that allocations are compared at the same size of model.
+A plan maps each linear to a pattern. Whatever a method proposes, the mean of the linears' sparsities, weighted by their parameters,
+is the requested sparsity, so that allocations are compared at the same model size.
 
-Letters: L decoder layers, O output features, I input features, s the sparsity asked for, p_l the parameters of the linears
-of decoder layer l, s_l its sparsity. N:M keeps n of every m.
+Letters: L decoder layers, O output features, I input features, s the requested sparsity, p_l the parameters of the linears of decoder
+layer l, s_l its sparsity. N:M keeps n of every m.
 """
 
 import logging
@@ -22,29 +22,29 @@ from nnprune.patterns import NM, PatternError, SparsityPattern, Unstructured
 log = logging.getLogger(__name__)
 
 Shapes = Sequence[dict[str, tuple[int, int]]]
-"""A dict a decoder layer: linear name -> (O, I)."""
+"""For each decoder layer: linear name -> (O, I)."""
 
 Plan = dict[str, SparsityPattern]
 """Linear name -> pattern."""
 
 MAX_SPARSITY = 0.99
-"""What a decoder layer loses at most, unless more is asked of all: a layer without weights passes nothing on."""
+"""Upper bound of a decoder layer's sparsity, unless s is higher: a layer without weights passes nothing on."""
 
 DECIMALS = 12
-"""Digits of a sparsity: without the noise beyond them 0.55 of 100 weights are 55, and not 56."""
+"""Digits of a sparsity. Rounding noise beyond them would turn 0.55 of 100 weights into 56."""
 
-MAX_WAYS = 4096
-"""Ways of rounding that are followed up at a time, where decoder layers are of many sizes."""
+MAX_PARTIAL = 4096
+"""Partial roundings that `mixed_nm` keeps; only decoder layers of many sizes give as many."""
 
 
 @dataclass
 class DenseLayer:
-    """What an allocation may look at of one dense decoder layer, by the names of its linears.
+    """What an allocation sees of one dense decoder layer; all dicts are by linear name.
 
     Args:
         weights: (O, I), in the model's dtype.
-        squared_norms: E[x_i^2] of the inputs (I,), float32; empty where no calibration is asked for.
-        samples: some of the inputs (tokens, I), float32; likewise.
+        squared_norms: E[x_i^2] of the inputs (I,), float32; empty if the allocation does not look at inputs.
+        samples: a sample of the inputs (tokens, I), float32; likewise.
     """
 
     weights: dict[str, Tensor]
@@ -62,46 +62,46 @@ class DenseLayer:
 
 
 class Allocation(ABC):
-    """Gives each linear its pattern."""
+    """Decides the pattern of each linear."""
 
     looks_at: Literal["nothing", "weights", "inputs"] = "nothing"
-    """What an importance pass over the dense model shows to `measure` before anything is pruned."""
+    """What `measure` needs from a pass over the dense model before anything is pruned."""
 
     def check(self, pattern: SparsityPattern, shapes: Shapes) -> set[SparsityPattern]:
-        """The patterns that a plan may hold, for the pruner to agree to. Raises ValueError, before any weight is read, for
-        what can be known from shapes to be wrong."""
+        """The patterns that a plan may contain, so that the pruner can validate them. Raises ValueError, before any weight is read,
+        for whatever the shapes show to be wrong."""
         check_widths(pattern, shapes)
         return {pattern}
 
     def key(self, pattern: SparsityPattern) -> str:
-        """What `measure` is asked for: the same key is measured once."""
+        """Identifies what `measure` computes: equal keys are measured once."""
         options = ", ".join(f"{name}={value}" for name, value in vars(self).items())
         return f"{type(self).__name__}({options})"
 
     def measure(self, layer: DenseLayer, pattern: SparsityPattern) -> float:
-        """One number that tells what the plan needs to know of a decoder layer."""
+        """The number by which `plan` ranks a decoder layer."""
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
-        """Settings that stand for others in the fingerprint, such as the content of a file for its path."""
+        """Settings to replace in the fingerprint, such as a path by a hash of the file's content."""
         return {}
 
     @abstractmethod
     def plan(self, pattern: SparsityPattern, shapes: Shapes, measured: Sequence[float] = ()) -> Plan:
-        """The plan whose mean sparsity is that of `pattern`, from the numbers (L,) that `measure` gave."""
+        """The plan, with the mean sparsity of `pattern`, from the numbers (L,) that `measure` returned."""
 
 
 class LayerwiseAllocation(Allocation):
-    """One sparsity a decoder layer. Subclasses tell in `sparsities` which they would like; the rules are here.
+    """One sparsity for each decoder layer. Subclasses propose them in `sparsities`; this class applies the rules.
 
-    For N:M every layer keeps the M and gets an n of its own from 1 to M - 1.
+    For N:M every layer has the same M and its own n from 1 to M - 1.
     """
 
     looks_at = "inputs"
 
     @abstractmethod
     def sparsities(self, measured: Sequence[float], sizes: Sequence[int], sparsity: float) -> list[float]:
-        """The s_l (L,) wanted, of mean s; they may leave [0, 1). `sizes` are the p_l."""
+        """The proposed s_l (L,), of mean s; they may lie outside [0, 1). `sizes` are the p_l."""
 
     def check(self, pattern: SparsityPattern, shapes: Shapes) -> set[SparsityPattern]:
         check_widths(pattern, shapes)
@@ -132,8 +132,10 @@ class LayerwiseAllocation(Allocation):
 
 
 def spread(importance: Sequence[float], sizes: Sequence[int], sparsity: float, strength: float) -> list[float]:
-    """s_l = s + mean(d) - d_l with d_l = 2 strength (importance_l - min) / (max - min), the density that more important layers
-    get on top; the mean is weighted by p_l. OWL's map (Yin et al. 2023, section 4.1). Equal importance gives s to all."""
+    """s_l = s + mean(d) - d_l with d_l = 2 strength (importance_l - min) / (max - min), the extra density of more important layers.
+
+    The mean is weighted by p_l. OWL's mapping (Yin et al. 2023, arXiv:2310.05175, section 4.1). Equal importance gives s to all.
+    """
     lowest, highest = min(importance), max(importance)
     if lowest == highest:
         return [sparsity] * len(importance)
@@ -147,8 +149,10 @@ def mean(values: Sequence[float], sizes: Sequence[int]) -> float:
 
 
 def within(sparsities: Sequence[float], sizes: Sequence[int], target: float, lower: float, upper: float) -> list[float]:
-    """`sparsities` (L,) clipped to [lower, upper], with what that took away or gave spread evenly over the layers that can
-    have it: clip(s_l + c) for the one c of which the mean is `target`. It is found by bisection, as the mean grows with c."""
+    """`sparsities` (L,) clipped to [lower, upper] with the weighted mean `target`.
+
+    The result is clip(s_l + c), with c found by bisection: the mean increases with c.
+    """
 
     def clipped(shift: float) -> list[float]:
         return [min(max(one + shift, lower), upper) for one in sparsities]
@@ -163,13 +167,13 @@ def within(sparsities: Sequence[float], sizes: Sequence[int], target: float, low
 
 
 def mixed_nm(sparsities: Sequence[float], sizes: Sequence[int], pattern: NM) -> list[NM]:
-    """n_l:M for each layer, 0 < n_l < M, near the wanted `sparsities` (L,), with a parameter-weighted mean of n_l that is N.
+    """n_l:M for each layer, 0 < n_l < M, near the proposed `sparsities` (L,), with a parameter-weighted mean of n_l equal to N.
 
-    With d_l = M (1 - s_l), clipped to [1, M - 1] with the mean kept, each n_l is d_l rounded down or up: of all ways that give
-    the mean exactly, the one of least sum p_l (n_l - d_l)^2. For layers of equal size that is rounding by largest
-    remainder; the search is over the weights kept so far, of which there are few, as sizes repeat themselves.
+    With d_l = M (1 - s_l), clipped to [1, M - 1] with the mean kept, each n_l is d_l rounded down or up. Of all roundings that give
+    the mean exactly, this is the one of smallest sum p_l (n_l - d_l)^2: rounding by largest remainder if layers have equal sizes.
+    Dynamic programming over the number of weights kept so far, which takes few values because sizes repeat.
 
-    Raises ValueError when layers of different size leave no way that was found.
+    Raises ValueError if no such rounding was found, which happens only for layers of different sizes.
     """
     m = pattern.m
     wanted = [m * (1 - one) for one in within(sparsities, sizes, pattern.sparsity, 1 / m, 1 - 1 / m)]
@@ -182,7 +186,7 @@ def mixed_nm(sparsities: Sequence[float], sizes: Sequence[int], pattern: NM) -> 
                 further = distance + size * (n - density) ** 2
                 if kept + n * size not in longer or further < longer[kept + n * size][0]:
                     longer[kept + n * size] = further, (*chosen, n)
-        found = dict(nsmallest(MAX_WAYS, longer.items(), key=lambda way: way[1][0]))
+        found = dict(nsmallest(MAX_PARTIAL, longer.items(), key=lambda way: way[1][0]))
     if pattern.n * sum(sizes) not in found:
         raise ValueError(
             f"sparsity={pattern}: decoder layers of {min(sizes)} to {max(sizes)} weights were not given N:{m} with exactly "
@@ -192,7 +196,7 @@ def mixed_nm(sparsities: Sequence[float], sizes: Sequence[int], pattern: NM) -> 
 
 
 def check_widths(pattern: SparsityPattern, shapes: Shapes) -> None:
-    """Raise ValueError when there is no linear, or a linear's width does not suit the pattern."""
+    """Raise ValueError if there is no linear, or if the pattern does not fit the width of one."""
     if not any(shapes):
         raise ValueError("the decoder layers hold no linear that could be pruned")
     for layer in shapes:

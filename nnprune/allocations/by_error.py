@@ -1,4 +1,4 @@
-"""Layers that pruning hurts more are pruned less: by errors that are measured. Our own."""
+"""Layers that pruning hurts more are pruned less, by measured layer errors. Our own method."""
 
 import math
 from collections.abc import Sequence
@@ -8,23 +8,25 @@ from nnprune.checks import check_positive
 from nnprune.patterns import SparsityPattern
 from nnprune.solvers.layer_error import relative_error
 
-SMALLEST = 1e-12
-"""Errors below count as this one: a layer that loses nothing must not stretch the scale for all others."""
+MIN_ERROR = 1e-12
+"""Lower bound of the errors: a layer that loses nothing must not stretch the scale of all others."""
 
 
 class ByError(LayerwiseAllocation):
-    """Density by the logarithm of the error that the pattern itself leaves.
+    """Density by the logarithm of the layer error at the requested pattern.
 
-    Each linear of the dense model is pruned to W' by Wanda's mask at the pattern asked for, with some of its inputs X:
+    Each linear of the dense model is pruned to W' by Wanda's mask with the requested pattern. With a sample X of its inputs:
 
         e_l = mean over the linears of decoder layer l, weighted by size, of ||X (W' - W)^T||_F^2 / ||X W^T||_F^2
         s_l = s + mean(d) - d_l,    d_l = 2 strength (log e_l - min log e) / (max log e - min log e)
 
-    Errors of layers differ by factors, hence the logarithm; the map is OWL's (arXiv:2310.05175). This is our own
-    method, from no paper.
+    Errors of layers differ by factors, hence the logarithm. The mapping to sparsities is OWL's (arXiv:2310.05175).
 
     Args:
         strength: half the largest difference between the sparsities of two layers.
+
+    Raises:
+        ValueError: a strength outside (0, 1).
     """
 
     def __init__(self, strength: float = 0.08) -> None:
@@ -41,4 +43,4 @@ class ByError(LayerwiseAllocation):
         return total / layer.num_weights
 
     def sparsities(self, measured: Sequence[float], sizes: Sequence[int], sparsity: float) -> list[float]:
-        return spread([math.log(max(error, SMALLEST)) for error in measured], sizes, sparsity, self.strength)
+        return spread([math.log(max(error, MIN_ERROR)) for error in measured], sizes, sparsity, self.strength)

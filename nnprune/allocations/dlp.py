@@ -12,16 +12,19 @@ class DLP(LayerwiseAllocation):
 
     With Wanda's scores A_ij = |W_ij| ||X_j||_2 of a linear of O outputs and I inputs, decoder layer l has
 
-        unimportance  S_l = sum over its linears of O I median(A) / p_l      a high median tells of many like weights
+        unimportance  S_l = sum over its linears of O I median(A) / p_l      a high median means many similar weights
         importance    I_l = 1 - S_l / sum_k S_k
         sparsity      s_l = s + mean(d) - d_l,    d_l = 2 alpha (I_l - min I) / (max I - min I)
 
-    The paper sums Median(A_ij) over i and j, which we read as the median of each linear times its size; dividing by p_l
-    changes nothing where decoder layers are equally large, and elsewhere keeps large ones from looking unimportant. The
-    median of an even number of scores is the lower of the two in the middle.
+    The paper sums Median(A_ij) over i and j; we read this as the median of each linear times its size. The division by p_l changes
+    nothing if all decoder layers have the same size, and otherwise keeps large ones from looking unimportant. The median of an even
+    number of scores is the lower of the two in the middle.
 
     Args:
-        strength: alpha; the paper tunes it to the sparsity (appendix G).
+        strength: alpha; the paper tunes it for each sparsity (appendix G).
+
+    Raises:
+        ValueError: a strength outside (0, 1).
     """
 
     def __init__(self, strength: float = 0.15) -> None:
@@ -32,5 +35,5 @@ class DLP(LayerwiseAllocation):
         return sum(float(layer.score(name).median()) * W.numel() for name, W in layer.weights.items()) / layer.num_weights
 
     def sparsities(self, measured: Sequence[float], sizes: Sequence[int], sparsity: float) -> list[float]:
-        # Any falling line through S gives the d_l of I = 1 - S / sum S, and this one has nothing to divide by.
+        # Any decreasing linear function of S gives the same d_l as I = 1 - S / sum S; -S needs no division.
         return spread([-one for one in measured], sizes, sparsity, self.strength)

@@ -17,11 +17,14 @@ class OWL(LayerwiseAllocation):
         D_l = share of the A_ij greater than M mean(A)
         s_l = s + mean(d) - d_l,    d_l = 2 lambda (D_l - min D) / (max D - min D)
 
-    so that a layer's sparsity lies within 2 lambda of any other's.
+    so that the sparsities of two layers differ by at most 2 lambda.
 
     Args:
-        threshold: M, how many means an outlier exceeds.
+        threshold: M, how many times the mean an outlier exceeds.
         strength: lambda.
+
+    Raises:
+        ValueError: a threshold not above 0, or a strength outside (0, 1).
     """
 
     def __init__(self, threshold: float = 5.0, strength: float = 0.08) -> None:
@@ -29,7 +32,7 @@ class OWL(LayerwiseAllocation):
         self.strength = check_positive("allocation.strength", strength, below=1)
 
     def measure(self, layer: DenseLayer, pattern: SparsityPattern) -> float:
-        # Scores are made twice, so that those of one linear at a time are in memory.
+        # Computed twice, so that only the scores of one linear are in memory.
         total = sum(float(layer.score(name).sum(dtype=torch.float64)) for name in layer.weights)
         bound = self.threshold * total / layer.num_weights
         return sum(int((layer.score(name) > bound).sum()) for name in layer.weights) / layer.num_weights

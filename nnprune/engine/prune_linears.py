@@ -64,6 +64,7 @@ def _prune_group(
                 "sparsity": zeros_in(weight) / weight.numel(),
                 "relative_error": error,
                 **pruner.notes.pop(name, {}),
+                **method.update.notes.pop(name, {}),
             }
         )
     seconds = time.perf_counter() - start

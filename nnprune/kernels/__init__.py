@@ -1,1 +1,1 @@
-"""Kernels in C and Triton, each with the PyTorch operations that it replaces, and how they are compiled."""
+"""C and Triton kernels, and how they are compiled. Their callers have a PyTorch fallback."""

@@ -1,9 +1,9 @@
 """Causal attention of bfloat16 sequences, by the kernel in `attention.c`.
 
-It exists only on processors with AVX512-BF16 and without AMX: ask `has_attention` first. Elsewhere PyTorch's
-`scaled_dot_product_attention` gives the same.
+The kernel exists only on processors with AVX512-BF16 and without AMX: check `has_attention` first. Elsewhere use PyTorch's
+`scaled_dot_product_attention`.
 
-Letters: B batch, H heads, K heads of keys and values, T tokens, E features of a head.
+Letters: B batch, H query heads, K key-value heads, T tokens, E features of a head.
 """
 
 import ctypes
@@ -18,20 +18,20 @@ from nnprune.kernels.library import address, library
 
 
 def has_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> bool:
-    """Whether `causal_attention` takes these."""
+    """Whether `causal_attention` supports these arguments."""
     return multiply_bfloat16(query, key, value) and query.shape[-1] % 2 == 0 and value.shape[-1] % 16 == 0 and scaling > 0
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """softmax(scaling Q K^T, over the keys up to each query's own place) V.
+    """softmax(scaling Q K^T) V, where the softmax of a query is over the keys up to its own position.
 
     Args:
         query: (B, H, T, E), bfloat16.
-        key, value: (B, K, T, E), bfloat16, K a divisor of H; values may have another E.
-        scaling: of the scores, positive.
+        key, value: (B, K, T, E), bfloat16, where K divides H; values may have a different E.
+        scaling: of the scores, > 0.
 
     Returns:
-        (B, H, T, E of the values), bfloat16; in memory tokens come before heads.
+        (B, H, T, E of the values), bfloat16; the memory layout is (B, T, H, E).
     """
     query, key, value = (_in_pairs(tensor) for tensor in (query, key, value))
     (batch, heads, tokens, width), key_heads, value_width = query.shape, key.shape[1], value.shape[-1]
@@ -56,6 +56,6 @@ def _heads(*tensors: Tensor) -> list[ctypes.c_void_p | ctypes.Array]:
 
 
 def _in_pairs(tensor: Tensor) -> Tensor:
-    """The tensor itself where neighbouring features can be read as one number, or else a copy."""
+    """The tensor itself if pairs of neighbouring features can be read as one 32-bit number, otherwise a copy."""
     is_fit = tensor.stride(-1) == 1 and not any(step % 2 for step in tensor.stride()[:-1]) and tensor.data_ptr() % 4 == 0
     return tensor if is_fit else tensor.contiguous()

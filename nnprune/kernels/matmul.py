@@ -1,4 +1,4 @@
-"""How exactly float32 matrices are multiplied.
+"""Products of float32 matrices that may round their factors.
 
 Letters: O output features, I input features.
 """
@@ -14,11 +14,10 @@ from nnprune.kernels import gram
 
 @contextmanager
 def fast_products(enabled: bool = True) -> Iterator[None]:
-    """Let float32 products round their factors (to bfloat16 on a CPU with AMX, TF32 on a CUDA device) and sum in float32.
+    """Allow float32 products to round their factors (to bfloat16 on a CPU with AMX, to TF32 on CUDA) and sum in float32.
 
-    Several times as fast where the machine has units for it; other CPUs round nothing, but take another library's product. Lossless
-    for factors that hold bfloat16 values; else good for products whose rounding only delays a solver, and wrong for the rest, hence
-    the switch.
+    Several times faster on hardware with such units; other CPUs round nothing. Lossless for bfloat16 values. Otherwise only for
+    products whose rounding a solver corrects later.
     """
     before = torch.get_float32_matmul_precision()
     if enabled:
@@ -30,7 +29,7 @@ def fast_products(enabled: bool = True) -> Iterator[None]:
 
 
 class FastFactor:
-    """A symmetric matrix (I, I), float32, for many products that may round their factors, as `fast_products` has it."""
+    """A symmetric matrix (I, I), float32, for many products that may round their factors as in `fast_products`."""
 
     def __init__(self, matrix: Tensor) -> None:
         rounded = matrix.bfloat16() if matrix.device.type == "cpu" else matrix
@@ -38,7 +37,7 @@ class FastFactor:
         self._matrix = None if self._packed else matrix
 
     def times(self, right: Tensor, out: Tensor | None = None) -> Tensor:
-        """The product (I, O) with a float32 `right` (I, O), which is not `out`."""
+        """The product (I, O), float32, with `right` (I, O), float32. `out` must not be `right`."""
         if self._packed is None:
             with fast_products():
                 return torch.mm(self._matrix, right, out=out)

@@ -1,4 +1,4 @@
-"""SparseGPT's sweep of one column block on a CPU, by the kernel in `nnprune/native/sweep.c`.
+"""SparseGPT's sweep of one column block on a CPU, by the kernel in `sweep.c`.
 
 Letters: C columns of a block, O output features.
 """
@@ -11,13 +11,13 @@ from torch import Tensor
 from nnprune.kernels.library import library
 
 MAX_M = 32
-"""Largest group, MOST_M of `sweep.c`: the kernel compares each weight of a group with each other."""
+"""Largest M, MOST_M in `sweep.c`: the kernel compares all pairs of weights in a group."""
 
 MAX_COLUMNS = 512
-"""Columns whose weights, errors and masks of a few outputs fit on a thread's stack."""
+"""Largest block, MOST_COLUMNS in `sweep.c`: weights, errors and masks of a few outputs fit on a thread's stack."""
 
 SUB_BLOCK = 16
-"""Columns, about, whose errors reach later sub-blocks together."""
+"""About how many columns form a sub-block, whose errors are applied to later columns together."""
 
 
 def available() -> bool:
@@ -26,12 +26,12 @@ def available() -> bool:
 
 
 def prune_block_masked(weight_CO: Tensor, U_CC: Tensor, drop_CO: Tensor) -> Tensor:
-    """What `sweep_triton.prune_block_masked` does, with the same arguments and result."""
+    """As `sweep_triton.prune_block_masked`."""
     return _sweep(weight_CO, U_CC, drop_CO.contiguous(), n=0, m=1)
 
 
 def prune_block_nm(weight_CO: Tensor, U_CC: Tensor, n: int, m: int) -> Tensor:
-    """What `sweep_triton.prune_block_nm` does, with the same arguments and result; m is at most MAX_M."""
+    """As `sweep_triton.prune_block_nm`, for m up to MAX_M."""
     assert len(weight_CO) % m == 0 and m <= MAX_M, f"a block of {len(weight_CO)} columns cuts a group of {m}"
     return _sweep(weight_CO, U_CC, None, n, m)
 

@@ -1,15 +1,15 @@
 """SparseGPT's sweep of one column block as one Triton kernel (Frantar & Alistarh 2023, arXiv:2301.00774).
 
-Does on a CUDA device in one launch what the plain loop does in several a column. For each column j of the block in order
+One launch on a CUDA device replaces several launches for each column. For each column j of the block in order
     error_j = where(dropped, w_j, 0) / U_jj,    w_l -= U_jl error_j  for all l > j.
-The kernel looks back instead: it takes sum_{j<l} U_jl error_j from w_l when l's turn comes, so that it need not write a
-weight again for each earlier column. Output features do not depend on each other: a program owns BLOCK_O of them.
+The kernel looks back instead: it subtracts sum_{j<l} U_jl error_j from w_l when it reaches column l, so that each weight is written
+once. Output features are independent: a program processes BLOCK_O of them.
 
 Columns are taken in sub-blocks of about 16:
-  1. The sum over earlier sub-blocks is a product of small tiles, which all threads share.
-  2. Within the sub-block each column is a vector, one output feature a thread. The long chain of what depends on what then
-     stays in registers, without a shuffle or a barrier between one column and the next.
-Tiles become vectors, and vectors tiles, through memory that only this program touches and the nearest cache holds.
+  1. The sum over earlier sub-blocks is a product of small tiles, shared by all threads.
+  2. Within the sub-block each column is a vector, one output feature for each thread. The long chain of dependences stays in
+     registers, without shuffles or barriers between columns.
+Tiles become vectors, and vectors tiles, through memory that only this program uses and that stays in the nearest cache.
 
 Letters: C columns of a block, O output features.
 """
@@ -27,25 +27,25 @@ except ImportError:  # PyTorch for the CPU comes without
     triton = None
 
 BLOCK_O = 32
-"""Output features of a program, one a lane: 4096 of them fill the 132 multiprocessors of an H100, once."""
+"""Output features of a program, one for each lane: 4096 of them fill the 132 multiprocessors of an H100 once."""
 
 NUM_WARPS = 4
-"""They share the work of step 1 and all do step 2, whose time is latency."""
+"""They share step 1 and all execute step 2, which is bound by latency."""
 
 MAX_M = 16
-"""Largest group that is worth it: the code grows with its square, and above takes a minute to compile and spills."""
+"""Largest M: the code grows with its square; beyond this it takes a minute to compile and spills registers."""
 
 MAX_COLUMNS = math.inf
 """A block may have any width."""
 
 
 def available() -> bool:
-    """Whether Triton is installed and has a CUDA device, or is told by TRITON_INTERPRET=1 to interpret kernels on the CPU."""
+    """Whether Triton is installed and there is a CUDA device, or TRITON_INTERPRET=1 runs kernels on the CPU."""
     return triton is not None and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def prune_block_masked(weight_CO: Tensor, U_CC: Tensor, drop_CO: Tensor) -> Tensor:
-    """Prune one column block in place by a mask that is fixed before the sweep.
+    """Prune one column block in place with a given mask.
 
     Args:
         weight_CO: weights of the block, float32, contiguous; on return the dropped ones are zero.
@@ -53,7 +53,7 @@ def prune_block_masked(weight_CO: Tensor, U_CC: Tensor, drop_CO: Tensor) -> Tens
         drop_CO: bool, True = remove.
 
     Returns:
-        The errors (C, O), float32, that columns after the block have yet to absorb.
+        The errors (C, O), float32, to apply to the columns after the block.
     """
     return _launch(weight_CO, U_CC, drop_CO.contiguous(), n=0, m=1)
 
@@ -61,30 +61,30 @@ def prune_block_masked(weight_CO: Tensor, U_CC: Tensor, drop_CO: Tensor) -> Tens
 def prune_block_nm(weight_CO: Tensor, U_CC: Tensor, n: int, m: int) -> Tensor:
     """Prune one column block in place, keeping exactly n of every m columns in each row.
 
-    The mask of a group is chosen when its first column is reached: the m - n weights of lowest cost (w_j / U_jj)^2 go, of
-    equal ones the later. A cost of NaN counts as infinite: a row with NaN must not be pruned to a finite row.
+    The mask of a group is chosen when its first column is reached: it drops the m - n weights of lowest cost (w_j / U_jj)^2, and the
+    later one of equal costs. A cost of NaN counts as infinite: a row with NaN must not be pruned to a finite row.
 
     Args:
         weight_CO: weights of the block, float32, contiguous, C a multiple of m; on return the dropped ones are zero.
         U_CC: the block's part of U, where H^-1 = U^T U: float32, upper triangular, of any strides.
         n: weights kept of each group, 0 < n < m.
-        m: columns of a group, best up to MAX_M.
+        m: columns of a group, at most MAX_M for good performance.
 
     Returns:
-        The errors (C, O), float32, that columns after the block have yet to absorb.
+        The errors (C, O), float32, to apply to the columns after the block.
     """
     assert len(weight_CO) % m == 0, f"a block of {len(weight_CO)} columns cuts a group of {m}"
     return _launch(weight_CO, U_CC, None, n, m)
 
 
 def sub_block(m: int) -> dict[str, int]:
-    """The kernel's constants for groups of m: columns of a sub-block, in whole groups, and the power of two that holds them."""
+    """Constants of the kernel for groups of m: columns of a sub-block (whole groups) and the next power of two."""
     columns = max(16 // m, 1) * m
     return {"SUB_BLOCK": columns, "PADDED": max(1 << (columns - 1).bit_length(), 16)}
 
 
 def _launch(weight_CO: Tensor, U_CC: Tensor, drop_CO: Tensor | None, n: int, m: int) -> Tensor:
-    """Run the kernel where `weight_CO` is; returns the errors (C, O)."""
+    """Run the kernel on the device of `weight_CO`; returns the errors (C, O)."""
     assert weight_CO.is_contiguous() and weight_CO.dtype == U_CC.dtype == torch.float32
     num_columns, num_outputs = weight_CO.shape
     errors_CO = torch.empty_like(weight_CO)

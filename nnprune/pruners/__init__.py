@@ -1,1 +1,1 @@
-"""One file an algorithm; `base.py` is the contract."""
+"""One file per algorithm; `base.py` defines the contract."""

@@ -1,7 +1,7 @@
 """ADMM: alternate between the best weights and the best mask (Boza 2024, arXiv:2401.02938).
 
-The iterations of nnprune/solvers/admm.py (section 3.1, algorithm 1) with one rho. Gradual masks (section 3.3): the mask is chosen anew
-in each of the first iterations, at a sparsity that rises along a cubic curve, and then stays.
+The iterations of nnprune/solvers/admm.py (section 3.1, algorithm 1) with constant rho. Gradual masks (section 3.3): the mask is
+chosen again in each of the first iterations, at a sparsity that rises along a cubic curve, and is then fixed.
 
 Letters: O output features, I input features.
 """
@@ -12,27 +12,27 @@ from nnprune.checks import check_count, check_positive
 from nnprune.kernels.matmul import FastFactor
 from nnprune.patterns import SparsityPattern
 from nnprune.pruners.stacked import StackedPruner
-from nnprune.solvers.admm import Alternation
+from nnprune.solvers.admm import MAX_ITERATIONS, ADMMIterations
 from nnprune.solvers.least_squares import ScaledProblem
 from nnprune.solvers.mask_projection import Projection
 
 
 class ADMM(StackedPruner):
-    """Chooses a mask in scaled coordinates, whole linears compared, and updates the weights that it keeps.
+    """Chooses a mask in scaled coordinates, unstructured over the whole matrix, and optimises the weights that it keeps.
 
     Args:
-        num_iterations: all of them.
-        num_mask_iterations: those that raise the sparsity and choose the mask anew. 0: the mask of the dense weights, which is
-            Wanda's score, stays.
-        rho: weight of the agreement of B and Z.
-        damping: lambda, a fraction of the scaled Hessian's diagonal.
+        num_iterations: of ADMM, in total.
+        num_mask_iterations: the first of them, which raise the sparsity and choose the mask again. 0: the mask of the dense weights
+            is kept, which has Wanda's scores.
+        rho: penalty on the difference between B and its sparse copy.
+        damping: lambda, a fraction of the scaled hessian's diagonal.
 
     Raises:
-        ValueError: a setting out of range, and in `prune_stack` a Hessian that cannot be factorised.
+        ValueError: a setting out of range; in `prune_stack` a hessian that cannot be factorised.
     """
 
     def __init__(self, num_iterations: int = 20, num_mask_iterations: int = 15, rho: float = 1.0, damping: float = 0.1) -> None:
-        check_count("pruner.num_iterations", num_iterations, 1)
+        check_count("pruner.num_iterations", num_iterations, 1, MAX_ITERATIONS)
         check_count("pruner.num_mask_iterations", num_mask_iterations, 0)
         if num_mask_iterations > num_iterations:
             raise ValueError(
@@ -48,7 +48,7 @@ class ADMM(StackedPruner):
         problem = ScaledProblem.of(statistic, self.damping, names[0])
         inverse = statistic.memo((ADMM, self.damping, self.rho), lambda: FastFactor(problem.inverse(self.rho)))
         projection = Projection(pattern, sizes)
-        search = Alternation(problem.scaled(weight_IO.t()).t(), inverse, self.rho, projection)
+        search = ADMMIterations(problem.scaled(weight_IO.t()).t(), inverse, self.rho, projection)
         mask = None
         for iteration in range(1, self.num_iterations + 1):
             if iteration < self.num_mask_iterations:
@@ -56,6 +56,6 @@ class ADMM(StackedPruner):
                 search.advance(self.rho, share * float(pattern.sparsity))
             else:
                 if mask is None:
-                    mask = projection.exact(search.total.abs_()).float()  # masked operations take long on a CPU
+                    mask = projection.exact(search.total.abs_()).float()  # products with bool are slow on a CPU
                 search.advance(self.rho, mask=mask)
         return problem.unscaled(search.total.mul_(mask).t()).t()

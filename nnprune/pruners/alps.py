@@ -1,11 +1,10 @@
 """ALPS: ADMM for the support, conjugate gradients for the weights on it (Meng et al. 2024, arXiv:2406.07831).
 
-The iterations of nnprune/solvers/admm.py (section 3.2, equation 4) with a growing rho: a small one looks for good supports, a large
-one settles on one. Then the weights on the support of the last mask are refitted by preconditioned conjugate gradients (section
-3.3).
+The iterations of nnprune/solvers/admm.py (section 3.2, equation 4) with a growing rho: a small one searches for good supports, a
+large one settles on one. Then the weights on the support of the last mask are refitted by conjugate gradients (section 3.3).
 
-Unlike the authors' code this needs no eigendecomposition, and one factorisation, at the geometric mean of all rho, serves every
-rho. Twelve iterations so, rho growing with each, find better supports than growth by levels with exact steps does in as many
+Unlike the authors' code this needs no eigendecomposition: one factorisation, at the geometric mean of all rho, serves every rho.
+Twelve iterations, with rho growing in each, find better supports than as many exact iterations with rho growing by levels
 (docs/methods.md).
 
 Letters: O output features, I input features.
@@ -17,22 +16,25 @@ from nnprune.checks import check_count, check_positive
 from nnprune.kernels.matmul import FastFactor
 from nnprune.patterns import SparsityPattern
 from nnprune.pruners.stacked import StackedPruner
-from nnprune.solvers.admm import Alternation
+from nnprune.solvers.admm import MAX_ITERATIONS, ADMMIterations
 from nnprune.solvers.least_squares import ScaledProblem
 from nnprune.solvers.mask_projection import Projection
 
 
 class ALPS(StackedPruner):
-    """Whole linears are compared when there is no structure.
+    """Chooses a mask, unstructured over the whole matrix, and optimises the weights that it keeps.
+
+    Its refit takes a fixed number of steps: it starts so close to the solution that three times as many lower the layer error by
+    half a per cent at most (docs/methods.md). `notes` has the largest relative residual of an output as `refit_residual`.
 
     Args:
-        first_rho, last_rho: where rho begins and ends; the diagonal of A is 1. last_rho < 4 first_rho.
+        first_rho, last_rho: first and last rho, relative to the diagonal of A; first_rho <= last_rho < 4 first_rho.
         num_iterations: of ADMM; rho grows geometrically from one to the next.
         num_refit_steps: of conjugate gradients.
-        damping: lambda, a fraction of the scaled Hessian's diagonal.
+        damping: lambda, a fraction of the scaled hessian's diagonal.
 
     Raises:
-        ValueError: a setting out of range, and in `prune_stack` a Hessian that cannot be factorised.
+        ValueError: a setting out of range; in `prune_stack` a hessian that cannot be factorised.
     """
 
     def __init__(
@@ -43,14 +45,14 @@ class ALPS(StackedPruner):
         num_refit_steps: int = 4,
         damping: float = 0.01,
     ) -> None:
-        check_count("pruner.num_iterations", num_iterations, 1)
-        check_count("pruner.num_refit_steps", num_refit_steps, 1)
+        check_count("pruner.num_iterations", num_iterations, 1, MAX_ITERATIONS)
+        check_count("pruner.num_refit_steps", num_refit_steps, 1, MAX_ITERATIONS)
         check_positive("pruner.first_rho", first_rho)
         check_positive("pruner.last_rho", last_rho)
         if not first_rho <= last_rho < 4 * first_rho:
             raise ValueError(
-                f"pruner.last_rho={last_rho}: must lie between pruner.first_rho={first_rho} and four times that, where the search "
-                "would diverge"
+                f"pruner.last_rho={last_rho}: must lie between pruner.first_rho={first_rho} and four times that, from where the "
+                "search diverges"
             )
         growth = (last_rho / first_rho) ** (1 / max(num_iterations - 1, 1))
         self.rhos = [first_rho * growth**iteration for iteration in range(num_iterations)]
@@ -63,8 +65,11 @@ class ALPS(StackedPruner):
         problem = ScaledProblem.of(statistic, self.damping, names[0])
         inverse = statistic.memo((ALPS, self.damping, self.alpha), lambda: FastFactor(problem.inverse(self.alpha)))
         projection = Projection(pattern, sizes)
-        search = Alternation(problem.scaled(weight_IO.t()).t(), inverse, self.alpha, projection)
+        search = ADMMIterations(problem.scaled(weight_IO.t()).t(), inverse, self.alpha, projection)
         for rho in self.rhos:
             search.advance(rho)
         B = search.B.mul_(projection.exact(search.total.abs_()))
-        return problem.unscaled(problem.refit(B, search.B0, self.num_refit_steps).t()).t()
+        found = problem.refit(B, search.B0, self.num_refit_steps)
+        for name, residuals in zip(names, found.residuals.split(sizes), strict=True):
+            self.notes[name] = {"refit_residual": float(residuals.max())}
+        return problem.unscaled(found.B.t()).t()

@@ -1,12 +1,14 @@
 """The contract between the layer-wise engine and a pruner.
 
-Letters: B batch, T tokens, O output features, I input features. A pruner does no I/O, no hooks and no device moves:
-the engine shows it the inputs of each linear, asks for the pruned weight, and checks the result against the pattern.
+A pruner does no I/O, registers no hooks and moves nothing between devices. The engine shows it the inputs of each linear, asks for
+the pruned weight, and checks the result against the pattern.
 
-Three bases, by how much a method needs to say:
-  ScorePruner                     a score per weight; kept weights stay as they are
+Three base classes, from simple to general:
+  ScorePruner                     a score for each weight; kept weights do not change
   Pruner                          a pruned weight from a weight, a statistic and a pattern
-  BaseActAwareUnstructuredPruner  the four methods of the nn-pruning toolkit; collects its own statistics
+  BaseActAwareUnstructuredPruner  the interface of the nn-pruning toolkit; collects its own statistics
+
+Letters: B batch, T tokens, O output features, I input features.
 """
 
 from abc import ABC, abstractmethod
@@ -24,9 +26,9 @@ class Pruner(ABC):
     """Prunes one linear at a time. Subclasses override `prune_linear` and name the `statistic` they need."""
 
     statistic: type[InputStatistic] | None = None
-    """What the engine accumulates from each linear's inputs; None: the method looks at weights alone."""
+    """What the engine accumulates from each linear's inputs; None: the method needs weights only."""
 
-    # Lazily made, so that a subclass need not call super().__init__().
+    # Created on first use, so that a subclass need not call super().__init__().
     @cached_property
     def statistics(self) -> dict[str, InputStatistic]:
         """Linear name -> its statistic; linears that receive the same input share one object."""
@@ -34,21 +36,21 @@ class Pruner(ABC):
 
     @cached_property
     def notes(self) -> dict[str, dict[str, Any]]:
-        """Linear name -> remarks for the record, such as a damping that had to be raised."""
+        """Linear name -> entries for its part of the record, such as a damping that had to be raised."""
         return {}
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the method looks at the inputs of linears at all."""
+        """Whether the method needs the inputs of linears."""
         return self.statistic is not None or not self.shares_statistics
 
     @property
     def shares_statistics(self) -> bool:
-        """Whether one accumulator serves all linears of one input; not so when a subclass collects its own."""
+        """Whether one statistic serves all linears of one input; False for a subclass that collects its own."""
         return type(self).add_linear_activations is Pruner.add_linear_activations
 
     def validate(self, pattern: SparsityPattern) -> None:
-        """Raise ValueError when the method cannot do `pattern`. Called before the model is loaded."""
+        """Raise ValueError if the method does not support `pattern`. Called before the model is loaded."""
 
     def add_linear_activations(self, module_name: str, X: Tensor) -> None:
         """Accumulate the inputs X (B, T, I) of the linear `module_name`."""
@@ -64,9 +66,9 @@ class Pruner(ABC):
         """The pruned weight (O, I), dtype and device of `W` (O, I), which stays unmodified."""
 
     def prune_group(self, weights: dict[str, Tensor], patterns: dict[str, SparsityPattern]) -> dict[str, Tensor]:
-        """The pruned weights of linears that receive the same input, by name: the engine's one call.
+        """The pruned weights (O, I), by name, of linears that receive the same input: what the engine calls.
 
-        One linear after the other; override it to do better than that for weights (O, I) that differ in O only.
+        By default one linear after the other; override it to share work between linears.
         """
         return {name: self.prune_linear(W, name, patterns[name]) for name, W in weights.items()}
 
@@ -80,14 +82,14 @@ class Pruner(ABC):
 
 
 class ScorePruner(Pruner):
-    """Keeps the weights of the highest score and leaves them untouched."""
+    """Keeps the weights of the largest scores and does not change them."""
 
     comparison_group: ComparisonGroup = "row"
-    """The weights ranked against each other when the pattern has no structure."""
+    """The weights that an unstructured pattern compares with each other."""
 
     @abstractmethod
     def score(self, W: Tensor, module_name: str) -> Tensor:
-        """Importance (O, I), float32, larger = more important."""
+        """Scores (O, I), float32, larger = more important, without NaN."""
 
     def prune_linear(self, W: Tensor, module_name: str, pattern: SparsityPattern) -> Tensor:
         score = self.score(W, module_name)
@@ -98,15 +100,15 @@ class ScorePruner(Pruner):
 
 
 class BaseActAwareUnstructuredPruner(Pruner):
-    """A pruner of four methods that keeps its own statistics, as in the nn-pruning toolkit, whose classes run as they are.
+    """The interface of the nn-pruning toolkit, whose classes run unchanged: a pruner that keeps its own statistics.
 
-    For each linear the engine calls `add_linear_activations` once a batch, then one of `prune_linear_unstruct` and
+    For each linear the engine calls `add_linear_activations` once for each batch, then `prune_linear_unstruct` or
     `prune_linear_nm`, then `clear_linear_activations`.
     """
 
     @abstractmethod
     def add_linear_activations(self, module_name: str, X: Tensor) -> None:
-        """Accumulate whatever the method needs from the inputs X (B, T, I)."""
+        """Accumulate what the method needs from the inputs X (B, T, I)."""
 
     @abstractmethod
     def clear_linear_activations(self, module_name: str) -> None:

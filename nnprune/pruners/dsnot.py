@@ -1,14 +1,14 @@
-"""DSnoT: dynamic sparse no training (Zhang et al., ICLR 2024, arXiv:2310.08915, section 3): grow and prune by turns.
+"""DSnoT: dynamic sparse no training (Zhang et al., ICLR 2024, arXiv:2310.08915, section 3): grow and prune in turns.
 
-A row w with pruned part d makes the error d x on an input x. DSnoT drives its expectation to zero and looks no further:
+A row w with pruned part d causes the error d x on an input x. DSnoT drives the expected error to zero:
 
   expected residual   r = sum of e_j over pruned j,   e_j = w_j E[x_j]
-  grow                of the pruned i whose e_i has the sign of r, the one of largest |e_i| / Var[x_i]^power:   r -= e_i
-  prune               of the kept j whose e_j has the sign opposite to r, the one of least Wanda score |w_j| E[x_j^2]^(1/2):
-                      r += e_j.  N:M: of those kept in the group of i the one of least Wanda score, whatever its sign
+  grow                of the pruned i whose e_i has the sign of r, the one with the largest |e_i| / Var[x_i]^power:   r -= e_i
+  prune               of the kept j whose e_j has the opposite sign of r, the one with the smallest Wanda score
+                      |w_j| E[x_j^2]^(1/2):   r += e_j.  N:M: of the weights kept in the group of i, whatever their sign
 
-until |r| <= threshold or, N:M, r changes sign. This cancels first moments only: r = 0 says nothing about E[(d x)^2], the layer's
-error, which often rises; and where inputs have mean zero, r is 0 from the start and nothing happens.
+until |r| <= threshold or, for N:M, r changes sign. This cancels first moments only: r = 0 says nothing about E[(d x)^2], the layer
+error, which often rises. If inputs have mean zero, r is 0 from the start and the mask does not change.
 
 Letters: R rows (output features) of a chunk, I input features, G groups of M inputs in a row.
 """
@@ -19,34 +19,33 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nnprune.checks import check_count, check_number
+from nnprune.checks import check_count, check_number, quoted
 from nnprune.patterns import NM, SparsityPattern, keep_where
 from nnprune.pruners.base import Pruner
 from nnprune.statistics import Moments
 
 ROWS_AT_ONCE = 512
-"""Rows whose float64 copies are needed at the same time."""
+"""Rows that are copied to float64 at a time."""
 
-LEAST_VARIANCE = 1e-6
-"""Of E[x^2]: in float32, E[x^2] - E[x]^2 is no more exact than that; and it is 0 for an input that never changes."""
+MIN_VARIANCE = 1e-6
+"""Lower bound of Var[x], as a fraction of E[x^2]: E[x^2] - E[x]^2 has this error in float32, and is 0 for a constant input."""
 
 
 class DSnoT(Pruner):
-    """Refines Wanda's mask, all rows at once; kept weights stay as they are.
+    """Refines Wanda's mask, all rows at once; kept weights do not change.
 
-    A pair that would take r further from 0 is not made, so that |r| never rises, and a weight changes sides at most once. The
-    authors leave the linears of the MLP with Wanda's mask. Here all are refined, for what they are called is up to each
-    model, and a list that fits one would silently miss in another: name them in `skip` to leave them out.
+    A pair that would increase |r| is skipped, and a weight is grown or pruned at most once. The authors keep Wanda's mask in the
+    linears of the MLP. Here all linears are refined, because each architecture has its own names: list those to leave out in `skip`.
 
     Args:
-        max_cycles: how many weights a row may try to grow.
-        threshold: |r|, as a mean over tokens, at which a row is done. The authors' code sums r over the tokens of a sample,
-            so that its 0.1 is a stricter 0.1 / calibration.seq_len here.
-        variance_power: of Var[x_i] in the choice of what to grow; 0: the largest |e_i|.
+        max_cycles: weights that a row may try to grow.
+        threshold: |r|, as a mean over tokens, at which a row stops. The authors' code sums r over the tokens of a sample, so its
+            0.1 corresponds to a stricter 0.1 / calibration.seq_len here.
+        variance_power: exponent of Var[x_i] in the choice of the weight to grow; 0: the largest |e_i|.
         skip: parts of the names of linears that keep Wanda's mask, such as [mlp], or [fc1, fc2] in OPT.
 
     Raises:
-        ValueError: options out of range.
+        ValueError: a setting out of range.
     """
 
     statistic = Moments
@@ -58,7 +57,7 @@ class DSnoT(Pruner):
         check_number("pruner.threshold", threshold, 0)
         check_number("pruner.variance_power", variance_power, 0)
         if not isinstance(skip, list | tuple) or not all(isinstance(part, str) and part for part in skip):
-            raise ValueError(f"pruner.skip={skip}: must be a list of parts of names, such as [mlp]")
+            raise ValueError(f"pruner.skip={quoted(skip)}: must be a list of parts of names, such as [mlp]")
         self.max_cycles = max_cycles
         self.threshold = threshold
         self.variance_power = variance_power
@@ -70,7 +69,7 @@ class DSnoT(Pruner):
         mask = pattern.mask(wanda, per="row")
         if not any(part in module_name for part in self.skip):
             mean, square = mean.double(), square.double()
-            variance = torch.maximum(square - mean.square(), LEAST_VARIANCE * square)
+            variance = torch.maximum(square - mean.square(), MIN_VARIANCE * square)
             group_size = pattern.m if isinstance(pattern, NM) else None
             chunks = zip(W.split(ROWS_AT_ONCE), wanda.split(ROWS_AT_ONCE), mask.split(ROWS_AT_ONCE), strict=True)
             for weight, score, kept in chunks:
@@ -80,7 +79,7 @@ class DSnoT(Pruner):
         return keep_where(mask, W)
 
     def _flips(self, effect_RI: Tensor, gain_RI: Tensor, wanda_RI: Tensor, mask_RI: Tensor, group_size: int | None) -> Tensor:
-        """Where the mask (R, I) is to change: e_j, |e_j| / Var^power and Wanda's scores decide."""
+        """Entries (R, I) of the mask to invert, from e_j, |e_j| / Var^power and Wanda's scores."""
         rows = torch.arange(len(mask_RI), device=mask_RI.device)
         flips_RI = torch.zeros_like(mask_RI)
         residual = effect_RI.masked_fill(mask_RI, 0).sum(1)
@@ -94,7 +93,7 @@ class DSnoT(Pruner):
             if not active.any():
                 break
             grown = residual - effect_RI[rows, i]
-            j, paired = prunable.first(grown < 0) if prunable else _least_of_group(unpruned_RI, i, group_size)
+            j, paired = prunable.first(grown < 0) if prunable else _lowest_in_group(unpruned_RI, i, group_size)
             moved = grown + effect_RI[rows, j]
             made = active & paired & (moved.abs() < residual.abs())
             flips_RI[rows, i] |= made
@@ -104,16 +103,16 @@ class DSnoT(Pruner):
                 prunable.advance(grown < 0, made)
             else:
                 unpruned_RI[rows, j] = unpruned_RI[rows, j].masked_fill(made, torch.inf)
-            going = moved * residual > 0 if group_size else True  # in N:M a row is done when its residual changes sign
+            going = moved * residual > 0 if group_size else True  # N:M: a row stops when its residual changes sign
             residual = torch.where(made, moved, residual)
             active &= (residual.abs() > self.threshold) & (going | ~paired)
         return flips_RI
 
 
 class _Queues:
-    """For each row two queues of columns, those of negative and those of positive e_j, least `rank` (R, I) first.
+    """Two queues of columns for each row, for negative and for positive e_j, ordered by increasing `rank` (R, I).
 
-    No more than `length` weights of a row are ever asked for, so that a cycle costs no look at the whole row.
+    They hold the first `length` columns, so that a cycle need not scan the whole row.
     """
 
     def __init__(self, rank_RI: Tensor, effect_RI: Tensor, eligible_RI: Tensor, length: int) -> None:
@@ -127,18 +126,18 @@ class _Queues:
         self.rows = torch.arange(len(rank_RI), device=rank_RI.device)
 
     def first(self, positive: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row's first column (R,) in the queue of this sign, and whether there is one."""
+        """First column (R,) in each row's queue of this sign, and whether there is one (R,)."""
         side = positive.long()
         column = self.columns[self.rows, side, self.heads[self.rows, side]]
         return column.clamp_min(0), column >= 0
 
     def advance(self, positive: Tensor, done: Tensor) -> None:
-        """Take the first column off the queue of this sign where `done` (R,)."""
+        """Remove the first column from the queue of this sign where `done` (R,)."""
         self.heads[self.rows, positive.long()] += done
 
 
-def _least_of_group(score_RI: Tensor, i: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Each row's column (R,) of least score in the group of column i (R,), and whether that is finite."""
+def _lowest_in_group(score_RI: Tensor, i: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Column (R,) with the lowest score in the group of column i (R,), and whether that score is finite (R,)."""
     group = i // group_size
     score, place = score_RI.unflatten(1, (-1, group_size))[torch.arange(len(i), device=i.device), group].min(1)
     return group * group_size + place, score < torch.inf

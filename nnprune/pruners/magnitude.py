@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights go (Han et al. 2015, arXiv:1506.02626)."""
+"""Magnitude pruning: removes the smallest weights (Han et al. 2015, arXiv:1506.02626)."""
 
 from torch import Tensor
 

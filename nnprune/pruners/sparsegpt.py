@@ -1,7 +1,7 @@
-"""SparseGPT: prune column by column and let the later columns absorb the error (Frantar & Alistarh 2023, arXiv:2301.00774).
+"""SparseGPT: prune column by column, later columns absorb the error (Frantar & Alistarh 2023, arXiv:2301.00774).
 
-Minimises ||(W - W0) X||^2 a row. With H = E[x x^T] + damping and H^-1 = U^T U (U upper triangular), removing w_j costs
-(w_j / U_jj)^2, and the best answer of the columns after j is  W[:, j:] -= (w_j - q_j) / U_jj * U[j, j:].
+Minimises ||(W - W0) X||^2 for each row. With H = E[x x^T] + damping and H^-1 = U^T U (U upper triangular), removing w_j costs
+(w_j / U_jj)^2, and the optimal update of the columns after j is  W[:, j:] -= (w_j - q_j) / U_jj * U[j, j:].
 Earlier columns are final, because U is triangular: no step needs a new inverse.
 
 Letters: O output features, I input features, C columns of a block. Weights are held transposed, (I, O), so that a
@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from nnprune.checks import check_count
+from nnprune.checks import check_count, check_positive, quoted
 from nnprune.kernels import sweep, sweep_triton
 from nnprune.patterns import NM, SparsityPattern
 from nnprune.pruners.stacked import StackedPruner
@@ -21,25 +21,31 @@ from nnprune.solvers.cholesky import factor_of_inverse
 from nnprune.statistics import Hessian
 
 NUM_RETRIES = 2
-"""How often damping is raised tenfold after a failed factorisation."""
+"""How often the damping is raised tenfold after a failed factorisation."""
+
+MAX_BLOCK_SIZE = 1 << 20
+"""Upper bound of `block_size`: no linear has so many inputs."""
 
 SUB_BLOCK = 16
-"""Columns of a block whose errors reach the block's later columns in one product."""
+"""Columns of a block whose errors are applied to the block's later columns in one product."""
 
 
 class SparseGPT(StackedPruner):
     """The official algorithm by default; the options reproduce variants of its mask.
 
+    Dead inputs lose their weights, as in the official code.
+
     Args:
-        block_size: columns whose updates to the rest of the matrix are gathered into one product.
-        damping: fraction of the mean diagonal added to the Hessian.
-        comparison_group: "block": unstructured scores compete over all rows of a mask slab; "row": within each row.
-        mask_columns: columns of a mask slab, whose mask is fixed when its first column is reached.
-            None: the block (unstructured), or one group of M (N:M, each looked at afresh).
-        damp_inverse: damp the inverse Hessian as well before its factorisation.
+        block_size: columns whose updates to the rest of the matrix are accumulated into one product.
+        damping: fraction of the mean diagonal that is added to the diagonal of the hessian.
+        comparison_group: "block": unstructured scores are compared over all rows of a slab; "row": within each row.
+        mask_columns: columns of a slab. The mask of a slab is chosen when its first column is reached.
+            None: the block (unstructured), or one group of M (N:M).
+        damp_inverse: also damp the inverse hessian before it is factorised.
 
     Raises:
-        ValueError: options that contradict each other, and in `prune_linear` a Hessian that cannot be factorised.
+        ValueError: a setting out of range or settings that contradict each other; in `prune_stack` a hessian that cannot be
+            factorised.
     """
 
     def __init__(
@@ -51,16 +57,16 @@ class SparseGPT(StackedPruner):
         damp_inverse: bool = False,
     ) -> None:
         if comparison_group not in ("block", "row"):
-            raise ValueError(f"pruner.comparison_group={comparison_group}: must be block or row")
-        check_count("pruner.block_size", block_size, 1)
+            raise ValueError(f"pruner.comparison_group={quoted(comparison_group)}: must be block or row")
+        check_count("pruner.block_size", block_size, 1, MAX_BLOCK_SIZE)
         if not isinstance(damp_inverse, bool):
-            raise ValueError(f"pruner.damp_inverse={damp_inverse}: must be true or false")
-        if not damping > 0:
-            raise ValueError(f"pruner.damping={damping}: must be greater than 0, such as 0.01")
-        if mask_columns is not None and (mask_columns < 1 or block_size % mask_columns):
-            raise ValueError(f"pruner.mask_columns={mask_columns}: must divide pruner.block_size={block_size}")
+            raise ValueError(f"pruner.damp_inverse={quoted(damp_inverse)}: must be true or false")
+        if mask_columns is not None:
+            check_count("pruner.mask_columns", mask_columns, 1)
+            if block_size % mask_columns:
+                raise ValueError(f"pruner.mask_columns={mask_columns}: must divide pruner.block_size={block_size}")
         self.block_size = block_size
-        self.damping = damping
+        self.damping = check_positive("pruner.damping", damping)
         self.comparison_group = comparison_group
         self.mask_columns = mask_columns
         self.damp_inverse = damp_inverse
@@ -88,15 +94,15 @@ class SparseGPT(StackedPruner):
         return weight_IO
 
     def _prune_block(self, weight_CO: Tensor, U_CC: Tensor, pattern: SparsityPattern, sizes: list[int]) -> Tensor:
-        """Prune one column block in place; returns the errors (C, O) that later columns have yet to absorb.
+        """Prune one column block in place; returns the errors (C, O) to apply to the columns after the block.
 
-        The errors are gathered a second time within the block, over sub-blocks: a column then costs three operations on
-        a few rows of memory, and one product a sub-block updates the rest of the block.
+        Within the block, errors are accumulated once more over sub-blocks: a column then takes three operations on a few rows of
+        memory, and one product for each sub-block updates the rest of the block.
         """
         num_columns = len(weight_CO)
         slab = self.mask_columns or (pattern.m if isinstance(pattern, NM) else num_columns)
         kernels = sweep_triton if weight_CO.is_cuda else sweep
-        if kernels.available() and num_columns <= kernels.MAX_COLUMNS:  # the same in one launch
+        if kernels.available() and num_columns <= kernels.MAX_COLUMNS:  # the same in one call
             if isinstance(pattern, NM) and slab == pattern.m <= kernels.MAX_M:
                 return kernels.prune_block_nm(weight_CO, U_CC, pattern.n, pattern.m)
             if slab >= num_columns:
@@ -119,14 +125,14 @@ class SparseGPT(StackedPruner):
         return errors_CO
 
     def _drop(self, weight_CO: Tensor, diagonal_C: Tensor, pattern: SparsityPattern, sizes: list[int]) -> Tensor:
-        """The weights (C, O) of a slab to remove, by the cost (w_j / U_jj)^2 of doing so; linears do not compete."""
+        """The weights (C, O) of a slab to remove: those of lowest cost (w_j / U_jj)^2. Linears are not compared with each other."""
         cost_OC = (weight_CO / diagonal_C[:, None]).square_().t().contiguous()
         if isinstance(pattern, NM) or self.comparison_group == "row":
             return ~pattern.mask(cost_OC).t()
         return ~torch.cat([pattern.mask(cost, per="matrix") for cost in cost_OC.split(sizes)]).t()
 
     def _factorise(self, statistic: Hessian, module_name: str) -> tuple[Tensor, Tensor, float]:
-        """U (I, I) upper triangular with H^-1 = U^T U, the dead inputs (I,) bool, and the damping that worked."""
+        """U (I, I), upper triangular with H^-1 = U^T U, the dead inputs (I,), bool, and the damping that worked."""
         damping = self.damping
         for _ in range(1 + NUM_RETRIES):
             hessian = statistic.mean()
@@ -142,13 +148,13 @@ class SparseGPT(StackedPruner):
                 return U, dead, damping
             damping *= 10
         raise ValueError(
-            f"{module_name}: its Hessian from {statistic.num_tokens} tokens could not be factorised, even with damping "
+            f"{module_name}: its hessian from {statistic.num_tokens} tokens could not be factorised, even with damping "
             f"{damping / 10:g}; raise pruner.damping or calibration.num_samples"
         )
 
 
 def _sub_block_width(slab: int, num_columns: int) -> int:
-    """Columns of a sub-block, about SUB_BLOCK: where a slab of a mask begins, all earlier errors must have arrived."""
+    """Columns of a sub-block, about SUB_BLOCK. All earlier errors must be applied where a slab begins."""
     if slab >= num_columns:
         return SUB_BLOCK
     return SUB_BLOCK // slab * slab if slab <= SUB_BLOCK else math.gcd(slab, SUB_BLOCK)

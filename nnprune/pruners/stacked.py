@@ -1,4 +1,4 @@
-"""A base for methods that prune all linears of one input at once: their outputs stand side by side in one weight.
+"""A base for methods that prune all linears of one input together, their outputs side by side in one weight.
 
 Letters: O output features, I input features.
 """
@@ -14,7 +14,7 @@ from nnprune.statistics import Hessian
 
 
 class StackedPruner(Pruner):
-    """Prunes from the Hessian. Subclasses override `prune_stack`, which sees linears that share an input and a pattern as one."""
+    """Prunes from the hessian. Subclasses override `prune_stack`, which sees linears that share an input and a pattern as one."""
 
     statistic = Hessian
 
@@ -23,10 +23,10 @@ class StackedPruner(Pruner):
         """The pruned weight (I, O).
 
         Args:
-            weight_IO: float32, contiguous, the caller's to overwrite; transposed, so that an input feature is one row.
+            weight_IO: float32, contiguous, may be overwritten; transposed, so that an input feature is one row.
             sizes: output features of each linear; their sum is O.
-            pattern: what each linear has to satisfy by itself.
-            names: of the linears; all have the statistic of the first.
+            pattern: each linear has to fulfil it by itself.
+            names: of the linears; they share the statistic of the first.
         """
 
     def prune_linear(self, W: Tensor, module_name: str, pattern: SparsityPattern) -> Tensor:

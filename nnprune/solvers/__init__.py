@@ -1,1 +1,1 @@
-"""What methods compute with: factorisations, least squares, projections onto patterns, layer errors."""
+"""Numerical methods shared by pruners and updates: factorisations, least squares, projections onto patterns, layer errors."""

@@ -1,4 +1,4 @@
-"""Factorisations of a Hessian, in float32 and with few copies of it: at I = 16384 each takes 1 GiB.
+"""Factorisations of a hessian, in float32 and with few copies of it: at I = 16384 each takes 1 GiB.
 
 Letters: I input features.
 """
@@ -7,14 +7,17 @@ import torch
 from torch import Tensor
 
 LEAF = 128
-"""Rows of a triangle that is small enough to be inverted by substitution."""
+"""Rows up to which a triangular matrix is inverted by substitution."""
 
 
 def factor_of_inverse(hessian: Tensor) -> tuple[Tensor, bool]:
-    """U (I, I) upper triangular with H^-1 = U^T U, and whether that failed, for a symmetric H (I, I), which is overwritten.
+    """U (I, I), upper triangular with H^-1 = U^T U, and whether the factorisation failed.
 
-    With rows and columns in reverse order H = L L^T, so that H = R R^T with R = L reversed, upper triangular, and U = R^-1:
-    half the work of inverting H and factorising the inverse, which is not formed.
+    With rows and columns in reverse order H = L L^T. Hence H = R R^T, where R is L reversed and upper triangular, and U = R^-1.
+    That is half the work of inverting H and factorising the inverse.
+
+    Args:
+        hessian: H (I, I), symmetric, float32; overwritten.
     """
     lower, info = torch.linalg.cholesky_ex(
         hessian.flip(0, 1), out=(hessian, torch.empty(0, dtype=torch.int32, device=hessian.device))

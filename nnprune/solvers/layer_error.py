@@ -1,4 +1,4 @@
-"""The error that pruning makes in the outputs of a linear.
+"""The error that pruning causes in the outputs of a linear.
 
 Letters: O output features, I input features.
 """
@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 ROWS_AT_ONCE = 1024
-"""Output features whose float32 copies are needed at the same time to measure an error."""
+"""Output features that are copied to float32 at a time."""
 
 
 def relative_error(W: Tensor, pruned: Tensor, X: Tensor, dense_output: float | None = None) -> float:
-    """||X (pruned - W)^T||^2 / ||X W^T||^2 for weights (O, I) and inputs X (tokens, I), as ALPS reports it (arXiv:2406.07831).
+    """||X (pruned - W)^T||^2 / ||X W^T||^2 for weights (O, I) and inputs X (tokens, I), as reported by ALPS (arXiv:2406.07831).
 
-    `dense_output` is ||X W^T||^2, where that is known.
+    Args:
+        dense_output: ||X W^T||^2 if it is known.
     """
     total = squared_output(W, X) if dense_output is None else dense_output
     return squared_output(pruned, X, W) / max(total, torch.finfo(torch.float32).tiny)
@@ -22,7 +23,7 @@ def relative_error(W: Tensor, pruned: Tensor, X: Tensor, dense_output: float | N
 def squared_output(W: Tensor, X: Tensor, minus: Tensor | None = None) -> float:
     """||X (W - minus)^T||^2 for weights (O, I) and inputs X (tokens, I).
 
-    Of a bfloat16 model difference and outputs are rounded to bfloat16: at random, so that the sum of squares keeps four digits.
+    For a bfloat16 model, difference and outputs are rounded to bfloat16. These errors average out: four digits of the sum are right.
     """
     total = torch.zeros((), dtype=torch.float32, device=X.device)
     others = W.split(ROWS_AT_ONCE) if minus is None else minus.split(ROWS_AT_ONCE)

@@ -1,4 +1,4 @@
-"""Masks chosen again and again while a solver iterates: faster than an exact selection, which only the last one needs.
+"""Masks for the iterations of a solver: faster than an exact selection, which only the last mask needs.
 
 Letters: O output features, I input features.
 """
@@ -8,24 +8,24 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nnprune.patterns import NM, SparsityPattern, can_list, nth_largest
+from nnprune.patterns import NM, SparsityPattern, can_sort, nth_largest
 
 SAMPLED = 1 << 13
-"""Scores of a linear from which a threshold without structure is taken."""
+"""Scores of a linear that are sampled for the threshold of an unstructured mask."""
 
 
 class Projection:
-    """Keeps the largest entries of linears that stand side by side, each by itself as a pattern has it.
+    """Keeps the largest entries of several linears side by side; each linear fulfils the pattern by itself.
 
     Args:
-        pattern: N:M, or a fraction of each linear's entries.
+        pattern: N:M, or a fraction of zeros in each linear.
         sizes: output features of each linear.
     """
 
     def __init__(self, pattern: SparsityPattern, sizes: list[int]) -> None:
         self.pattern = pattern
         self.sizes = sizes
-        self._places: Tensor | None = None  # of the sampled scores
+        self._places: Tensor | None = None  # of the sampled scores, drawn once
 
     def exact(self, score_IO: Tensor) -> Tensor:
         """The mask (I, O) of the scores (I, O), with the pattern's exact counts."""
@@ -33,10 +33,13 @@ class Projection:
         return torch.cat([self.pattern.mask(piece.t().contiguous(), per="matrix").t() for piece in pieces], dim=1)
 
     def fast(self, score_IO: Tensor, sparsity: float | None = None) -> Tensor:
-        """The mask as zeros and ones, in place of the scores (I, O), contiguous: for N:M exact but for ties, which are all
-        kept; otherwise above a threshold taken from a sample.
+        """The mask as ones and zeros, written over the contiguous scores (I, O).
 
-        `sparsity`, less than the pattern's, keeps more: of N:M the entries outside the N that are largest in their linear.
+        N:M is exact except that ties are all kept. Without structure the threshold comes from a sample of the scores.
+
+        Args:
+            score_IO: (I, O), float32, >= 0; overwritten.
+            sparsity: below that of the pattern, keeps more; for N:M also the largest of the other entries of each linear.
         """
         if not isinstance(self.pattern, NM):
             return self._above(score_IO, sparsity or float(self.pattern.sparsity))
@@ -48,7 +51,7 @@ class Projection:
         return self._above(score_IO, share * float(self.pattern.sparsity)).maximum(mask)
 
     def _above(self, score_IO: Tensor, sparsity: float) -> Tensor:
-        """1 in place of the scores (I, O) above a threshold for each linear, its k-th smallest sampled score, and 0 elsewhere."""
+        """Replace scores (I, O) by 1 above the threshold of their linear, the k-th smallest sampled score, and by 0 elsewhere."""
         if self._places is None:
             self._places = self._draw(*score_IO.shape, score_IO.device)
         sampled = score_IO.view(-1)[self._places]
@@ -58,7 +61,7 @@ class Projection:
         return score_IO
 
     def _draw(self, in_features: int, out_features: int, device: torch.device) -> Tensor:
-        """Places of the scores to be sampled, a row a linear, in the flattened (I, O)."""
+        """Places of the sampled scores in the flattened (I, O): one row for each linear."""
         draw = partial(torch.randint, size=(SAMPLED,), generator=torch.Generator(device).manual_seed(0), device=device)
         starts = [sum(self.sizes[:index]) for index in range(len(self.sizes))]
         return torch.stack(
@@ -67,7 +70,7 @@ class Projection:
 
     def _largest_of_groups(self, score_IO: Tensor) -> Tensor:
         n, m = self.pattern.n, self.pattern.m
-        if not can_list(n, m):
+        if not can_sort(n, m):
             return score_IO.copy_(self.exact(score_IO))
         groups = score_IO.unflatten(0, (-1, m))
         groups.ge_(nth_largest(groups.unbind(1), n).unsqueeze(1))
