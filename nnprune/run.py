@@ -102,8 +102,12 @@ def show_plan(cfgs: Sequence[DictConfig]) -> None:
 
         check_grid(cells)
     estimate = CostEstimate(cells)
-    for line in estimate.lines():
-        log.info(line)
+    if len(cells) > 1:
+        log.info("grid: %d cells", len(cells))
+    for stage, seconds in {"stage": "seconds", **estimate.seconds, "total": sum(estimate.seconds.values())}.items():
+        log.info(f"{stage:<18}{seconds:>10}" if isinstance(seconds, str) else f"{stage:<18}{seconds:>10.1f}")
+    peaks = {"host": estimate.host_bytes, "device": estimate.device_bytes, "disk": estimate.disk_bytes}
+    log.info("peak: %s", ", ".join(f"{place} {num_bytes / 2**30:.2f} GiB" for place, num_bytes in peaks.items()))
     if estimate.problems:
         raise ValueError("; ".join(estimate.problems))
 

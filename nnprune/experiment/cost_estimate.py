@@ -1,15 +1,11 @@
-"""What a run, or a grid of runs, will take: memory and disk by arithmetic, time by one timed layer. Letters: O outputs, I inputs."""
+"""What a run, or a grid of runs, will take, without its weights: memory and disk by arithmetic, seconds by two random layers."""
 
-import copy
 import logging
 import math
 import shutil
 import tempfile
-import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,163 +17,176 @@ from nnprune.engine.importance_pass import run_importance_pass
 from nnprune.engine.input_collector import PROBE_TOKENS, input_groups, rows_needed
 from nnprune.engine.layer_files import LayerFiles
 from nnprune.engine.layer_store import LayerStore
-from nnprune.engine.propagation import ROOM_SHARE
 from nnprune.engine.pruning_pass import PruneTask, PruningPass
 from nnprune.engine.stopwatch import Stopwatch
 from nnprune.experiment.build import Experiment
 from nnprune.experiment.job import check_shapes, skeleton, token_ids
+from nnprune.model.attention import use_kernel
 from nnprune.model.decoder import Decoder
-from nnprune.model.loading import quieten_transformers
 from nnprune.records import read_completed
-from nnprune.runtime import available_host_bytes, resident_host_bytes
+from nnprune.runtime import available_host_bytes, peak_host_bytes, resident_host_bytes
 from nnprune.statistics import CrossProduct, Hessian
 
 GIB = 1 << 30
-PROCESS_BYTES = 64 << 20  # libraries, threads and freed blocks of a run on a CPU beyond what is there at the start
-LOGIT_BYTES = 10  # of a logit: in the model's dtype, in float32, and its log-softmax
-SOLVER_MATRICES = 2  # float32 (I, I) that a pruner, target or update with a Hessian keeps for each group of linears...
-SOLVER_WORK = 4  # ...and those that come and go while one group is solved
-WEIGHT_COPIES = 8  # in float32, of the weights of a group while it is pruned
-TUNED_BYTES = (
-    26  # of a parameter that is tuned: five in float32 (itself, gradient, Adam's two, the best), in bfloat16, its mask
-)
-VOCABULARY = 512  # of the timed model
+LIBRARIES = 48 << 20  # bytes of code and threads that a run touches beyond what is there before it loads weights
+LOAD_RATE = GIB // 2  # bytes a second of a checkpoint that is read and checked
+TIMED_TOKENS = {"cpu": 1024, "cuda": 16384}  # enough for the rate of full batches
+TIMED_LAYERS, TIMED_VOCABULARY = 2, 512  # one layer hands its outputs to the other; embeddings are not timed
+FETCHED = 3  # layers in memory where they come and go: one computes, the next arrives, beside a file or a copy
+PINNED = 1.5  # blocks of pinned memory come in powers of two
+KEPT, SOLVING = 3, 6  # float32 (inputs, inputs) that a user of a Hessian keeps for each, and that come and go for one
+WEIGHT_COPIES = 12  # in float32, of the linears of one input while they are pruned
+TUNED_BYTES = 26  # of a tuned parameter: five in float32 (itself, gradient, two of Adam, the best), a 16-bit one, its mask
+
+
+class SynchronisedWatch(Stopwatch):
+    """Waits for a CUDA device before it looks at the time."""
+
+    def _switch(self) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        super()._switch()
 
 
 class CostEstimate:
-    """`seconds` by stage, peaks in bytes, and `problems` (what does not fit, and the remedy) of the cells of a grid, or one run."""
+    """`seconds` by stage, peaks `host_bytes`, `device_bytes` and `disk_bytes`, and `problems`: what does not fit, with remedies.
+
+    All pages of mapped files count as host memory, as the system counts them, but need not fit: `spare_bytes` of the host's.
+    """
 
     def __init__(self, cells: Sequence[Experiment]) -> None:
-        self.cells, self.pruned = cells, [cell for cell in cells if not cell.is_dense]
-        self.first = first = (self.pruned or cells)[0]
-        self.methods, self.runtime, self.device = [one.method for one in self.pruned], first.runtime, first.runtime.torch_device
-        self.on_cuda, self.is_sequential = self.device.type == "cuda", first.config["propagate"] == "sequential"
-        quieten_transformers()
+        pruned = [cell for cell in cells if not cell.is_dense]
+        self.cells, self.pruned, self.methods = cells, pruned, [cell.method for cell in pruned]
+        self.first = first = (pruned or cells)[0]
+        self.runtime, self.device = first.runtime, first.runtime.torch_device
         self.runtime.start(first.config["seed"])
+        self.on_cuda = self.device.type == "cuda"
         self.free_device = torch.cuda.mem_get_info(self.device)[0] if self.on_cuda else 0  # before the timed layers take any
-        start, config, tokenizer = time.perf_counter(), first.source.config(), first.source.tokenizer()
-        self.decoder = skeleton(first, config)
-        for cell in cells:
-            check_shapes(cell, self.decoder)
-        ids, evaluation = token_ids(first, config, tokenizer)
-        self.calibration, self.windows = rows_needed(self.methods, ids), list(evaluation.values())
-        self.measures_dense = first.is_dense or read_completed(first.dense().folder) is None
+        watch = Stopwatch()
+        with watch.stage("data"):
+            config, tokenizer = first.source.config(), first.source.tokenizer()
+            self.decoder = skeleton(first, config)
+            for cell in cells:
+                check_shapes(cell, self.decoder)
+            ids, texts = token_ids(first, config, tokenizer)
+        self.calibration, self.windows = rows_needed(self.methods, ids), list(texts.values())
         self.seq_len = max((ids.shape[1] for ids in (self.calibration, *self.windows) if len(ids)), default=PROBE_TOKENS)
-        self.seconds = {"data": time.perf_counter() - start}
-        base, self.free_host = resident_host_bytes() + PROCESS_BYTES, available_host_bytes()
-        self._time(config)
-        self.host_bytes, self.device_bytes, self.disk_bytes = self._bytes(resident_host_bytes() if self.on_cuda else base)
+        self.free_host, base, peak = available_host_bytes(), resident_host_bytes(), peak_host_bytes()
+        model = self.decoder.model
+        self.layers_bytes = sum(one.nbytes for one in self.decoder.layers.parameters())  # as stored
+        untied = [one.nbytes for name, one in model.named_parameters() if name not in model.all_tied_weights_keys]
+        self.shell_bytes = sum(untied) - self.layers_bytes
+        self.measures_dense = first.is_dense or read_completed(first.dense().folder) is None
+        self.seconds = self._count_seconds(watch.seconds["data"])
+        base = resident_host_bytes() if self.on_cuda else base + LIBRARIES  # the timed layers have loaded CUDA's libraries
+        self._count_bytes(base)
+        self.host_bytes = max(self.host_bytes, peak)
         self.problems = self._problems()
 
-    def lines(self) -> list[str]:
-        """The estimate as text."""
-        rows = {**self.seconds, "total": sum(self.seconds.values())}
-        device = f", device {self.device_bytes / GIB:.2f} GiB" if self.on_cuda else ""
-        peak = f"peak: host {self.host_bytes / GIB:.2f} GiB{device}; disk {self.disk_bytes / GIB:.2f} GiB"
-        title = [f"grid: {len(self.cells)} cells"] * (len(self.cells) > 1)
-        return [*title, f"{'stage':<18}{'seconds':>10}", *(f"{name:<18}{value:>10.1f}" for name, value in rows.items()), peak]
-
-    def _time(self, config: Any) -> None:
-        """Take a batch through a pruning pass over two layers of random weights, and scale `seconds` to the whole run."""
-        ids = torch.randint(VOCABULARY, (max(self.runtime.rows_per_batch(self.seq_len), 2), self.seq_len))
-        logging.disable(logging.INFO)
-        try:
-            for _ in range(1 + self.on_cuda):  # the first time Triton compiles
-                with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-                    seconds = self._pass(config, ids, Path(folder))
-        finally:
-            logging.disable(logging.NOTSET)
-        num_layers = len(self.decoder.layers)
-        forward = seconds.pop("dense_evaluation") * num_layers / ids.numel()  # of a token through all layers
-        share = self.calibration.numel() / ids.numel()
-        head = (
-            self.decoder.vocab_size
-            * self.decoder.text_config.hidden_size
-            / sum(map(torch.numel, self.decoder.layers.parameters()))
-        )
-        for stage, value in seconds.items():
-            self.seconds[stage] = value * num_layers * (share if stage in ("calibration", "recover") else 1)
+    def _count_seconds(self, data: float) -> dict[str, float]:
+        """Stage -> seconds: those of the timed layers, times layers, and times tokens and cells where these matter."""
+        rows = max(TIMED_TOKENS[self.device.type] // self.seq_len, 1 + self.first.method.recovery.is_on)
+        ids = rows_needed(self.methods, torch.randint(TIMED_VOCABULARY, (rows, self.seq_len)))
+        for _ in range(2):  # the first time warms up
+            with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+                timed = self._time_layers(ids, Path(folder))
+        seconds = {stage: value * len(self.decoder.layers) / TIMED_LAYERS for stage, value in timed.items()}
+        for stage in {"calibration", "recover"} & set(seconds):
+            seconds[stage] *= self.calibration.numel() / ids.numel()
+        forward = seconds["dense_evaluation"] / ids.numel()  # of a token
         if self.first.allocation.looks_at == "inputs" and self.pruned:
-            self.seconds["allocation"] += forward * self.calibration.numel()
-        windows = sum(map(torch.numel, self.windows)) * forward * (1 + head)
-        self.seconds |= {"dense_evaluation": windows * self.measures_dense, "evaluation": windows * len(self.pruned)}
+            seconds["allocation"] += forward * self.calibration.numel()
+        head = self.decoder.vocab_size * self.decoder.text_config.hidden_size  # weights; and of all layers:
+        head /= sum(map(torch.numel, self.decoder.layers.parameters()))
+        windows = forward * (1 + head) * sum(map(torch.numel, self.windows))
+        jobs = len(self.cells) + (len(self.cells) > 1)  # of a grid the first prunes for all cells
+        load = (self.layers_bytes + self.shell_bytes) / LOAD_RATE
+        evaluations = {"dense_evaluation": windows * self.measures_dense, "evaluation": windows * len(self.pruned)}
+        return {"data": data * jobs, "load": load * jobs} | seconds | evaluations
 
-    def _pass(self, config: Any, ids: torch.Tensor, folder: Path) -> dict[str, float]:
-        """Stage -> seconds for a layer; also finds the `groups` of linears that share an input."""
-        first, runtime, watch = self.first, self.runtime, Stopwatch()
-        decoder = Decoder(first.source.random(_two_layers(config)), first.source.layers_path)
-        finished = [LayerFiles(folder / str(index), decoder.path) for index in range(max(len(self.pruned), 1))]
-        rest = "host" if runtime.layers == "disk" else runtime.layers
-        engine = LayerwiseEngine(
-            decoder, LayerStore(decoder, self.device, rest, finished[0], None, first.computing_dtype), runtime, folder
-        )
+    def _time_layers(self, ids: torch.Tensor, folder: Path) -> dict[str, float]:
+        """Stage -> seconds of the run's own pass over random layers; also finds the `groups` of linears that share an input."""
+        first, config, watch = self.first, self.first.source.config(), SynchronisedWatch()
+        text = config.get_text_config()
+        for key, value in vars(text).items():
+            if isinstance(value, list) and len(value) == text.num_hidden_layers:  # such as layer_types
+                setattr(text, key, (value * TIMED_LAYERS)[:TIMED_LAYERS])
+        text.num_hidden_layers, text.vocab_size, text.pad_token_id = TIMED_LAYERS, TIMED_VOCABULARY, None
+        model = first.source.random(config)
+        use_kernel(model, self.device)
+        decoder = Decoder(model, self.decoder.path)
+        finished = [LayerFiles(folder / str(index), decoder.path) for index in range(len(self.cells))]
+        rest = "host" if self.runtime.layers == "disk" else self.runtime.layers
+        store = LayerStore(decoder, self.device, rest, finished[0], None, first.computing_dtype)
+        engine = LayerwiseEngine(decoder, store, self.runtime, folder)
         plans = [Uniform().plan(cell.pattern, decoder.shapes_by_layer()) for cell in self.pruned]  # as good as any
+        cells = [PruneTask(*cell) for cell in zip(self.methods, plans, finished, strict=False)]
+        logging.disable(logging.INFO)
         with engine.stream(ids, "windows") as stream:
-            layer = engine.store.fetch(0)
-            self.groups = input_groups(decoder.linears(0), lambda: stream.run(0, layer, stream.probe(PROBE_TOKENS)))
-            stream.run(0, layer, stream.activations.get(slice(0, len(ids))))  # the first call of a kernel is slow
-            if first.allocation.looks_at != "nothing" and self.pruned:
+            layer, probe = store.fetch(0), stream.probe(PROBE_TOKENS)
+            self.groups = input_groups(decoder.linears(0), lambda: stream.run(0, layer, probe))
+            if cells and first.allocation.looks_at != "nothing":
                 with watch.stage("allocation"):
-                    run_importance_pass(engine, ids, {"": partial(first.allocation.measure, pattern=first.pattern)})
-            cells = [PruneTask(*cell) for cell in zip(self.methods, plans, finished, strict=False)]
+                    run_importance_pass(engine, ids, {"": lambda layer: first.allocation.measure(layer, first.pattern)})
             PruningPass(engine, cells, first.config["propagate"], watch).run(ids, [stream])
-        return {stage: value / len(decoder.layers) for stage, value in watch.seconds.items()}
+        logging.disable(logging.NOTSET)
+        return watch.seconds
 
-    def _bytes(self, base: int) -> tuple[int, int, int]:
-        """Peaks of the host, the device and the disk."""
-        runtime, decoder, is_grid = self.runtime, self.decoder, len(self.cells) > 1
-        inside, item = set(decoder.layers.parameters()), decoder.model.dtype.itemsize
-        layers, layer = (sum(one.nbytes for one in part) for part in (inside, decoder.layers[0].parameters()))
-        shell = sum(one.nbytes for one in set(decoder.model.parameters()) - inside)
-        near, saved = "device" if self.on_cuda else "host", len(self.cells) * bool(self.first.config["save"])
-        rests = {
-            "host": base,
-            "device": shell + self._workspace(),
-            "disk": layers * max(len(self.pruned), saved) + shell * saved,
-        }
-        if runtime.layers != "disk":  # pinned memory comes in powers of two
-            rests[runtime.layers] += layers + (layers // 2 if self.on_cuda and runtime.layers == "host" else 0)
-        if runtime.layers == "disk" or (
-            self.on_cuda and runtime.layers == "host"
-        ):  # two fetched, the mapped file of the second
-            rests["device"] += 3 * layer
-        width, streams = decoder.text_config.hidden_size * item, 1 + self.first.method.needs_reference
-        calibration = [self.calibration.numel() * width] * streams * (1 + self.is_sequential)  # shortcuts keep as much again
-        windows = [ids.numel() * width for ids in self.windows] * (self.measures_dense + bool(self.pruned))
-        for num_bytes in max(calibration, windows, key=sum) if is_grid else calibration + windows:  # a grid prunes first
-            fits = not self.on_cuda or num_bytes < DEVICE_SHARE * (self.free_device - rests["device"])
-            rests[runtime.activations if runtime.activations != "auto" else near if fits else "host"] += num_bytes
-        if not self.on_cuda:
-            rests["host"] += rests.pop("device")
-        if self.is_sequential and runtime.activations in ("auto", near):  # outputs of linears, kept where there is room
-            shapes, share = decoder.shapes_by_layer()[0], DEVICE_SHARE if self.on_cuda else ROOM_SHARE
-            kept = item * sum(shapes[name][0] for names in self.groups[1:-1] for name in names) + (streams - 1) * width
-            room = (self.free_device if self.on_cuda else self.free_host) - rests[near]
-            rests[near] += min(self.calibration.numel() * kept, max(int(share * room), 0))
-        return rests["host"], rests.get("device", 0), rests["disk"]
+    def _count_bytes(self, base: int) -> None:
+        """Peaks of the host, which holds `base` before weights are loaded, of the device and of the disk."""
+        first, runtime, num_cells = self.first, self.runtime, len(self.cells)
+        is_saved, on_disk = first.config["save"], runtime.activations == "disk"
+        hidden, cached = self._activations()
+        growth = first.computing_dtype.itemsize / first.source.stored_dtype.itemsize  # of weights, for computing
+        moves = self.on_cuda or growth != 1
+        stays = runtime.layers == "device" or (runtime.layers == "host" and not moves)  # all layers are where they compute
+        fetched = 1 if stays else FETCHED / len(self.decoder.layers)
+        device = growth * (self.shell_bytes + fetched * self.layers_bytes) + self._workspace()
+        rest = self.layers_bytes * (PINNED if self.on_cuda else 1) * (runtime.layers == "host" and moves)
+        loading = self.layers_bytes * (runtime.layers != "disk" and moves)  # the mapped checkpoint, beside what is made of it
+        fits = hidden < DEVICE_SHARE * (self.free_device - device)
+        if not self.on_cuda:  # the device is the host
+            work, device = device + hidden + cached, 0
+        elif runtime.activations == "device" or (runtime.activations == "auto" and fits):
+            work, device = 0, device + hidden + cached
+        else:
+            work = hidden
+        self.spare_bytes = hidden * on_disk + cached * (not self.on_cuda)
+        self.needed_bytes = int(base + rest + work - self.spare_bytes)
+        self.host_bytes, self.device_bytes = int(base + rest + max(work, loading + self.shell_bytes * growth)), int(device)
+        layer_files = self.layers_bytes * (num_cells if is_saved else len(self.pruned))
+        self.disk_bytes = layer_files + self.shell_bytes * num_cells * is_saved + hidden * on_disk
+
+    def _activations(self) -> tuple[int, int]:
+        """Bytes of hidden states, and of outputs that propagate=sequential caches where there is room."""
+        computing, needs_reference = self.first.computing_dtype.itemsize, self.first.method.needs_reference
+        token = self.decoder.text_config.hidden_size
+        outputs = sum(shape[0] for shape in self.decoder.shapes_by_layer()[0].values())
+        is_sequential = bool(self.pruned) and self.first.config["propagate"] == "sequential"
+        streams = (1 + needs_reference) * (1 + is_sequential)  # which holds the attention's outputs beside each
+        calibration = streams * self.calibration.numel()
+        windows = sum(map(torch.numel, self.windows)) * (self.measures_dense + bool(self.pruned))
+        hidden = max(calibration, windows) if len(self.cells) > 1 else calibration + windows  # a grid prunes, then measures
+        is_cached = is_sequential and self.runtime.activations != "disk"
+        return computing * token * hidden, computing * outputs * self.calibration.numel() * is_cached
 
     def _workspace(self) -> int:
-        """Bytes that computing takes beside weights and activations at rest."""
-        shapes, item, vocab_size = self.decoder.shapes_by_layer()[0], self.decoder.model.dtype.itemsize, self.decoder.vocab_size
-        logits = LOGIT_BYTES * tokens_of_logits(self.device, self.seq_len, vocab_size) * vocab_size * bool(self.windows)
-        width = sum(outputs for outputs, _ in shapes.values()) + 4 * self.decoder.text_config.hidden_size
-        tokens = self.runtime.rows_per_batch(self.seq_len) * self.seq_len
-        forward = tokens * (item * width + 4 * max(inputs for _, inputs in shapes.values()))
+        """Bytes that computing takes beside weights and activations at rest, with the device's cached batches."""
+        shapes, computing = self.decoder.shapes_by_layer()[0], self.first.computing_dtype.itemsize
+        vocab_size, tokens = self.decoder.vocab_size, self.runtime.rows_per_batch(self.seq_len) * self.seq_len
+        logits = (computing + 8) * vocab_size * tokens_of_logits(self.device, self.seq_len, vocab_size) * bool(self.windows)
+        inputs = [shapes[names[0]][1] for names in self.groups]
+        forward = tokens * (computing * sum(shape[0] for shape in shapes.values()) + 4 * max(inputs))
         if not self.pruned:
             return max(logits, forward)
-        recovery, paired = self.first.method.recovery, self.is_sequential and self.first.method.needs_reference
-        sizes = [sum(math.prod(shapes[name]) for name in names) for names in self.groups]
-        widths = sorted(shapes[names[0]][1] for names in self.groups)[-2 if self.is_sequential else 0 :]  # the last one lingers
-        shared = {kind for one in self.methods for kind in one.statistics} & {Hessian, CrossProduct}
-        users = [
-            use for one in self.methods for use in (one.pruner.statistic, one.update.statistic, *one.target.statistics[:1])
-        ]
-        matrices = len(shared) + SOLVER_MATRICES * users.count(Hessian)
-        statistics = sum(4 * matrices * width * width + 8 * width for width in widths)
-        solving = 4 * (SOLVER_WORK * bool(shared) * widths[-1] ** 2 + WEIGHT_COPIES * max(sizes))
-        dense = item * sum(sizes) * (len(self.pruned) > 1 or paired)  # the dense layer beside the pruned one
-        tuning = (TUNED_BYTES * sum(sizes) + 12 * tokens * width) * recovery.is_on
-        return max(logits, statistics + dense + max(solving, forward, tuning))
+        largest = max(sum(math.prod(shapes[name]) for name in names) for names in self.groups)
+        users = {type(use): use.statistic for one in self.methods for use in (one.pruner, one.update)}
+        kinds = {kind for one in self.methods for kind in one.statistics if kind in (Hessian, CrossProduct)}
+        readers = sum(kind is Hessian for kind in users.values()) + (CrossProduct in kinds)
+        squares = sorted(width * width for width in inputs)[-2 if self.first.config["propagate"] == "sequential" else 0 :]
+        hessians = (len(kinds) + KEPT * readers) * sum(squares) + SOLVING * max(squares) * bool(kinds)
+        tuning = TUNED_BYTES * sum(map(math.prod, shapes.values())) * self.first.method.recovery.is_on
+        return max(logits, 4 * hessians + max(4 * WEIGHT_COPIES * largest, forward + tuning))
 
     def _problems(self) -> list[str]:
         outputs = Path(str(self.first.config["outputs"])).absolute()
@@ -185,22 +194,10 @@ class CostEstimate:
         host = "runtime=low_memory, which keeps layers and activations on disk"
         if self.runtime.layers == self.runtime.activations == "disk":
             host = "a machine with more memory, or a lower calibration.num_samples"
-        device = "runtime.layers=host runtime.activations=host, or a lower runtime.batch_tokens"
         rows = (
-            ("host memory", self.host_bytes, self.free_host, host),
-            ("device memory", self.device_bytes, self.free_device, device),
+            ("host memory", self.needed_bytes, self.free_host, host),
+            ("device memory", self.device_bytes, self.free_device, "runtime.layers=host runtime.activations=host"),
             (f"disk {there}", self.disk_bytes, shutil.disk_usage(there).free, "outputs to a larger disk"),
         )
         text = "{}: needs {:.1f} GiB, there are {:.1f}; set {}"
         return [text.format(name, need / GIB, free / GIB, remedy) for name, need, free, remedy in rows if need > free]
-
-
-def _two_layers(config: Any) -> Any:
-    """The configuration of a model with two such layers and hardly any shell."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    for key, value in vars(text).items():
-        if isinstance(value, list) and len(value) == text.num_hidden_layers:  # such as layer_types
-            setattr(text, key, value[:2])
-    text.num_hidden_layers, text.vocab_size, text.pad_token_id = min(text.num_hidden_layers, 2), VOCABULARY, None
-    return config
