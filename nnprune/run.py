@@ -110,9 +110,13 @@ def show_estimate(cfgs: Sequence[DictConfig]) -> None:
 
     if len(cfgs) > 1:
         check_grid(cfgs)
+        log.info("grid: %d cells", len(cfgs))
     estimate = CostEstimate([build(cfg) for cfg in cfgs])
-    for line in estimate.lines():
-        log.info(line)
+    log.info("%-18s%10s", "stage", "seconds")
+    for stage, seconds in {**estimate.seconds, "total": sum(estimate.seconds.values())}.items():
+        log.info("%-18s%10.1f", stage, seconds)
+    peaks = {"host": estimate.host_bytes, "device": estimate.device_bytes, "disk": estimate.disk_bytes}
+    log.info("peak: %s", ", ".join(f"{place} {num_bytes / 2**30:.2f} GiB" for place, num_bytes in peaks.items() if num_bytes))
     if estimate.problems:
         raise ValueError("; ".join(estimate.problems))
 
