@@ -85,6 +85,11 @@ class ModelSource:
         return f"model.path={self.path}"
 
     @property
+    def _origin(self) -> str:
+        """What saved files may say that they come from: never a folder of the hub's cache."""
+        return str(self.directory or self.path)
+
+    @property
     def commit(self) -> str | None:
         """The model's commit on the hub, asked for once a process; None for a local one. Raises ValueError when it can't be had."""
         return self.files.repository.commit() if self.files.repository else None
@@ -108,6 +113,7 @@ class ModelSource:
         self._refuse_quantised(read_json(folder / "config.json", self.label))
         with self._explained():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
+        config.name_or_path = self._origin
         known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         named = config.architectures or []
         is_known = type(config) in AutoModelForCausalLM._model_mapping and (not named or known & set(named))
@@ -124,6 +130,7 @@ class ModelSource:
         """The model's tokenizer. Raises ValueError when it gives ids that the model has no embeddings for."""
         with self._explained():
             tokenizer = AutoTokenizer.from_pretrained(self.files.folder, trust_remote_code=self.trust_remote_code)
+        tokenizer.name_or_path = self._origin
         size = getattr(self._config.get_text_config(), "vocab_size", None)
         # A special token beyond the embeddings, for padding say, does no harm until it is put in.
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -196,6 +203,7 @@ class ModelSource:
             )
         if info["missing_keys"]:
             raise ValueError(f"{self.label}: the checkpoint lacks {min(info['missing_keys'])}; is it complete?")
+        model.config.name_or_path = self._origin
         return model.eval()
 
     def checkpoint(self, model: PreTrainedModel) -> Checkpoint:
