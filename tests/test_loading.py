@@ -204,6 +204,11 @@ def test_damaged_configurations(folder, content):
     assert "cannot be loaded" in refusal(folder)
 
 
+def test_the_whole_reason_is_told(folder):
+    configure(folder, num_attention_heads=3)
+    assert "The hidden size (16) is not a multiple of the number of attention heads (3)" in refusal(folder)
+
+
 def test_code_of_a_model_runs_only_when_told_to(folder, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     code = (

@@ -238,7 +238,7 @@ class ModelSource:
         except Exception as error:
             if "trust_remote_code" in str(error):
                 raise ValueError(self._needs_code) from error
-            reason = next((text for text in str(error).strip().splitlines() if text.strip()), type(error).__name__)
+            reason = " ".join(str(error).split()) or type(error).__name__
             remedy = "give a model directory" if self.directory else "choose another model or revision"
             raise ValueError(f"{self.label}: cannot be loaded ({reason[:300]}); {remedy}") from error
 
