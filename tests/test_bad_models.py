@@ -33,7 +33,10 @@ NO_DECODERS = [
 
 @pytest.mark.parametrize(("config", "architecture", "reason"), NO_DECODERS, ids=["bert", "t5", "t5-nameless", "vit", "mixtral"])
 def test_models_that_cannot_be_pruned(tiny_config, tmp_path, config, architecture, reason):
-    message = failure(tiny_config(f"model.path={model_dir(tmp_path / 'model', config, architecture)}"))
+    folder = model_dir(tmp_path / "model", config, architecture)
+    if architecture == "MixtralForCausalLM":
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    message = failure(tiny_config(f"model.path={folder}"))
     assert reason in message
     assert "choose a " in message
 
@@ -54,8 +57,8 @@ INCOMPLETE = [
 
 
 @pytest.mark.parametrize(("file", "content", "reason"), INCOMPLETE)
-def test_incomplete_model_directories(tiny_config, tmp_path, file, content, reason):
-    folder = model_dir(tmp_path / "model", transformers.OPTConfig(), "OPTForCausalLM")
+def test_incomplete_model_directories(tiny_config, tiny_model_dir, tmp_path, file, content, reason):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
     (folder / file).unlink()
     if content is not None:
         (folder / file).write_text(content)

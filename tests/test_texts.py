@@ -4,7 +4,6 @@ import gzip
 import json
 import random
 
-import datasets
 import pandas as pd
 import pytest
 import torch
@@ -16,11 +15,6 @@ from nnprune.calibration import RandomCalibration, TextCalibration, token_hash
 from nnprune.texts import TextSource
 
 WORDS = ["the", "a", "river", "bridge", "under", "walked", "slowly", "Anna", "1984", ",", "."]
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

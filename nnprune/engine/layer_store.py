@@ -182,11 +182,8 @@ class LayerStore:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     def _load_shell(self) -> None:
-        model = self.decoder.model
-        names = [name for name in model.state_dict() if not name.startswith(f"{self.decoder.path}.")]
-        tied = model.all_tied_weights_keys
-        model.load_state_dict(self.checkpoint.read(names, optional=tied), strict=False, assign=True)
-        model.tie_weights()
+        prefix = f"{self.decoder.path}."
+        self.checkpoint.load_shell([name for name in self.decoder.model.state_dict() if not name.startswith(prefix)])
 
     def _move_shell(self) -> None:
         """Move all outside the decoder layers to the device; tied tensors are moved once and stay tied."""

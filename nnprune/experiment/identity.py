@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def science(experiment: "Experiment") -> dict[str, Any]:
     """All that makes an experiment another one when it changes."""
     config, source, method = experiment.config, experiment.source, experiment.method
-    model = {**config["model"], "path": source.digest() or source.path, "name": None}
+    model = {**config["model"], "path": source.digest() or source.path, "revision": source.commit, "name": None}
     model["dtype"] = {"stored": name_of(source.stored_dtype), "computing": name_of(experiment.computing_dtype)}
     evaluation = {**config["evaluation"], "path": None}
     evaluation["datasets"] = {

@@ -198,8 +198,11 @@ def _tell_dtype(experiment: Experiment) -> None:
 
 
 def skeleton(experiment: Experiment, config: Any) -> Decoder:
-    """The model without its weights."""
-    return Decoder(experiment.source.skeleton(config), experiment.source.layers_path)
+    """The model without its weights. Raises ValueError where its files cannot be what the runtime needs."""
+    source = experiment.source
+    model = source.skeleton(config)
+    source.check(model, experiment.runtime.layers)
+    return Decoder(model, source.layers_path)
 
 
 def check_shapes(experiment: Experiment, decoder: Decoder) -> None:

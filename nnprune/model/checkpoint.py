@@ -1,62 +1,169 @@
-"""Safetensors files of checkpoints: read tensor by tensor, written as a whole or not at all."""
+"""The weights of a checkpoint: what its headers say of them, read tensor by tensor; and files written as a whole or not at all.
+
+Names, shapes and dtypes are what transformers' loader makes of the same files.
+"""
 
 import errno
+import json
 import os
-from collections.abc import Collection
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 LOADED_BY_TRANSFORMERS = {"format": "pt"}
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""What safetensors calls the dtypes of weights that are what they seem."""
+
+PACKED = re.compile("qweight|qzeros|packed|scale|absmax|quant|SCB|blocks|code")
+"""What the parts of a quantised weight are called."""
+
+QUANTISED = "is quantised, and only dense weights can be pruned; choose the checkpoint that it was made of"
+
+
+class Header(NamedTuple):
+    """Of a tensor in a file."""
+
+    path: Path
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+
 
 class Checkpoint:
-    """Weights in safetensors files, read by name and only when asked for.
+    """Weights in files, by the names that the model has for them. Nothing but headers is read until a tensor is asked for.
 
     Args:
-        folder: where the files are.
+        paths: the files, all .safetensors, or all .bin; of a name that is in two of them the last one counts.
         model: tells, by its state dict, what the weights are called; transformers' own rules rename those of the files.
         label: the config key and value, for error messages.
     """
 
-    def __init__(self, folder: Path, model: PreTrainedModel, label: str) -> None:
+    def __init__(self, paths: Sequence[Path], model: PreTrainedModel, label: str) -> None:
         self.label = label
-        self.dtype = model.dtype
-        self.places: dict[str, tuple[Path, str]] = {}
-        transforms = get_model_conversion_mapping(model)
-        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-        state = model.state_dict()
-        for path in sorted(folder.glob("*.safetensors")):
-            try:
-                with safe_open(path, "pt") as file:
-                    keys = list(file.keys())
-            except SafetensorError as error:
-                raise ValueError(f"{label}: {path.name} cannot be read ({error}); get it again") from error
-            for key in keys:
-                name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, state)
-                self.places[name] = (path, key)
-        if not self.places:
-            raise ValueError(f"{label}: has no safetensors files to read layers from one at a time; use runtime.layers=host")
+        self._model = model
+        self._state = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+        headers = {header.key: header for path in paths for header in read_headers(path, label)}
+        rename, self._converts = _renaming(model)
+        self.places = {rename(key): header for key, header in headers.items()}
 
-    def read(self, names: list[str], optional: Collection[str] = ()) -> dict[str, Tensor]:
-        """Name -> tensor for the model's parameters `names`; only those in `optional` may be absent from the files."""
-        wanted = [name for name in names if name in self.places]
-        if missing := set(names) - set(wanted) - set(optional):
+    def check(self) -> None:
+        """Raise ValueError when these are no dense weights, or not this model's."""
+        for name, header in self.places.items():
+            if name not in self._state:
+                continue
+            dtype, shape = self._state[name]
+            if dtype.is_floating_point and header.dtype not in FLOATS:
+                raise ValueError(f"{self.label}: {header.key} is of {header.dtype}: the checkpoint {QUANTISED}")
+            if header.shape != shape and name not in self._converts:
+                raise ValueError(
+                    f"{self.label}: {header.key} is {header.shape} in {header.path.name}, and config.json asks for {shape}; "
+                    "they are of different models, get both again"
+                )
+        if self._converts:
+            return  # what transformers makes other weights of is for it to judge
+        if missing := sorted(self.missing(list(self._state))):
+            module = missing[0].rpartition(".")[0] + "."
+            others = [name.removeprefix(module) for name in self.places if name.startswith(module) and name not in self._state]
+            if any(PACKED.search(name) for name in others):
+                raise ValueError(f"{self.label}: {module}{others[0]} stands for {missing[0]}: the checkpoint {QUANTISED}")
+            raise ValueError(f"{self.label}: the checkpoint lacks {missing[0]}; is it complete?")
+
+    def missing(self, names: Sequence[str]) -> set[str]:
+        """Those of the model's `names` that neither the files hold nor a weight that is tied to it stands for."""
+        ignored = self._model._keys_to_ignore_on_load_missing or ()
+        absent = {name for name in names if name not in self.places and not any(re.search(rule, name) for rule in ignored)}
+        tied: dict[str, set[str]] = {}
+        for target, source in self._model.all_tied_weights_keys.items():
+            tied.setdefault(source, {source}).add(target)
+        for group in tied.values():
+            if group & set(self.places):
+                absent -= group
+        return absent
+
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Name -> tensor, in the model's dtype, for the model's parameters `names`."""
+        if missing := set(names) - set(self.places):
             raise ValueError(f"{self.label}: its safetensors lack {min(missing)}; use runtime.layers=host")
         tensors: dict[str, Tensor] = {}
-        for path in {self.places[name][0] for name in wanted}:
+        for path in {self.places[name].path for name in names}:
             with safe_open(path, "pt") as file:
-                for name in wanted:
-                    place, key = self.places[name]
-                    if place == path:
-                        tensor = file.get_tensor(key)
-                        tensors[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+                for name in names:
+                    if self.places[name].path == path:
+                        tensors[name] = file.get_tensor(self.places[name].key).to(self._state[name][0])
         return tensors
+
+    def load_shell(self, names: Sequence[str]) -> None:
+        """Give the model the weights `names`, all those outside its decoder layers, and tie what transformers ties: a head
+        of its own stays, and of two tied weights the one that is stored counts for both."""
+        absent = {name for name in names if name not in self.places}
+        if missing := self.missing(names):
+            raise ValueError(f"{self.label}: its safetensors lack {min(missing)}; use runtime.layers=host")
+        self._model.load_state_dict(self.read([name for name in names if name not in absent]), strict=False, assign=True)
+        self._model.tie_weights(missing_keys=absent, recompute_mapping=False)
+        state = self._model.state_dict()
+        if empty := sorted(name for name in names if state[name].is_meta):
+            raise ValueError(f"{self.label}: its safetensors lack {empty[0]}; use runtime.layers=host")
+
+
+def read_headers(path: Path, label: str) -> list[Header]:
+    """What a file holds. Raises ValueError when it is damaged."""
+    try:
+        if path.suffix != ".safetensors":
+            return _headers_of_bin(path)
+        with safe_open(path, "pt"):  # refuses what is cut
+            pass
+        with path.open("rb") as file:
+            told = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return [Header(path, key, one["dtype"], tuple(one["shape"])) for key, one in told.items() if key != "__metadata__"]
+    except MemoryError:
+        raise
+    except Exception as error:  # torch.load has no end of them
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{label}: {path.name} cannot be read ({reason}); get it again") from error
+
+
+def _headers_of_bin(path: Path) -> list[Header]:
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    names = dict(zip(dtypes, FLOATS, strict=True))
+    options: dict[str, Any] = {"map_location": "meta", "weights_only": True}
+    with suppress(RuntimeError):  # files of before torch 1.6 can't be mapped
+        return _as_headers(path, torch.load(path, mmap=True, **options), names)
+    return _as_headers(path, torch.load(path, **options), names)
+
+
+def _as_headers(path: Path, state: dict[str, Any], names: dict[torch.dtype, str]) -> list[Header]:
+    tensors = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
+    return [Header(path, key, names.get(one.dtype, str(one.dtype)), tuple(one.shape)) for key, one in tensors.items()]
+
+
+def _renaming(model: PreTrainedModel) -> tuple[Callable[[str], str], set[str]]:
+    """What transformers' loader calls the weight of a key, and, filled as it is used, which weights it computes from others."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    state, prefix, converted = model.state_dict(), model.base_model_prefix, set()
+
+    def rename(key: str) -> str:
+        name, converter = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, converter = rename_source_key(key, [], [], prefix, state)
+        if converter is not None:
+            converted.add(name)
+            return f"{name} of {key}"  # not to be read as it is
+        return name
+
+    return rename, converted
 
 
 def save_atomically(state: dict[str, Tensor], path: Path) -> None:

@@ -4,7 +4,6 @@ Everything that can be known without weights (configuration, tokenizer, shapes o
 """
 
 import copy
-import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,19 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from nnprune.model.checkpoint import Checkpoint
+from nnprune.files.hub import Repository
+from nnprune.model.checkpoint import QUANTISED, Checkpoint
 from nnprune.model.dtypes import DTYPES, choose_computing_dtype
+from nnprune.model.model_files import ModelFiles, read_json
+from nnprune.model.skeleton import keep_float32, parameters_on_meta
 from nnprune.texts import DEMO_FOLDER
-
-SMALL_FILES = ["config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json"]
-CHECKPOINT_FILES = ["*.safetensors", "*.safetensors.index.json"]
 
 
 def quieten_transformers() -> None:
@@ -45,6 +41,7 @@ class ModelSource:
         dtype: bfloat16, float16 or float32: what the model is loaded, computed and saved in. auto: the checkpoint's is stored
             and saved, and computes where the hardware has units for it, else float32.
         revision: branch, tag or commit on the hub.
+        trust_remote_code: whether Python code that comes with the model may run.
         layers_path: the module that lists the decoder layers, where it cannot be found without help.
 
     Raises:
@@ -56,7 +53,9 @@ class ModelSource:
     dtype: str = "auto"
     revision: str | None = None
     layers_path: str | None = None
+    trust_remote_code: bool = False
     directory: Path | None = field(init=False, default=None)
+    _is_checked: bool = field(init=False, default=False, repr=False, compare=False)  # whether the weights fit
 
     def __post_init__(self) -> None:
         if self.path is None:
@@ -64,6 +63,9 @@ class ModelSource:
         self.path = str(self.path)  # the command line makes numbers of some names
         if self.dtype not in ("auto", *DTYPES):
             raise ValueError(f"model.dtype={self.dtype}: must be auto, {', '.join(DTYPES)}")
+        if not isinstance(self.trust_remote_code, bool):
+            raise ValueError(f"model.trust_remote_code={self.trust_remote_code}: must be true or false")
+        self.revision = None if self.revision is None else str(self.revision)
         local = DEMO_FOLDER if self.path == "demo" else Path(self.path).expanduser()
         self.name = str(self.name or Path(self.path).expanduser().resolve().name)
         if local.is_dir():
@@ -71,9 +73,31 @@ class ModelSource:
         elif not re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", self.path):
             raise ValueError(f"model.path={self.path}: no such directory; give a directory or a hub id like facebook/opt-125m")
 
+    @cached_property
+    def files(self) -> ModelFiles:
+        """Where configuration, tokenizer and weights lie."""
+        repository = None if self.directory else Repository("model.path", self.path, "model", self.revision)
+        return ModelFiles(self.label, self.directory, repository, self.trust_remote_code)
+
     @property
-    def _location(self) -> dict[str, Any]:
-        return {"pretrained_model_name_or_path": str(self.directory or self.path), "revision": self.revision}
+    def label(self) -> str:
+        """Key and value, for error messages."""
+        return f"model.path={self.path}"
+
+    @property
+    def _origin(self) -> str:
+        """What saved files may say that they come from: never a folder of the hub's cache."""
+        return str(self.directory or self.path)
+
+    @property
+    def commit(self) -> str | None:
+        """The model's commit on the hub, asked for once a process; None for a local one. Raises ValueError when it can't be had."""
+        return self.files.repository.commit() if self.files.repository else None
+
+    def digest(self) -> str | None:
+        """A short hash of all bytes of a local model's configuration, tokenizer and weights; None on the hub, where `commit`
+        tells."""
+        return self.files.digest() if self.directory else None
 
     def config(self) -> Any:
         """The model's configuration, a fresh copy. Raises ValueError when it cannot be had or is no causal language model's."""
@@ -83,26 +107,47 @@ class ModelSource:
     def _config(self) -> Any:
         if self.directory and not (self.directory / "config.json").is_file():
             raise ValueError(f"model.path={self.path}: has no config.json; give a directory made by save_pretrained")
+        folder = self.files.folder
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{self.label}: has no config.json; choose a model in Hugging Face's format")
+        self._refuse_quantised(read_json(folder / "config.json", self.label))
         with self._explained():
-            config = AutoConfig.from_pretrained(**self._location)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
+        config.name_or_path = self._origin
         known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         named = config.architectures or []
         is_known = type(config) in AutoModelForCausalLM._model_mapping and (not named or known & set(named))
-        if config.is_encoder_decoder or not is_known:
+        if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+            if not is_known and not self.trust_remote_code:
+                raise ValueError(self._needs_code)
+            is_known = True
+        if getattr(config, "is_encoder_decoder", False) or not is_known:
             kind = ", ".join(named) or config.model_type
             raise ValueError(f"model.path={self.path}: {kind} is no causal language model; choose a decoder-only model")
         return config
 
     def tokenizer(self) -> Any:
-        """The model's tokenizer."""
+        """The model's tokenizer. Raises ValueError when it gives ids that the model has no embeddings for."""
         with self._explained():
-            return AutoTokenizer.from_pretrained(**self._location)
+            tokenizer = AutoTokenizer.from_pretrained(self.files.folder, trust_remote_code=self.trust_remote_code)
+        tokenizer.name_or_path = self._origin
+        size = getattr(self._config.get_text_config(), "vocab_size", None)
+        # A special token beyond the embeddings, for padding say, does no harm until it is put in.
+        special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        ids = [index for index in tokenizer.get_vocab().values() if index not in special]
+        highest = max([*ids, *tokenizer("a").input_ids], default=0)
+        if size and highest >= size:
+            raise ValueError(
+                f"{self.label}: its tokenizer gives ids up to {highest}, and config.json says vocab_size={size}; get the "
+                "tokenizer that the model was trained with"
+            )
+        return tokenizer
 
     def generation_config(self) -> GenerationConfig | None:
         """The model's settings for generating text, where it has any."""
         try:
-            return GenerationConfig.from_pretrained(str(self.directory or self.path), revision=self.revision)
-        except OSError:
+            return GenerationConfig.from_pretrained(self.files.folder)
+        except (OSError, ValueError):
             return None
 
     @property
@@ -116,87 +161,88 @@ class ModelSource:
 
     def skeleton(self, config: Any) -> PreTrainedModel:
         """The model with its parameters on the meta device and its buffers real: shapes without weights."""
-        with _parameters_on_meta():
-            return self.random(config)
+        with parameters_on_meta():
+            model = self.random(config)
+        keep_float32(model)
+        if not self._is_checked and self.files.are_weights_here():
+            self.check(model)
+        return model
+
+    def check(self, model: PreTrainedModel, layers: str = "host") -> None:
+        """Raise ValueError when the weights are not those of `model`, a skeleton, or can't be read as `layers` says: host, device
+        or disk. Reads headers; weights that would have to be fetched are looked at once they are there."""
+        if layers == "disk" and not self.files.is_safetensors:
+            raise ValueError(
+                f"runtime.layers=disk: {self.path} has its weights in {self.files.chosen}, which can't be read layer by layer; "
+                "use runtime.layers=host, or save the model as safetensors first"
+            )
+        if not self._is_checked and self.files.are_weights_here():
+            Checkpoint(self.files.weights(), model, self.label).check()
+            self._is_checked = True
 
     def random(self, config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """A model of this configuration in host memory, with random weights, in `dtype` or else the stored one."""
-        return AutoModelForCausalLM.from_config(
-            config, dtype=dtype or self.stored_dtype, attn_implementation=_attention(config)
-        ).eval()
+        options = {"attn_implementation": _attention(config), "trust_remote_code": self.trust_remote_code}
+        with self._explained():
+            return AutoModelForCausalLM.from_config(config, dtype=dtype or self.stored_dtype, **options).eval()
 
     def load(self, config: Any) -> PreTrainedModel:
         """The whole model in host memory. Raises ValueError when the checkpoint lacks weights."""
+        self.files.weights()  # those of the hub are fetched
+        if not self._is_checked:
+            self.skeleton(config)
         with self._explained():
             model, info = AutoModelForCausalLM.from_pretrained(
-                **self._location,
+                self.files.folder,
                 config=config,
                 dtype=self.stored_dtype,
                 attn_implementation=_attention(config),
+                trust_remote_code=self.trust_remote_code,
+                use_safetensors=self.files.is_safetensors,
                 output_loading_info=True,
             )
         if info["missing_keys"]:
-            raise ValueError(f"model.path={self.path}: the checkpoint lacks {min(info['missing_keys'])}; is it complete?")
+            raise ValueError(f"{self.label}: the checkpoint lacks {min(info['missing_keys'])}; is it complete?")
+        model.config.name_or_path = self._origin
         return model.eval()
 
-    def checkpoint(self, model: PreTrainedModel) -> "Checkpoint":
+    def checkpoint(self, model: PreTrainedModel) -> Checkpoint:
         """The model's safetensors files, for reading a layer at a time."""
-        folder = self.directory
-        if folder is None:
-            from huggingface_hub import snapshot_download
+        self.check(model, "disk")
+        checkpoint = Checkpoint(self.files.weights(), model, self.label)
+        if not self._is_checked:
+            checkpoint.check()
+        return checkpoint
 
-            with self._explained():
-                folder = Path(snapshot_download(self.path, revision=self.revision, allow_patterns=CHECKPOINT_FILES))
-        return Checkpoint(folder, model, f"model.path={self.path}")
+    def _refuse_quantised(self, config: dict[str, Any]) -> None:
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            for key in ("quantization_config", "compression_config"):
+                if method := part.get(key):
+                    method = method.get("quant_method", key) if isinstance(method, dict) else key
+                    raise ValueError(f"{self.label}: {key} in config.json says {method}: the checkpoint {QUANTISED}")
 
-    def digest(self) -> str | None:
-        """A short hash of a local model's configuration, tokenizer and weights; None on the hub, where revisions tell.
-
-        Each weight file counts by its size, its header and 64 slices of 4 KiB spread over it.
-        """
-        if self.directory is None:
-            return None
-        sha = hashlib.sha256()
-        for path in sorted({path for pattern in SMALL_FILES for path in self.directory.glob(pattern) if path.is_file()}):
-            sha.update(f"{path.name} {path.stat().st_size}".encode() + path.read_bytes())
-        for path in sorted([*self.directory.glob("*.safetensors"), *self.directory.glob("*.bin")]):
-            size = path.stat().st_size
-            sha.update(f"{path.name} {size}".encode())
-            with path.open("rb") as file:
-                for step in range(64):
-                    file.seek(size * step // 64)
-                    sha.update(file.read(4096))
-        return sha.hexdigest()[:16]
+    @property
+    def _needs_code(self) -> str:
+        return (
+            f"{self.label}: comes with Python code of its own, which runs only if you say so; read the code, then set "
+            "model.trust_remote_code=true, or choose a model that transformers knows"
+        )
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turn what the hub and transformers raise into one line with the remedy."""
+        """Turn what transformers raises, of whatever kind, into one line with the remedy."""
         try:
             yield
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            if self.directory:
-                raise ValueError(f"model.path={self.path}: cannot be loaded ({reason}); give a model directory") from error
-            raise ValueError(
-                f"model.path={self.path}: no such directory, and the hub did not give it ({reason}); "
-                "without a hub use model=local model.path=DIR"
-            ) from error
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if "trust_remote_code" in str(error):
+                raise ValueError(self._needs_code) from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            remedy = "give a model directory" if self.directory else "choose another model or revision"
+            raise ValueError(f"{self.label}: cannot be loaded ({reason[:300]}); {remedy}") from error
 
 
 def _attention(config: Any) -> str | None:
     """None: "sdpa" where the model supports it, else "eager", as transformers chooses, whatever the configuration names."""
     return "eager" if config.output_attentions else None  # a configuration that asks for weights can't be saved with another
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Every parameter that a module registers goes to the meta device; buffers, which no checkpoint may hold, stay real."""
-
-    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
-        return nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-    handle = register_module_parameter_registration_hook(to_meta)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -1,0 +1,59 @@
+"""Documents of one local file: .txt, or a table that the datasets library reads. A path names the file of exactly that name."""
+
+import glob
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+FORMATS = {".jsonl": "json", ".json": "json", ".json.gz": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
+"""Suffix -> what the datasets library calls the format. The documents are in one of several columns."""
+
+
+class NoSuchColumn(ValueError):
+    """The file has no column of text of that name; its columns of text are the message."""
+
+
+def suffix(path: Path) -> str:
+    """ ".json.gz" and the like as one suffix."""
+    return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+
+
+def read_documents(path: Path, column: str) -> Sequence[str]:
+    """The documents of a file in order: those of `column`, in all formats but .txt.
+
+    Raises NoSuchColumn, or ValueError with the reason why the file cannot be read, in one line.
+    """
+    if path.suffix != ".txt":
+        return _read_table(path, column)
+    try:
+        return paragraphs(path.read_text(encoding="utf-8-sig"))  # a byte-order mark is no text
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8 text; convert it, or name another file") from None
+    except OSError as error:
+        raise ValueError(f"could not be read ({error.strerror}); check the file") from error
+
+
+def paragraphs(text: str) -> list[str]:
+    """Documents of a text file: parted by blank lines or, where it has none, one a line."""
+    parts = re.split(r"\n\s*\n", text.strip())
+    parts = parts if len(parts) > 1 else text.splitlines()
+    return [part for part in parts if part.strip()]
+
+
+def _read_table(path: Path, column: str) -> Sequence[str]:
+    import datasets  # takes a second to import, and a text file needs none of it
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    files = {"train": glob.escape(str(path.absolute()))}  # the library takes patterns
+    try:
+        table = datasets.load_dataset(FORMATS[suffix(path)], data_files=files, split="train")
+    except Exception as error:  # the library raises a dozen kinds
+        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        raise ValueError(f"could not be read ({reason}); check the file") from error
+    columns = [name for name, kind in table.features.items() if getattr(kind, "dtype", None) in ("string", "large_string")]
+    if column not in columns:
+        raise NoSuchColumn(", ".join(columns) or "none")
+    if table.data.column(column).null_count:
+        table = table.filter(lambda text: text is not None, input_columns=column)
+    return table[column]

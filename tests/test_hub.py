@@ -1,0 +1,227 @@
+"""Models and datasets of a hub: what is asked of it, what serves without it, and what each failure is told as.
+
+The hub is on 127.0.0.1. Each of its users is a process of its own, because the hub's library reads its settings when imported.
+"""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import HANGS, ROOT
+from support.fakehub import Hub
+from support.repositories import C4, make_repositories
+
+from nnprune.model.loading import ModelSource
+
+
+@pytest.fixture(scope="session")
+def repositories(tmp_path_factory) -> Path:
+    return make_repositories(tmp_path_factory.mktemp("hub"))
+
+
+@pytest.fixture
+def hub(repositories, tmp_path):
+    """A hub whose repositories a test may change."""
+    shutil.copytree(repositories, tmp_path / "hub")
+    hub = Hub(tmp_path / "hub")
+    yield hub
+    hub.close()
+
+
+class User:
+    """Processes with one cache between them."""
+
+    def __init__(self, hub: Hub, cache: Path) -> None:
+        self.hub, self.cache = hub, cache
+
+    def run(self, code: str, **environment: str) -> list:
+        """What a process prints, a JSON value a line: that of `show(VALUE)`, or the message of a ValueError of `tell(CALL)`."""
+        prelude = (
+            "import json\nfrom nnprune.texts import TextSource\n"
+            "def show(value): print(json.dumps(value), flush=True)\n"
+            "def tell(call):\n    try: call()\n    except ValueError as error: show(str(error))\n"
+            "def wikitext(split='test', key='evaluation.datasets.wikitext2', **more):\n"
+            "    return TextSource(key, dataset='Salesforce/wikitext', data_files=f'wikitext-2-raw-v1/{split}-*.parquet', **more)\n"
+            f"def c4(file='{C4}', name='allenai/c4', **more):\n"
+            "    return TextSource('calibration', dataset=name, data_files=file, **more)\n"
+            "def model(path, **more):\n    from nnprune.model.loading import ModelSource\n    return ModelSource(path, **more)\n"
+        )
+        plain = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))}
+        own = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.cache), "XDG_CACHE_HOME": str(self.cache / "own")}
+        done = subprocess.run(
+            [sys.executable, "-c", prelude + code],
+            env={**plain, **own, **environment},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=HANGS,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture
+def user(hub, tmp_path) -> User:
+    return User(hub, tmp_path / "cache")
+
+
+TEXTS = "show([list(c4().documents()), wikitext().joined(), wikitext('train').joined()])\n"
+TEXTS_READ = [
+    ["a document"],
+    "\n\n".join(["", " = test = \n", " some text \n"]),
+    "\n\n".join(["", " = train = \n", " some text \n"]),
+]
+
+
+def test_texts_are_fetched_once_and_serve_without_the_hub(hub, user):
+    assert user.run(TEXTS) == [TEXTS_READ]
+    assert hub.counted() <= 12
+    assert user.run(TEXTS * 3) == [TEXTS_READ] * 3
+    assert hub.counted() == 2  # one a repository, however often it is read
+    assert user.run(TEXTS, HF_HUB_OFFLINE="1") == [TEXTS_READ]
+    assert hub.counted() == 0
+    hub.status = 503
+    assert user.run(TEXTS) == [TEXTS_READ]
+    hub.close()
+    assert user.run(TEXTS) == [TEXTS_READ]
+
+
+def test_the_hub_goes_down_within_a_process(hub, user):
+    user.run("wikitext().documents()")
+    hub.counted()
+    code = "import urllib.request\nshow(wikitext().joined())\nwikitext('train').documents()\nshow(c4().commit)\n"
+    shown = user.run(code + "from nnprune import hub\nhub._close()\nshow(wikitext('train').joined())\ntell(c4().documents)")
+    assert shown[0] == TEXTS_READ[1]
+    assert shown[2] == TEXTS_READ[2]
+    assert shown[3].startswith("calibration.dataset=allenai/c4: the hub at http://127.0.0.1")
+
+
+def test_commits(hub, user):
+    first = hub.commit("datasets", "Salesforce/wikitext")
+    code = "show([wikitext().commit, c4().commit, TextSource('calibration', path='x.txt').commit])\n"
+    assert user.run(code + "wikitext().documents()") == [[first, hub.commit("datasets", "allenai/c4"), None]]
+    folder = hub.root / "datasets/Salesforce/wikitext/main/wikitext-2-raw-v1"
+    pd.DataFrame({"text": ["newer"]}).to_parquet(folder / "test-00000-of-00001.parquet")
+    second = hub.commit("datasets", "Salesforce/wikitext")
+    assert first != second
+    shown = user.run(f"show([wikitext().joined(), wikitext().commit])\nshow(wikitext(revision='{first}').joined())")
+    assert shown == [["newer", second], TEXTS_READ[1]]
+    assert user.run("show([wikitext().joined(), wikitext().commit])", HF_HUB_OFFLINE="1") == [["newer", second]]
+
+
+def test_a_pinned_revision_asks_nothing_once_it_is_here(hub, user):
+    shutil.copytree(hub.root / "datasets/allenai/c4/main", hub.root / "datasets/allenai/c4/v1")
+    with gzip.open(hub.root / "datasets/allenai/c4/main" / C4, "wt") as file:
+        file.write(json.dumps({"text": "another document"}) + "\n")
+    commit = hub.commit("datasets", "allenai/c4", "v1")
+    assert user.run("show([list(c4(revision='v1').documents()), c4(revision='v1').commit])") == [[["a document"], commit]]
+    hub.counted()
+    assert user.run(f"show(list(c4(revision='{commit}').documents()))") == [["a document"]]
+    assert hub.counted() == 0
+
+
+def test_a_renamed_repository(hub, user):
+    hub.moved["wikitext/old"] = "Salesforce/wikitext"
+    code = "show(TextSource('x', dataset='wikitext/old', data_files='wikitext-2-raw-v1/test-*.parquet').joined())"
+    assert user.run(code) == [TEXTS_READ[1]]
+    assert user.run(code, HF_HUB_OFFLINE="1") == [TEXTS_READ[1]]
+
+
+def test_what_goes_wrong_is_told_with_its_remedy(hub, user):
+    hub.private.add("Salesforce/wikitext")
+    hub.gated.add("allenai/c4")
+    lines = user.run(
+        "tell(wikitext().documents)\ntell(c4().documents)\ntell(c4(revision='v9').documents)\n"
+        "tell(c4(name='no/where').documents)\ntell(model('meta-llama/Llama', revision='v9').config)"
+    )
+    private, gated, revision, missing, model = lines
+    assert private.startswith("evaluation.datasets.wikitext2.dataset=Salesforce/wikitext: does not exist or is private")
+    assert gated.startswith("calibration.dataset=allenai/c4: is gated; accept its licence at ")
+    assert all("HF_TOKEN" in text for text in (private, gated, missing))
+    assert revision.startswith("calibration.revision=v9: the dataset allenai/c4 has no such branch, tag or commit")
+    assert missing.startswith("calibration.dataset=no/where: does not exist or is private")
+    assert model.startswith("model.revision=v9: the model meta-llama/Llama has no such branch, tag or commit")
+    assert all("\n" not in text for text in lines)
+    assert user.run("show(list(c4().documents()))", HF_TOKEN="hf_ok") == [["a document"]]
+
+
+def test_missing_files_and_a_hub_that_is_away(hub, user):
+    code = "tell(c4(file='en/none.json.gz').documents)\ntell(c4(file='en/none-*.json.gz').documents)"
+    for line in user.run(code):
+        assert line.startswith("calibration.data_files=en/none")
+        assert "the dataset allenai/c4 has no such file" in line
+    for message, environment in (
+        ("HF_HUB_OFFLINE forbids", {"HF_HUB_OFFLINE": "1"}),
+        ("cannot be reached (it answers 503)", {}),
+    ):
+        hub.status = 503
+        (line,) = user.run("tell(wikitext().documents)", **environment)
+        assert message in line
+        assert "point evaluation.datasets.wikitext2.dataset at a local folder" in line
+        assert "\n" not in line
+    hub.close()
+    (line,) = user.run("tell(wikitext().documents)")
+    assert "cannot be reached" in line
+    assert "Connection refused" in line
+
+
+def test_a_cache_that_cannot_be_written(user, tmp_path):
+    (tmp_path / "file").touch()
+    (line,) = user.run("tell(c4().documents)", HF_HOME=str(tmp_path / "file"))
+    assert line.startswith("calibration.dataset=allenai/c4: ")
+    assert "\n" not in line
+
+
+LOADED = (
+    "one = model(PATH)\nskeleton = one.skeleton(one.config())\nloaded = one.load(one.config())\ntokenizer = one.tokenizer()\n"
+    "one.generation_config()\nloaded.config.save_pretrained(SAVED)\ntokenizer.save_pretrained(SAVED)\n"
+    "show([one.commit, one.digest(), one.config().name_or_path, float(sum(p.double().sum() for p in loaded.parameters()))])\n"
+)
+
+
+@pytest.mark.parametrize("name", ["meta-llama/Llama", "facebook/opt"])
+def test_models_are_fetched_once_and_serve_without_the_hub(hub, user, name):
+    code = LOADED.replace("PATH", repr(name)).replace("SAVED", repr(str(user.cache / "saved")))
+    folder = hub.root / "models" / name / "main"
+    if name == "meta-llama/Llama":
+        code += "state = one.checkpoint(skeleton).read(list(skeleton.state_dict()))\n"
+        code += "show(float(sum(tensor.double().sum() for tensor in state.values())))\n"
+    else:
+        code += "tell(lambda: one.check(skeleton, 'disk'))\n"
+    first = user.run(code)
+    local = ModelSource(str(folder))
+    total = float(sum(parameter.detach().double().sum() for parameter in local.load(local.config()).parameters()))
+    assert first[0] == [hub.commit("models", name), None, name, total]
+    if name == "meta-llama/Llama":
+        assert first[1] == pytest.approx(total)
+    else:
+        assert first[1].startswith("runtime.layers=disk: facebook/opt has its weights in pytorch_model.bin")
+    assert not any(b"snapshots" in path.read_bytes() for path in (user.cache / "saved").iterdir())
+    fetched = [line.split("/")[-1] for line in hub.requests if line.startswith("GET") and "/resolve/" in line]
+    assert len(fetched) == len(set(fetched))
+    assert not {"consolidated.safetensors", "model_ema.safetensors", "llama.gguf", "tf_model.h5"} & set(fetched)
+    assert len([line for line in fetched if line.endswith((".bin", ".safetensors"))]) == len(local.files.weights())
+    hub.counted()
+    assert user.run(code) == first
+    assert hub.counted() == 1
+    hub.close()
+    assert user.run(code, HF_HUB_OFFLINE="1") == first
+
+
+def test_a_gated_model_and_one_whose_weights_were_replaced(hub, user):
+    hub.gated.add("meta-llama/Llama")
+    code = "one = model('meta-llama/Llama')\ntell(one.config)\nshow(one.commit)\n"
+    gated, before = user.run(code)
+    assert gated.startswith("model.path=meta-llama/Llama: is gated; accept its licence at ")
+    hub.gated.clear()
+    path = next((hub.root / "models/meta-llama/Llama/main").glob("model-00001*"))
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
+    (after,) = user.run(code)
+    assert after == hub.commit("models", "meta-llama/Llama") != before
