@@ -150,7 +150,7 @@ def test_a_pruner_that_breaks_the_contract_is_named(answer, complaint, tmp_path)
 def test_the_documents_diff_is_a_pruner():
     """What the diff of docs/pruner.md adds; tests/test_contract.py would find it in conf/pruner/."""
     [diff] = [code for language, code in DOCUMENT if language == "diff"]
-    added = diff.rpartition("\n")[2]
+    added = diff.rpartition("@@\n")[2]
     namespace = {}
     exec("\n".join(line[1:] for line in added.splitlines()), namespace)
     pruner = namespace["STADE"]()

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from nnprune import digests
+from nnprune.files import digests
 from nnprune.model.loading import ModelSource
 
 

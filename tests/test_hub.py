@@ -97,7 +97,9 @@ def test_the_hub_goes_down_within_a_process(hub, user):
     user.run("wikitext().documents()")
     hub.counted()
     code = "import urllib.request\nshow(wikitext().joined())\nwikitext('train').documents()\nshow(c4().commit)\n"
-    shown = user.run(code + "from nnprune import hub\nhub._close()\nshow(wikitext('train').joined())\ntell(c4().documents)")
+    shown = user.run(
+        code + "from nnprune.files import hub\nhub._close()\nshow(wikitext('train').joined())\ntell(c4().documents)"
+    )
     assert shown[0] == TEXTS_READ[1]
     assert shown[2] == TEXTS_READ[2]
     assert shown[3].startswith("calibration.dataset=allenai/c4: the hub at http://127.0.0.1")

@@ -54,8 +54,8 @@ def test_what_a_target_compares(propagate, tmp_path):
 @pytest.mark.parametrize("layers", ["host", "disk"])
 def test_behind_a_tuned_layer_inputs_are_compared_within_it(layers, propagate, tiny_config, monkeypatch):
     """Behind `before`, X_dense are the tuned layer's own inputs: in `pruned` propagation the same as X."""
-    seen, repair = [], Asymmetric._repair
-    monkeypatch.setattr(Asymmetric, "_repair", lambda self, found, name: seen.append(found) or repair(self, found, name))
+    seen, repair = [], Asymmetric._correction
+    monkeypatch.setattr(Asymmetric, "_correction", lambda self, found, name: seen.append(found) or repair(self, found, name))
     settings = ["pruner=wanda", "sparsity=2:4", "target=asymmetric", "recover=next_layer", "recover.epochs_before=1"]
     record = run(tiny_config(*settings, f"propagate={propagate}", f"runtime.layers={layers}"))
     assert len(seen) == 8  # two layers of four groups

@@ -19,7 +19,7 @@ from nnprune.experiment.build import build
 from nnprune.model.loading import ModelSource
 from nnprune.model.weight_views import LinearView
 from nnprune.patterns import NM, parse_pattern
-from nnprune.run import run, run_grid, show_plan
+from nnprune.run import run, run_grid, show_estimate
 
 
 def patterns_of(record):
@@ -159,5 +159,5 @@ def test_a_cell_of_a_grid_that_cannot_be_is_found_before_weights_are_read(tiny_c
 def test_a_plan_of_a_run_tells_of_the_survey(name, tiny_config, caplog, monkeypatch):
     monkeypatch.setattr(ModelSource, "load", refuse)
     caplog.set_level("INFO")
-    show_plan(tiny_config(f"allocation={name}"))
+    show_estimate([tiny_config(f"allocation={name}")])
     assert "\nallocation " in "\n" + "\n".join(caplog.messages)

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from nnprune.model.checkpoint import Checkpoint
+from nnprune.model.checkpoint import Checkpoint, Header
 from nnprune.model.decoder import Decoder
 from nnprune.model.loading import ModelSource
 from nnprune.patterns import PatternError, SparsityPattern, parse_pattern
@@ -50,8 +50,10 @@ class SavedCheck:
         self.linears = {
             f"{name}.weight": view for index in range(len(decoder.layers)) for name, view in decoder.weights(index).items()
         }
-        self.saved_places = Checkpoint(saved, model, str(saved)).places
-        self.dense_places = Checkpoint(dense, model, str(dense)).places
+        if not (files := sorted(saved.glob("*.safetensors"))):
+            raise ValueError(f"{saved}: has no safetensors files; name the folder of a saved model")
+        self.saved_places = Checkpoint(files, model, str(saved)).places
+        self.dense_places = Checkpoint(source.files.weights(), model, str(dense)).places
         self.zeros = self.num_weights = self.num_checked = 0
 
     def faults(self) -> Iterator[str]:
@@ -70,11 +72,11 @@ class SavedCheck:
     def _index_faults(self) -> Iterator[str]:
         path = self.saved / "model.safetensors.index.json"
         if path.exists():
-            found = {key: place.name for place, key in self.saved_places.values()}
+            found = {key: place.name for place, key, *_ in self.saved_places.values()}
             index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
             for name in sorted(name for name in found.keys() | index.keys() if found.get(name) != index.get(name)):
                 yield f"{name}: in {found.get(name, 'no file')}, and by the index in {index.get(name, 'none')}"
-        elif len({place for place, _ in self.saved_places.values()}) > 1:
+        elif len({place for place, *_ in self.saved_places.values()}) > 1:
             yield f"{path.name}: missing, with more than one file of weights"
 
     def _tensor_faults(self, name: str) -> Iterator[str]:
@@ -105,10 +107,9 @@ class SavedCheck:
         )
 
 
-def _read(place: tuple[Path, str]) -> Tensor:
-    path, key = place
-    with safe_open(path, "pt") as file:
-        return file.get_tensor(key)
+def _read(place: Header) -> Tensor:
+    with safe_open(place.path, "pt") as file:
+        return file.get_tensor(place.key)
 
 
 def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:

@@ -118,7 +118,7 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
     for checked in (*experiment.evaluation.evaluators.values(), experiment.calibration.source):
         if checked:
             checked.check()
-    experiment.source.config()  # what names the experiment needs it
+    _ = experiment.fingerprint  # what names the experiment must be there before anything is written under that name
     return experiment
 
 

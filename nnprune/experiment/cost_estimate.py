@@ -12,6 +12,7 @@ import torch
 from nnprune.allocations.uniform import Uniform
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.hidden_states import tokens_of_logits
+from nnprune.engine.importance_pass import run_importance_pass
 from nnprune.engine.input_collector import PROBE_TOKENS, input_groups, rows_needed
 from nnprune.engine.layer_files import LayerFiles
 from nnprune.engine.layer_store import LayerStore
@@ -78,7 +79,7 @@ class CostEstimate:
             seconds[stage] *= self.calibration.numel() / ids.numel()
         forward = seconds["dense_evaluation"] / ids.numel()  # of a token through all layers
         if self.first.allocation.looks_at == "inputs" and self.pruned:
-            seconds["allocation"] = forward * self.calibration.numel()
+            seconds["allocation"] += forward * self.calibration.numel()
         head = self.decoder.vocab_size * self.decoder.text_config.hidden_size / self.in_layers
         windows = forward * (1 + head) * sum(map(torch.numel, self.windows))
         return seconds | {"dense_evaluation": windows * self.measures_dense, "evaluation": windows * len(self.pruned)}
@@ -102,6 +103,9 @@ class CostEstimate:
         with engine.hidden_states(ids, "windows") as states:
             layer, probe = store.fetch(0), states.probe(PROBE_TOKENS)
             self.groups = input_groups(decoder.weights(0), lambda: states.run(0, layer, probe))
+            if self.pruned and self.first.allocation.looks_at != "nothing":
+                with watch.stage("allocation"):
+                    run_importance_pass(engine, ids, {"": lambda one: self.first.allocation.measure(one, self.first.pattern)})
             PruningPass(engine, tasks, self.first.config["propagate"], watch).run(ids, [states])
         logging.disable(logging.NOTSET)
         return watch.seconds

@@ -44,8 +44,13 @@ def _stamp(path: Path) -> str:
     return json.dumps([str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
 
 
+def cache_folder() -> Path:
+    """nnprune's folder in the user's cache. Raises RuntimeError when nobody has a home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nnprune"
+
+
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nnprune" / "digests.json"
+    return cache_folder() / "digests.json"
 
 
 def _read() -> dict[str, str]:

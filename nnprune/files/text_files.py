@@ -1,9 +1,12 @@
 """Documents of one local file: .txt, or a table that the datasets library reads. A path names the file of exactly that name."""
 
 import glob
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+
+from nnprune.files.digests import cache_folder, file_digest
 
 FORMATS = {".jsonl": "json", ".json": "json", ".json.gz": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
 """Suffix -> what the datasets library calls the format. The documents are in one of several columns."""
@@ -40,14 +43,31 @@ def paragraphs(text: str) -> list[str]:
     return [part for part in parts if part.strip()]
 
 
+def _literal(path: Path) -> str:
+    """A name for a file that the library takes literally, as a pattern and as an address. It is made of the content, where a link can
+    be made, so that what the library has cached of other content under the same name is not used."""
+    try:
+        folder = cache_folder() / "texts"
+        folder.mkdir(parents=True, exist_ok=True)
+        alias = folder / f"{file_digest(path)}{suffix(path)}"
+        unfinished = alias.with_name(f".{alias.name}.{os.getpid()}")
+        unfinished.unlink(missing_ok=True)
+        unfinished.symlink_to(path.absolute())
+        unfinished.replace(alias)
+        return str(alias)
+    except (OSError, RuntimeError):  # no home, or no links there
+        return glob.escape(str(path.absolute()))
+
+
 def _read_table(path: Path, column: str) -> Sequence[str]:
     import datasets  # takes a second to import, and a text file needs none of it
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    files = {"train": glob.escape(str(path.absolute()))}  # the library takes patterns
     try:
-        table = datasets.load_dataset(FORMATS[suffix(path)], data_files=files, split="train")
+        table = datasets.load_dataset(FORMATS[suffix(path)], data_files={"train": _literal(path)}, split="train")
+        if column in table.features:
+            table.data.column(column).validate(full=True)  # or bytes that are no UTF-8 would be found out about late
     except Exception as error:  # the library raises a dozen kinds
         reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise ValueError(f"could not be read ({reason}); check the file") from error
