@@ -9,6 +9,8 @@ from conftest import compose_config
 from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.presets import MEASURED
+from support.runs import refuse
 
 from nnprune.allocations.alphapruning import AlphaPruning, hill_alpha
 from nnprune.allocations.base import DenseLayer, mean, mixed_nm, spread, within
@@ -22,7 +24,6 @@ from nnprune.pruners.wanda import Wanda
 from nnprune.run import CONF, run
 
 NAMES = sorted(path.stem for path in (CONF / "allocation").glob("*.yaml"))
-MEASURED = [name for name in NAMES if name not in ("uniform", "file")]
 NUMBER = st.floats(1e-3, 1e3)
 LAYERS = st.lists(st.tuples(NUMBER, st.integers(1, 10**6)), min_size=1, max_size=12)
 
@@ -31,12 +32,7 @@ def make(name):
     return instantiate(compose_config(f"allocation={name}").allocation, _convert_="all")
 
 
-BRIEF = ("pruner=magnitude", "evaluation.max_windows=1")
 DEFAULTS = {name: make(name) for name in MEASURED}
-
-
-def refuse(*_, **__):
-    raise AssertionError("this work was not to be done")
 
 
 # The rules of every plan

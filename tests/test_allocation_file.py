@@ -3,9 +3,7 @@
 import json
 
 import pytest
-from test_allocation import BRIEF, refuse
-from test_grid import stripped
-from test_survey import patterns_of
+from support.runs import BRIEF, patterns_of, refuse, stripped
 
 from nnprune.allocations.from_file import FromFile
 from nnprune.experiment.build import build

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, VOCAB_SIZE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.families import FAMILIES, VOCAB_SIZE
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig

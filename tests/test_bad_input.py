@@ -5,8 +5,9 @@ import errno
 import pytest
 from conftest import compose_config
 from hydra.errors import MissingConfigException
+from support.runs import failure
 
-import nnprune.engine.layer_files
+import nnprune.model.checkpoint
 from nnprune.experiment.build import build
 from nnprune.model.loading import ModelSource
 from nnprune.records import RESULT_FILE, read, read_all
@@ -22,18 +23,6 @@ def no_weights(monkeypatch):
 
     monkeypatch.setattr(ModelSource, "load", load)
     monkeypatch.setattr(ModelSource, "checkpoint", load)
-
-
-def failure(cfg) -> str:
-    """The error of a run: one line, and recorded."""
-    with pytest.raises((ValueError, OSError)) as caught:
-        run(cfg)
-    message = str(caught.value.strerror if isinstance(caught.value, OSError) else caught.value)
-    assert "\n" not in message.strip()
-    records, problems = read_all(cfg.outputs)
-    assert not problems
-    assert [record["error"] for record in records if record["status"] == "failed"] == [str(caught.value)]
-    return message
 
 
 SETTINGS = [
@@ -177,7 +166,7 @@ def test_outputs_that_cannot_be_written(tiny_config, tmp_path):
 
 def test_disk_full_while_a_layer_is_saved(tiny_config, monkeypatch):
     cfg = tiny_config()
-    original, saved = nnprune.engine.layer_files.save_file, []
+    original, saved = nnprune.model.checkpoint.save_file, []
 
     def save_file(state, path, **options):
         if len(saved) == 1:
@@ -186,7 +175,7 @@ def test_disk_full_while_a_layer_is_saved(tiny_config, monkeypatch):
         saved.append(path)
         original(state, path, **options)
 
-    monkeypatch.setattr(nnprune.engine.layer_files, "save_file", save_file)
+    monkeypatch.setattr(nnprune.model.checkpoint, "save_file", save_file)
     message = failure(cfg)
     folder = build(cfg).folder
     assert message.startswith("outputs: decoder layer 1 could not be saved in ")

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from conftest import byte_tokenizer
-from test_bad_input import failure
+from support.runs import failure
 from transformers import AutoModelForCausalLM
 
 

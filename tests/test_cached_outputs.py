@@ -4,9 +4,8 @@ from collections import Counter
 
 import pytest
 import torch
-from families import FAMILIES
-from test_engine import IDS, prune_model
-from test_propagation import recover
+from support.engine import IDS, prune_model, recover
+from support.families import FAMILIES
 
 import nnprune.engine.cached_outputs
 import nnprune.engine.propagation

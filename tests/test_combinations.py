@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import save_random
-from families import FAMILIES
 from support.combinations import SEQ_LEN, WINDOWS, draw, faults
+from support.families import FAMILIES
 from transformers import AutoModelForCausalLM
 
 from nnprune.model import dtypes

@@ -6,18 +6,13 @@ from conftest import compose_config
 from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.presets import NAMES, make_pruner, supported
 
 from nnprune.patterns import NM, Unstructured, parse_pattern
 from nnprune.pruners.base import Pruner
-from nnprune.run import CONF
 from nnprune.statistics import CrossProduct, Hessian
 
-NAMES = sorted(path.stem for path in (CONF / "pruner").glob("*.yaml") if path.stem != "custom")
 PATTERNS = ["0.5", "0.7", "0.05", "2:4", "4:8", "1:4", "3:4", "2:3"]
-
-
-def make(name: str) -> Pruner:
-    return instantiate(compose_config(f"pruner={name}").pruner, _convert_="all")
 
 
 def layer(rows: int, columns: int, tokens: int = 300, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,19 +25,11 @@ def layer(rows: int, columns: int, tokens: int = 300, seed: int = 0) -> tuple[to
     return W, X
 
 
-def supported(name: str, spec: str) -> bool:
-    try:
-        make(name).validate(parse_pattern(spec))
-    except ValueError:
-        return False
-    return True
-
-
 CASES = [(name, spec) for name in NAMES for spec in PATTERNS if supported(name, spec)]
 
 
 def prune(name: str, W: torch.Tensor, X: torch.Tensor, spec: str) -> torch.Tensor:
-    pruner = make(name)
+    pruner = make_pruner(name)
     pruner.add_linear_activations("l", X)
     return pruner.prune_linear(W, "l", parse_pattern(spec))
 
@@ -66,7 +53,7 @@ def test_contract(name, spec, dtype):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_two_calls_by_count_give_the_same(name):
     W, X = layer(16, 128)
-    pruner = make(name)
+    pruner = make_pruner(name)
     pruner.add_linear_activations("l", X)
     assert torch.equal(pruner.prune_linear_nm(W, "l", 2, 4), pruner.prune_linear(W, "l", NM(2, 4)))
     by_count = pruner.prune_linear_unstruct(W, "l", 1024)
@@ -158,7 +145,7 @@ def test_sparsegpt_beats_wanda_beats_magnitude_on_the_layer_error():
 
 def indefinite_sparsegpt(name: str, first: float) -> tuple[Pruner, torch.Tensor]:
     """A pruner whose Hessian of linear `name` is the identity but for its first entry, and a weight for it."""
-    pruner = make("sparsegpt")
+    pruner = make_pruner("sparsegpt")
     W, X = layer(8, 64)
     pruner.add_linear_activations(name, X)
     hessian = torch.eye(64)
@@ -180,7 +167,7 @@ def test_a_hessian_that_no_damping_mends_names_the_linear():
 
 
 def test_linears_of_one_input_are_factorised_once(monkeypatch):
-    pruner = make("sparsegpt")
+    pruner = make_pruner("sparsegpt")
     W, X = layer(8, 64)
     pruner.add_linear_activations("q", X)
     pruner.statistics["k"] = pruner.statistics["q"]

@@ -1,55 +1,19 @@
 """Any dense decoder-only model, seen as shell, decoder layers and linears, with no list of architectures."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 import transformers
-from families import FAMILIES, VOCAB_SIZE
+from support.engine import engine_of, prune, random_ids, through_layers
+from support.families import FAMILIES
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import nnprune.engine.hidden_states
 from nnprune.engine.consistency_check import check_consistency
-from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.input_collector import input_groups
-from nnprune.engine.layer_files import LayerFiles
-from nnprune.engine.layer_store import LayerStore
-from nnprune.engine.pruning_pass import PruneTask, PruningPass
-from nnprune.method import Method
 from nnprune.model.decoder import Decoder, run_layer
 from nnprune.patterns import parse_pattern
 from nnprune.pruners.sparsegpt import SparseGPT
-from nnprune.runtime import Runtime
-
-
-def random_ids(rows: int = 2, seq_len: int = 24, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, VOCAB_SIZE, (rows, seq_len), generator=torch.Generator().manual_seed(seed))
-
-
-def engine_of(model, folder, **runtime) -> LayerwiseEngine:
-    decoder, runtime = Decoder(model), Runtime(device="cpu", **runtime)
-    store = LayerStore(decoder, runtime.torch_device, runtime.layers, LayerFiles(folder / "layers", decoder.path), None)
-    return LayerwiseEngine(decoder, store, runtime, folder)
-
-
-def prune(engine, method, plan, ids, propagate="pruned") -> list[dict]:
-    """Prune as a run does, and leave the model pruned; returns the reports of all layers."""
-    method = method if isinstance(method, Method) else Method(method)
-    finished = engine.store.finished
-    PruningPass(engine, [PruneTask(method, plan, finished)], propagate).run(ids)
-    for index in range(engine.num_layers):
-        engine.store.fetch(index)
-    return [finished.reports[index] for index in range(engine.num_layers)]
-
-
-@contextmanager
-def through_layers(engine, ids, pruned=True):
-    """Hidden states behind the last layer: what an evaluation sees."""
-    with torch.no_grad(), engine.hidden_states(ids, "test") as stream:
-        chosen = {"pruned": [stream]} if pruned else {"dense": [stream]}
-        PruningPass(engine, [], "pruned").run(ids, **chosen)
-        yield stream
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import compose_config, save_random
-from families import FAMILIES
-from test_decoder import engine_of, prune, random_ids, through_layers
+from support.engine import IDS, Failing, Interrupted, engine_of, expected_inputs, prune, prune_model, through_layers
+from support.families import FAMILIES, VOCAB_SIZE
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
 
 from nnprune.model.decoder import run_layer
@@ -21,16 +21,6 @@ from nnprune.runtime import Runtime
 from nnprune.solvers.layer_error import relative_error
 from nnprune.statistics import Hessian
 
-IDS = random_ids(rows=5, seq_len=16)
-
-
-def prune_model(folder, family="llama", method=None, propagate="pruned", model=None, **runtime):
-    """The pruned model, and the reports of its layers; `method` may be a mere pruner."""
-    model = model or FAMILIES[family]()
-    engine = engine_of(model, folder, **runtime)
-    plan = dict.fromkeys(engine.decoder.shapes(), NM(2, 4))
-    return model, prune(engine, method or SparseGPT(), plan, IDS, propagate)
-
 
 class Witness(Pruner):
     """SparseGPT's mask, and a memory of the Hessians it was given."""
@@ -43,38 +33,6 @@ class Witness(Pruner):
     def prune_linear(self, W, module_name, pattern):
         self.seen[module_name] = self.statistics[module_name].mean()
         return torch.where(pattern.mask(W.abs()), W, 0)
-
-
-@torch.no_grad()
-def expected_inputs(dense, pruned, propagate):
-    """Inputs (tokens, I) of each linear from full-model forwards: the reference for what each mode shows."""
-    seen = {}
-    for index in range(3):
-        for group in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
-            model = FAMILIES["llama"]()  # dense from here on
-            model.load_state_dict(dense)
-            for name, linear in model.named_modules():
-                if not hasattr(linear, "weight") or "layers." not in name or f"{name}.weight" not in pruned:
-                    continue
-                layer = int(name.split(".")[2])
-                order = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-                short = name.rsplit(".", 1)[1]
-                earlier = layer < index or (
-                    propagate == "sequential"
-                    and layer == index
-                    and short in order
-                    and order.index(short) < order.index(group[0])
-                )
-                if propagate != "dense" and earlier:
-                    linear.weight.copy_(pruned[f"{name}.weight"])
-            captured = {}
-            for name, linear in model.model.layers[index].named_modules():
-                if name.rsplit(".", 1)[-1] in group:
-                    linear.register_forward_pre_hook(lambda _, args, name=name, seen=captured: seen.__setitem__(name, args[0]))
-            model(IDS)
-            for name, X in captured.items():
-                seen[f"model.layers.{index}.{name}"] = X.reshape(-1, X.shape[-1])
-    return seen
 
 
 @pytest.mark.parametrize("propagate", ["pruned", "dense", "sequential"])
@@ -118,22 +76,6 @@ def test_reports(tmp_path):
     W, pruned = (LinearView(linear["name"], one).read() for one in (module, model.get_submodule(linear["name"])))
     expected = relative_error(W, pruned, captured[0].reshape(-1, 32).float())
     assert linear["relative_error"] == pytest.approx(expected, rel=1e-3)
-
-
-class Interrupted(Exception):
-    pass
-
-
-class Failing(Wanda):
-    """Stops at a chosen linear, as a killed run would."""
-
-    def __init__(self, fatal):
-        self.fatal = fatal
-
-    def prune_linear(self, W, module_name, pattern):
-        if module_name == self.fatal:
-            raise Interrupted
-        return super().prune_linear(W, module_name, pattern)
 
 
 class Counting(Wanda):
@@ -202,7 +144,7 @@ def test_saved_model_is_an_ordinary_directory_with_equal_logits(family, layers, 
     assert not info["unexpected_keys"]
     engine = engine_of(model, tmp_path / "again")
     plan = dict.fromkeys(engine.decoder.shapes(), NM(2, 4))
-    ids = torch.randint(96, (4, 16), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(VOCAB_SIZE, (4, 16), generator=torch.Generator().manual_seed(0))
     prune(engine, Wanda(), plan, ids)
     assert torch.equal(loaded.eval()(IDS).logits, model(IDS).logits)
     assert AutoTokenizer.from_pretrained(folder)("ab").input_ids

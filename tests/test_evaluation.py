@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from families import FAMILIES, VOCAB_SIZE
-from test_decoder import engine_of, through_layers
+from support.engine import engine_of, through_layers
+from support.families import FAMILIES, VOCAB_SIZE
 from torch.nn.functional import cross_entropy
 
 import nnprune.engine.hidden_states

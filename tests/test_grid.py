@@ -6,11 +6,11 @@ from functools import cache
 
 import pytest
 from conftest import compose_config
-from families import FAMILIES
 from hydra.utils import instantiate
-from test_contract import NAMES, supported
-from test_decoder import engine_of
-from test_engine import IDS
+from support.engine import IDS, engine_of
+from support.families import FAMILIES
+from support.presets import NAMES, supported
+from support.runs import stripped
 
 from nnprune.engine.hidden_states import HiddenStates
 from nnprune.engine.layer_files import LayerFiles
@@ -33,10 +33,6 @@ def preset(name: str):
 
 def configs(tiny_config, *overrides):
     return [tiny_config(f"pruner={p}", f"sparsity={s}", "propagate=dense", *overrides) for p, s in CELLS]
-
-
-def stripped(linears):
-    return [{**linear, "seconds": 0} for linear in linears]
 
 
 def test_cells_equal_separate_runs(tiny_config, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, compose_config
 from safetensors.torch import load_file, save_file
-from test_bad_input import failure
+from support.runs import failure
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nnprune.experiment.build import build

@@ -3,9 +3,8 @@
 import pytest
 import torch
 from conftest import compose_config
-from families import FAMILIES
-from test_decoder import engine_of, prune
-from test_engine import IDS, Failing, Interrupted, expected_inputs, prune_model
+from support.engine import IDS, Failing, Interrupted, engine_of, expected_inputs, prune, prune_model, recover
+from support.families import FAMILIES
 
 from nnprune.method import Method
 from nnprune.model.decoder import Decoder, run_layer
@@ -32,10 +31,6 @@ class Witness(Asymmetric):
     def weights(self, dense, statistics):
         self.seen |= {name: {kind: statistic.mean() for kind, statistic in statistics.items()} for name in dense}
         return super().weights(dense, statistics)
-
-
-def recover(before, after, lr=1e-2):
-    return Reconstruction(before, after, lr=lr, batch_tokens=32, holdout=0.2)
 
 
 @pytest.mark.parametrize("propagate", MODES)
@@ -183,9 +178,9 @@ def test_one_sequence_cannot_be_tuned_on_and_held_out(tiny_config):
 
 
 def test_labels_tell_what_goes_with_a_pruner():
-    from nnprune.run import _label
+    from nnprune.experiment.command_line import label_of
 
     cfg = compose_config("pruner=wanda", "update=refit")
     choices = {"pruner": "wanda", "allocation": "uniform", "target": "dense", "update": "refit", "recover": "none"}
-    assert _label(cfg, choices, ["pruner=wanda", "update=refit"]) == "wanda+refit"
-    assert _label(cfg, choices | {"pruner": "best"}, ["pruner=best"]) == "best"  # best.yaml's own choice
+    assert label_of(cfg, choices, ["pruner=wanda", "update=refit"]) == "wanda+refit"
+    assert label_of(cfg, choices | {"pruner": "best"}, ["pruner=best"]) == "best"  # best.yaml's own choice

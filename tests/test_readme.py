@@ -1,7 +1,6 @@
 """The README and the documents: each command composes, each option of the collector exists, each link leads somewhere."""
 
 import re
-import runpy
 import shlex
 
 import pytest
@@ -52,7 +51,8 @@ def test_there_are_runs_and_collects():
 
 @pytest.mark.parametrize("arguments", COLLECTS)
 def test_every_collect_parses(arguments, capsys):
-    parse_args = runpy.run_path(str(ROOT / "scripts" / "collect.py"))["parse_args"]
+    from nnprune.collect import parse_args
+
     if "--help" not in arguments:
         parse_args(shlex.split(arguments))
 

@@ -3,7 +3,7 @@
 import gzip
 
 import pytest
-from test_texts import write_jsonl, write_parquet
+from support.texts import write_jsonl, write_parquet
 
 from nnprune.texts import TextSource
 

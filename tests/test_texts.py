@@ -1,14 +1,13 @@
 """Texts and token ids: files in the hub's own layout, through the shipped YAMLs, against the official loaders' draws."""
 
-import gzip
 import json
 import random
 
-import pandas as pd
 import pytest
 import torch
 from conftest import byte_tokenizer, compose_config
 from hydra.utils import instantiate
+from support.texts import write_jsonl, write_parquet
 from tokenizers.processors import TemplateProcessing
 
 from nnprune.calibration import RandomCalibration, TextCalibration, token_hash
@@ -28,17 +27,6 @@ def tokenizer():
 def sentences(count: int, longest: int, seed: int) -> list[str]:
     rng = random.Random(seed)
     return [" ".join(rng.choices(WORDS, k=rng.randint(1, longest))) for _ in range(count)]
-
-
-def write_jsonl(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def write_parquet(path, **columns):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(columns).to_parquet(path)
 
 
 @pytest.fixture

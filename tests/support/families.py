@@ -6,7 +6,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-VOCAB_SIZE = 96
+VOCAB_SIZE = 264
 COMMON = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,

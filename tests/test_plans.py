@@ -1,29 +1,26 @@
 """Allocations in whole runs: what the survey of the dense model shows, resuming, grids, plans of a run."""
 
-import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES
-from test_allocation import BRIEF, MEASURED, refuse
-from test_decoder import engine_of, random_ids
-from test_grid import stripped
+from support.engine import engine_of, random_ids
+from support.families import FAMILIES
+from support.presets import MEASURED
+from support.runs import BRIEF, patterns_of, refuse, stripped
 
 import nnprune.engine.importance_pass
-import nnprune.engine.layer_files
 import nnprune.experiment.plans
+import nnprune.model.checkpoint
 from nnprune.allocations.base import mean
 from nnprune.allocations.owl import OWL
 from nnprune.experiment.build import build
 from nnprune.model.loading import ModelSource
 from nnprune.model.weight_views import LinearView
-from nnprune.patterns import NM, parse_pattern
+from nnprune.patterns import NM
+from nnprune.records import read_all, read_journal
 from nnprune.run import run, run_grid, show_estimate
-
-
-def patterns_of(record):
-    return {linear["name"]: parse_pattern(linear["pattern"]) for linear in record.per_linear}
 
 
 class Look(OWL):
@@ -110,7 +107,7 @@ def test_a_resumed_run_has_the_same_plan_without_a_survey(tiny_config, tmp_path,
     whole = run(tiny_config("pruner=sparsegpt", "allocation=owl", f"outputs={tmp_path / 'whole'}"))
     cfg = tiny_config("pruner=sparsegpt", "allocation=owl")
     with monkeypatch.context() as patch:
-        original, saved = nnprune.engine.layer_files.save_file, []
+        original, saved = nnprune.model.checkpoint.save_file, []
 
         def save_file(state, path, **options):
             if saved:
@@ -118,12 +115,12 @@ def test_a_resumed_run_has_the_same_plan_without_a_survey(tiny_config, tmp_path,
             saved.append(path)
             original(state, path, **options)
 
-        patch.setattr(nnprune.engine.layer_files, "save_file", save_file)
+        patch.setattr(nnprune.model.checkpoint, "save_file", save_file)
         with pytest.raises(RuntimeError, match="cut"):
             run(cfg)
     scratch = build(cfg).folder / "unfinished"
     assert (scratch / "layer-0000.json").exists()
-    assert len(json.loads((scratch / "allocation.json").read_text())["OWL(threshold=5.0, strength=0.08)"]) == 2
+    assert len(read_journal(scratch / "allocation.json")["OWL(threshold=5.0, strength=0.08)"]) == 2
     monkeypatch.setattr(nnprune.experiment.plans, "run_importance_pass", refuse)
     resumed = run(cfg)
     assert resumed.metrics == whole.metrics
@@ -148,11 +145,12 @@ def test_cells_of_a_grid_share_one_survey(tiny_config, tmp_path, monkeypatch):
         assert one.linear_sparsity == other.linear_sparsity
 
 
-def test_a_cell_of_a_grid_that_cannot_be_is_found_before_weights_are_read(tiny_config, monkeypatch):
-    monkeypatch.setattr(ModelSource, "load", refuse)
-    cfgs = [tiny_config("pruner=wanda", f"sparsity={spec}", "propagate=dense", "allocation=owl") for spec in ("0.5", "1:5")]
+def test_a_pattern_that_does_not_fit_leaves_the_other_cells_of_a_grid_alone(tiny_config):
+    cfgs = [tiny_config("pruner=wanda", f"sparsity={spec}", "propagate=dense", "allocation=owl") for spec in ("1:5", "0.5")]
     with pytest.raises(ValueError, match=r"sparsity=1:5: .* has 32 inputs"):
         run_grid(cfgs)
+    records = {record["sparsity"]: record["status"] for record in read_all(Path(cfgs[0].outputs))[0]}
+    assert records == {"1:5": "failed", "0.5": "completed", "dense": "completed"}
 
 
 @pytest.mark.parametrize("name", MEASURED)

@@ -1,0 +1,47 @@
+"""Runs of the program on tiny models: their errors, and what of their records can be compared."""
+
+import pytest
+
+from nnprune.experiment.measurement import Measurement
+from nnprune.patterns import parse_pattern
+from nnprune.records import read_all
+from nnprune.run import run
+
+
+def failure(cfg) -> str:
+    """The error of a run: one line, and recorded."""
+    with pytest.raises((ValueError, OSError)) as caught:
+        run(cfg)
+    message = str(caught.value.strerror if isinstance(caught.value, OSError) else caught.value)
+    assert "\n" not in message.strip()
+    records, problems = read_all(cfg.outputs)
+    assert not problems
+    assert [record["error"] for record in records if record["status"] == "failed"] == [str(caught.value)]
+    return message
+
+
+def stripped(linears):
+    return [{**linear, "seconds": 0} for linear in linears]
+
+
+def patterns_of(record):
+    return {linear["name"]: parse_pattern(linear["pattern"]) for linear in record.per_linear}
+
+
+BRIEF = ("pruner=magnitude", "evaluation.max_windows=1")
+
+
+def refuse(*_, **__):
+    raise AssertionError("this work was not to be done")
+
+
+def watch_measurements(monkeypatch):
+    """A list that grows with each measurement: "dense text", "pruned text"."""
+    titles, finish = [], Measurement.finish
+
+    def watched(self):
+        titles.extend(f"{self.kind} {name}" for name in self._states)
+        return finish(self)
+
+    monkeypatch.setattr(Measurement, "finish", watched)
+    return titles

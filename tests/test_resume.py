@@ -1,0 +1,145 @@
+"""kill -9 at any moment: nothing that was finished is lost, and figures are the same to the last digit."""
+
+import json
+import multiprocessing
+import os
+import signal
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+from safetensors.torch import save_file
+from support.runs import watch_measurements
+
+import nnprune.experiment.job
+import nnprune.model.checkpoint
+import nnprune.records
+from nnprune.evaluation import Perplexity
+from nnprune.run import run
+
+
+def kill(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_until_killed(cfg):
+    process = multiprocessing.get_context("fork").Process(target=run, args=(cfg,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def at_second_layer(monkeypatch):
+    monkeypatch.setattr(nnprune.model.checkpoint, "save_file", KillAtCall(2, save_file))
+
+
+def half_a_layer_file(monkeypatch):
+    def write_half(state, path, metadata):
+        save_file(state, path, metadata=metadata)
+        os.truncate(path, path.stat().st_size // 2)
+        kill()
+
+    monkeypatch.setattr(nnprune.model.checkpoint, "save_file", write_half)
+
+
+def in_dense_evaluation(monkeypatch):
+    monkeypatch.setattr(Perplexity, "measure", kill)
+
+
+def in_evaluation(monkeypatch):
+    monkeypatch.setattr(Perplexity, "measure", KillAtCall(2, Perplexity.measure))
+
+
+def half_a_record(monkeypatch):
+    monkeypatch.setattr(
+        nnprune.records.os, "fsync", KillAtCall(8, os.fsync)
+    )  # two layers and their reports, dense figures, figures, dense record, this one
+
+
+def while_clearing_up(monkeypatch):
+    monkeypatch.setattr(nnprune.experiment.job.shutil, "rmtree", kill)
+
+
+class KillAtCall:
+    def __init__(self, fatal, function):
+        self.left, self.function = fatal, function
+
+    def __get__(self, instance, owner):
+        return partial(self, instance)
+
+    def __call__(self, *args, **kwargs):
+        self.left -= 1
+        if self.left == 0:
+            kill()
+        return self.function(*args, **kwargs)
+
+
+MOMENTS = [in_dense_evaluation, half_a_layer_file, at_second_layer, in_evaluation, half_a_record, while_clearing_up]
+
+
+@pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: moment.__name__)
+def test_kill_9_loses_nothing_that_was_finished(moment, tiny_config, tmp_path, monkeypatch):
+    whole = run(tiny_config("pruner=sparsegpt", f"outputs={tmp_path / 'whole'}"))
+    cfg = tiny_config("pruner=sparsegpt")
+    with monkeypatch.context() as patch:
+        moment(patch)
+        run_until_killed(cfg)
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("outputs/**/unfinished/layer-*.safetensors")}
+    resumed = run(cfg)
+    assert resumed.metrics == whole.metrics  # to the last digit
+    assert resumed.dense_metrics == whole.dense_metrics
+    strip = [[{**linear, "seconds": 0} for linear in record.per_linear] for record in (resumed, whole)]
+    assert strip[0] == strip[1]
+    seconds = {linear["name"]: linear["seconds"] for linear in resumed.per_linear}
+    assert len(seconds) == 12
+    assert finished or moment not in (at_second_layer, in_evaluation, half_a_record)
+
+
+def test_texts_measured_before_a_kill_are_not_measured_again(tiny_config, small_text, monkeypatch):
+    extra = f"+evaluation.datasets.more.path={small_text}"
+    whole = run(tiny_config(extra, "pruner=wanda"))
+    cfg = tiny_config(extra, "pruner=wanda", "seed=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Perplexity, "measure", KillAtCall(2, Perplexity.measure))  # the second text, pruned
+        run_until_killed(cfg)
+    titles = watch_measurements(monkeypatch)
+    assert run(cfg).metrics.keys() == whole.metrics.keys() == {"text_perplexity", "more_perplexity"}
+    assert len(titles) == 1
+
+
+def test_a_dense_record_made_while_resuming_is_of_the_dense_model(tiny_config, tmp_path, monkeypatch):
+    cfg = tiny_config("pruner=wanda", "sparsity=2:4")
+    run(tiny_config("sparsity=dense"))
+    [dense] = tmp_path.glob("outputs/*/dense/*/result.json")
+    before = json.loads(dense.read_text())
+    dense.unlink()
+    with monkeypatch.context() as patch:
+        in_evaluation(patch)
+        run_until_killed(cfg)
+    assert not dense.exists()
+    run(cfg)
+    after = json.loads(dense.read_text())
+    for key in ("metrics", "linear_sparsity", "model_sparsity"):
+        assert after[key] == before[key]
+    assert after["linear_sparsity"] < 0.01
+
+
+@pytest.mark.parametrize("runtime", ["cpu", "low_memory"])
+def test_a_dense_model_that_another_process_failed_to_measure(runtime, tiny_config, tmp_path, monkeypatch):
+    expected = run(tiny_config("pruner=wanda", f"outputs={tmp_path / 'alone'}"))
+    locked = nnprune.experiment.job.locked
+
+    @contextmanager
+    def busy(folder, wait=True):
+        if wait:
+            with locked(folder):
+                yield True
+        else:
+            yield False
+
+    monkeypatch.setattr(nnprune.experiment.job, "locked", busy)
+    record = run(tiny_config("pruner=wanda", f"runtime={runtime}"))
+    assert record.metrics == expected.metrics
+    assert record.dense_metrics == expected.dense_metrics
+    [dense] = tmp_path.glob("outputs/*/dense/*/result.json")
+    assert json.loads(dense.read_text())["metrics"] == record.dense_metrics
