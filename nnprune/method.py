@@ -33,7 +33,7 @@ class Method:
 
     @property
     def pairs_inputs(self) -> bool:
-        """Whether the inputs of the dense model are looked at beside those behind pruned linears."""
+        """Whether inputs of the dense model are compared with inputs that come from pruned linears."""
         return CrossProduct in self.statistics
 
     @property
@@ -43,7 +43,7 @@ class Method:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether anything looks at inputs at all."""
+        """Whether any part of the method uses inputs."""
         return self.pruner.needs_calibration or bool(self.statistics) or self.recovery.is_on
 
     @property

@@ -23,7 +23,7 @@ RESULT_FILE = "result.json"
 
 
 class RecordError(ValueError):
-    """A `result.json` that is no record: cut short, foreign, or of another schema."""
+    """A `result.json` that is no record: cut short, of another program, or of another schema."""
 
 
 @dataclass
@@ -110,7 +110,7 @@ def read_journal(path: Path) -> Any:
             return found["content"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         pass
-    log.warning("warning: %s is damaged: what it tells of is done again", path)
+    log.warning("warning: %s is damaged: what it recorded is done again", path)
     return None
 
 

@@ -82,7 +82,7 @@ def run_grid(cfgs: Sequence[DictConfig]) -> list[RunRecord]:
     for cfg in cfgs:
         try:
             experiment = build(cfg)
-        except ValueError:  # told, and recorded, by its own run
+        except ValueError:  # reported, and recorded, by its own run
             continue
         with locked(experiment.folder):
             if not experiment.is_dense and finished_record(experiment) is None:
@@ -166,7 +166,7 @@ def _main(cfg: DictConfig) -> None:
         failure = one_line(error)
         log.error("error: %s", failure)
     except KeyboardInterrupt as interrupt:
-        log.error("interrupted%s: the same command goes on from there", f" {interrupt}" if str(interrupt) else "")
+        log.error("interrupted%s: the same command continues from there", f" {interrupt}" if str(interrupt) else "")
         sys.exit(INTERRUPTED)
     except Exception as error:
         failure = f"{type(error).__name__}: {error}"

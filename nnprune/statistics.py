@@ -1,4 +1,4 @@
-"""What is accumulated from the inputs of a linear while the calibration tokens stream by.
+"""What is accumulated from the inputs of a linear while the calibration tokens pass through it.
 
 Letters: I input features. Sums run in float32 over all tokens and are divided by the token count once, when read.
 A statistic is read, not consumed: `mean()` is a fresh tensor each time. Knows no model.
@@ -138,7 +138,7 @@ class Moments(InputStatistic):
 class Hessian(InputStatistic):
     """E[x x^T], shape (I, I): half the Hessian of a linear's squared output error, per token.
 
-    The sum holds the lower triangle, and of the rest what is no extra work; `mean` mirrors it.
+    The sum holds the lower triangle, and parts of the upper one that cost nothing extra; `mean` mirrors the lower one.
     """
 
     @staticmethod
@@ -169,7 +169,7 @@ class Hessian(InputStatistic):
 
 
 class CrossProduct(InputStatistic):
-    """E[x_dense x^T], shape (I, I): what a linear of the dense model receives, against what it receives behind pruned ones.
+    """E[x_dense x^T], shape (I, I): the inputs of a linear in the dense model against its inputs after pruned layers.
 
     `add(X, dense)` takes both inputs of the same tokens.
     """

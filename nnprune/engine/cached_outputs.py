@@ -38,7 +38,7 @@ class Part(NamedTuple):
 
 @dataclass
 class CachedOutputs:
-    """Cached outputs of the parts of one decoder layer, for all rows of a stream.
+    """Cached outputs of the parts of one decoder layer, for all rows of the calibration.
 
     Of the attention the input of its last linear is cached as long as that linear is not pruned yet, its output afterwards. Outputs are
     only cached in the device's own memory: from elsewhere they take longer to read than to compute again.
@@ -46,13 +46,13 @@ class CachedOutputs:
     Args:
         modules: name -> submodule of the layer.
         parts: name -> part, as from `find_parts`.
-        stream: what passes through it.
+        states: what passes through it.
         path: start of the names of mapped files, for activations on disk.
     """
 
     modules: dict[str, nn.Module]
     parts: dict[str, Part]
-    stream: HiddenStates
+    states: HiddenStates
     path: Path
     _final: set[str] = field(default_factory=set, init=False)  # linears that are pruned
     _inputs: dict[str, HiddenBuffer] = field(default_factory=dict, init=False)
@@ -82,8 +82,8 @@ class CachedOutputs:
             self._keep(self._outputs, name, output)
 
         def forward(*_: Any, **__: Any) -> Any:
-            rows = self.stream.rows
-            output = linear(inputs.get(rows)) if outputs is None else outputs.get(rows).clone()  # some layers go on in place
+            rows = self.states.rows
+            output = linear(inputs.get(rows)) if outputs is None else outputs.get(rows).clone()  # some layers continue in place
             return output if part.nones is None else (output, *part.nones)
 
         if is_seen and module is not linear:
@@ -98,11 +98,11 @@ class CachedOutputs:
         if name not in cache:
             cache[name] = self._buffer(name, value.shape[-1], is_output=cache is self._outputs)
         if cache[name] is not None:
-            cache[name].put(self.stream.rows, value)
+            cache[name].put(self.states.rows, value)
 
     def _buffer(self, name: str, width: int, is_output: bool) -> HiddenBuffer | None:
         """Room (N, T, width) for all rows; None for outputs that are better computed again."""
-        like, device = self.stream.activations, self.stream.device
+        like, device = self.states.activations, self.states.device
         shape = (*like.tensor.shape[:2], width)
         if is_output:
             room = ROOM_SHARE * (available_host_bytes() - resident_host_bytes())
@@ -110,7 +110,7 @@ class CachedOutputs:
             if too_large or not like.is_near:
                 return None
         path = self.path.with_name(f"{self.path.name}-{name}.bin")
-        buffer = HiddenBuffer(shape, like.tensor.dtype, device, self.stream.runtime.activations, path)
+        buffer = HiddenBuffer(shape, like.tensor.dtype, device, self.states.runtime.activations, path)
         return buffer if buffer.is_near or not is_output else None
 
     def close(self) -> None:

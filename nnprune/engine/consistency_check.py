@@ -50,7 +50,7 @@ def check_consistency(engine: LayerwiseEngine) -> None:
 
 
 def _layers_to_check(engine: LayerwiseEngine) -> set[int]:
-    if engine.store.rest != "disk":
+    if engine.store.offload != "disk":
         return set(range(engine.num_layers))
     kinds = getattr(engine.decoder.text_config, "layer_types", None) or ["decoder layer"] * engine.num_layers
     return {kinds.index(kind) for kind in kinds} | {engine.num_layers - 1}

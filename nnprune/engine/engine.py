@@ -4,6 +4,7 @@ Letters: N samples, T tokens.
 """
 
 from pathlib import Path
+from urllib.parse import quote
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -16,12 +17,12 @@ from nnprune.runtime import Runtime
 
 
 class LayerwiseEngine:
-    """One decoder layer and one batch of activations on the device at a time.
+    """Keeps one decoder layer and one batch of hidden states on the device at a time.
 
     Args:
         decoder: the model.
         store: brings its layers to the device.
-        runtime: tokens in a batch, and where activations rest.
+        runtime: tokens in a batch, and where hidden states are offloaded.
         scratch: folder for mapped files.
     """
 
@@ -38,10 +39,15 @@ class LayerwiseEngine:
         return len(self.decoder.layers)
 
     def hidden_states(self, ids: Tensor, name: str) -> HiddenStates:
-        """Hidden states that enter the first decoder layer, for ids (N, T); `name` is their own among those alive."""
-        return HiddenStates(self.decoder, self.runtime, ids, self.scratch / f"activations-{name}.bin")
+        """Hidden states that enter the first decoder layer, for ids (N, T); `name` tells them from others in use at the same time."""
+        return HiddenStates(self.decoder, self.runtime, ids, self.scratch / f"activations-{_file_name(name)}.bin")
 
     @staticmethod
     def progress(total: int, title: str) -> tqdm:
         """A progress bar with time left, on a terminal; of several processes the first shows it."""
         return tqdm(total=total, desc=title, disable=True if parallel.rank() else None, leave=False)
+
+
+def _file_name(name: str) -> str:
+    """A name as part of one file's name, another for every name."""
+    return quote(name, safe="")

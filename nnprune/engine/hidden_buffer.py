@@ -1,4 +1,4 @@
-"""The hidden states between two decoder layers, at rest in host memory, on the device, or in a mapped file.
+"""Storage for the hidden states between two decoder layers: on the device, or offloaded to host memory or to a mapped file.
 
 Letters: N samples, B batch, T tokens, D hidden.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 DEVICE_SHARE = 0.4
-"""Of a CUDA device's free memory, what one buffer may take when its resting place is "auto"."""
+"""Share of a CUDA device's free memory that one buffer may take with offload "auto"."""
 
 
 class HiddenBuffer:
@@ -20,21 +20,21 @@ class HiddenBuffer:
         shape: (N, T, D).
         dtype: the model's.
         device: where a batch computes.
-        rest: host, device, disk, or auto (the device while they fit there with room to spare, else the host).
-        path: the mapped file of rest "disk"; removed by `close`.
+        offload: where the buffer is kept: host, device, disk, or auto (the device while there is room to spare, else the host).
+        path: the mapped file of offload "disk"; removed by `close`.
     """
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, rest: str, path: Path) -> None:
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, offload: str, path: Path) -> None:
         self.device = device
         self.shape = shape
-        self.path = path if rest == "disk" else None
+        self.path = path if offload == "disk" else None
         size = shape[0] * shape[1] * shape[2]
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _reserve(path, size * dtype.itemsize)
             flat = torch.from_file(str(path), shared=True, size=size, dtype=dtype)
             self.tensor = flat.view(shape)
-        elif rest == "device" or (rest == "auto" and _fits(device, size * dtype.itemsize)):
+        elif offload == "device" or (offload == "auto" and _fits(device, size * dtype.itemsize)):
             self.tensor = torch.empty(shape, dtype=dtype, device=device)
         else:  # pinned: copies to and from a CUDA device then overlap with its work
             self.tensor = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
@@ -48,23 +48,23 @@ class HiddenBuffer:
         return self.tensor[rows.to(self.tensor.device)].to(self.device)
 
     def put(self, rows: slice, hidden: Tensor) -> None:
-        """Overwrite `rows`. On one CUDA stream a later `get` waits for it; the host must not look without synchronising."""
+        """Overwrite `rows`. On one CUDA stream a later `get` waits for it; the host has to synchronise before it reads."""
         self.tensor[rows].copy_(hidden, non_blocking=True)
 
     @property
     def is_near(self) -> bool:
-        """Whether the hidden states rest in the memory of the device itself."""
+        """Whether the buffer is in the memory of the device itself."""
         return self.path is None and self.tensor.device.type == self.device.type
 
     def close(self) -> None:
-        """Give the memory back, and remove the mapped file."""
+        """Free the memory, and remove the mapped file."""
         del self.tensor
         if self.path:
             self.path.unlink(missing_ok=True)
 
 
 def _fits(device: torch.device, num_bytes: int) -> bool:
-    """Whether a buffer may rest on the device. Without CUDA the device is the host."""
+    """Whether a buffer may stay on the device. Without CUDA the device is the host."""
     return device.type != "cuda" or num_bytes < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
 
 

@@ -1,4 +1,4 @@
-"""Rows of token ids on their way through the decoder layers.
+"""Hidden states of rows of token ids, taken through the decoder layers one after the other.
 
 Letters: N samples, B batch, T tokens, D hidden, V vocabulary.
 """
@@ -23,13 +23,13 @@ def tokens_of_logits(device: torch.device, seq_len: int, vocab_size: int) -> int
 
 
 class HiddenStates:
-    """The hidden states of some rows of ids, replaced layer by layer. A context manager, which gives their memory back.
+    """The hidden states of some rows of ids, replaced layer by layer. A context manager that frees their memory.
 
     Args:
         decoder: the model.
-        runtime: where computation happens, tokens in a batch, where the hidden states rest.
+        runtime: the device, tokens in a batch, and where hidden states are offloaded.
         ids: token ids (N, T).
-        path: the file for hidden states that rest on disk.
+        path: the file for hidden states that are offloaded to disk.
     """
 
     def __init__(self, decoder: Decoder, runtime: Runtime, ids: Tensor, path: Path) -> None:
@@ -83,7 +83,7 @@ class HiddenStates:
         self.each_batch(lambda rows, hidden: self.run(index, layer, hidden))
 
     def logits(self) -> Iterator[tuple[int, slice, Tensor]]:
-        """A row, some of its tokens, and their logits (tokens, V) behind the last decoder layer, for all tokens of all rows.
+        """A row, some of its tokens, and their logits (tokens, V) after the last decoder layer, for all tokens of all rows.
 
         They are the largest tensors of a small model, so there are few at a time.
         """

@@ -1,8 +1,7 @@
-"""A look at the dense model before anything is pruned: what an allocation measures of each decoder layer.
+"""The importance pass: one pass over the dense model, before pruning, that measures a number for each decoder layer.
 
-Weights are looked at where they rest. Where inputs are asked for, the calibration goes once through the dense layers, one
-of them in memory at a time, with the same engine as a pruning pass. What was measured is written down in the folder of
-each run, so that one that was interrupted goes on with the same plan.
+Some allocations measure weights alone. For those that need inputs, the calibration passes through the dense layers, one layer
+on the device at a time, as in a pruning pass.
 
 Letters: N samples, T tokens, L decoder layers, I input features.
 """
@@ -33,12 +32,12 @@ def run_importance_pass(engine: LayerwiseEngine, ids: Tensor | None, measures: d
     Raises ValueError for weights, inputs or numbers that are not finite.
     """
     found: dict[str, list[float]] = {key: [] for key in measures}
-    bar = engine.progress(engine.num_layers, "survey")
-    with nullcontext() if ids is None else engine.hidden_states(ids, "survey") as stream, bar:
+    bar = engine.progress(engine.num_layers, "importance pass")
+    with nullcontext() if ids is None else engine.hidden_states(ids, "importance") as states, bar:
         for index in range(engine.num_layers):
             module = engine.store.fetch(index, pruned=False)
             engine.store.prefetch(index + 1)
-            layer = _look(engine, index, module, stream)
+            layer = _read_layer(engine, index, module, states)
             for key, measure in measures.items():
                 number = measure(layer)
                 if not math.isfinite(number):
@@ -50,7 +49,7 @@ def run_importance_pass(engine: LayerwiseEngine, ids: Tensor | None, measures: d
     return found
 
 
-def _look(engine: LayerwiseEngine, index: int, module: nn.Module, states: HiddenStates | None) -> DenseLayer:
+def _read_layer(engine: LayerwiseEngine, index: int, module: nn.Module, states: HiddenStates | None) -> DenseLayer:
     """Decoder layer `index`, fetched as `module`; hidden states, if any, are left at the input of the next layer."""
     weights = {name: view.read() for name, view in engine.decoder.weights(index).items()}
     for name, W in weights.items():

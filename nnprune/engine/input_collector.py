@@ -1,4 +1,4 @@
-"""What the linears of a decoder layer are fed: which of them share an input, and how a pruner gets to see it.
+"""The inputs of the linears of a decoder layer: which linears share one, and how pruners and statistics get to see them.
 
 Letters: N samples, B batch, T tokens, I input features.
 """
@@ -83,7 +83,7 @@ class InputCollector:
         self._totals: dict[str, Tensor] = {}  # sums that show NaNs, where no statistic does
         self._outputs: dict[str, float] = {}
         self._rows = slice(0, 0)
-        self._counted: dict[tuple, int] = {}  # what was told of an input -> rows seen by then
+        self._counted: dict[tuple, int] = {}  # consumer and linear -> rows it has counted
 
     @property
     def pairs(self) -> bool:
@@ -174,7 +174,7 @@ class InputCollector:
 
     @staticmethod
     def _show(pruner: Pruner, name: str, X: Tensor) -> None:
-        """Show X (B, T, I) to a pruner that collects by itself. What it has counted when it runs out of memory, nobody knows."""
+        """Show X (B, T, I) to a pruner that collects by itself. If it runs out of memory itself, what it has counted is unknown."""
         try:
             pruner.add_linear_activations(name, X)
         except torch.OutOfMemoryError as error:

@@ -1,7 +1,6 @@
-"""Decoder layers at rest: in host memory, on the device, or on disk.
+"""Fetches decoder layers to the device and releases them to where they are offloaded: host memory, or disk.
 
-The next layer can be brought while another computes: a thread reads it from disk, and a copy stream of its own moves it
-to a CUDA device.
+The next layer can be fetched while another computes: a thread reads it, and a CUDA stream for copies moves it to the device.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,14 +15,14 @@ from nnprune.model.decoder import Decoder
 
 
 class LayerStore:
-    """Brings decoder layers to the device, in the dtype that computes, and back, in the dtype that they are stored in.
+    """Fetches decoder layers in the computing dtype, and keeps those that are not on the device in the stored dtype.
 
     Args:
         decoder: its layers hold weights when `checkpoint` is None, otherwise they are on the meta device.
-        device: where a fetched layer computes; the shell is kept there for good.
-        rest: host, device or disk.
-        finished: the pruned layers on disk.
-        checkpoint: the dense weights, for rest "disk".
+        device: where a fetched layer computes; embeddings and head stay there.
+        offload: where layers are kept while they do not compute: host, device or disk.
+        finished: the layer files of this run.
+        checkpoint: the dense weights, for offload "disk".
         computing_dtype: what the model's 16-bit weights are converted to on the device; None: they stay as they are.
     """
 
@@ -31,7 +30,7 @@ class LayerStore:
         self,
         decoder: Decoder,
         device: torch.device,
-        rest: str,
+        offload: str,
         finished: LayerFiles,
         checkpoint: Checkpoint | None,
         computing_dtype: torch.dtype | None = None,
@@ -40,36 +39,36 @@ class LayerStore:
         self.device = device
         self.stored_dtype = decoder.model.dtype
         self.computing_dtype = computing_dtype or self.stored_dtype
-        self.rest = rest
+        self.offload = offload
         self.finished = finished
         self.checkpoint = checkpoint
-        is_copied = device.type == "cuda" or self.computing_dtype != self.stored_dtype
-        self.moves = is_copied and rest == "host"
+        converts = device.type == "cuda" or self.computing_dtype != self.stored_dtype
+        self.is_copied = converts and offload == "host"
         self._stored = {name: tensor.dtype for name, tensor in decoder.model.state_dict().items()}
         self._on_device: set[int] = set()  # layers that can compute
         self._pruned: set[int] = set()  # layers whose weights in memory are the finished ones
-        self._at_rest: dict[int, dict[str, Tensor]] = {}  # pinned host tensors of layers that move
-        self._ahead: tuple[int, bool, Future] | None = None  # layer, whether pruned, its weights
+        self._offloaded: dict[int, dict[str, Tensor]] = {}  # host tensors of layers that are copied to compute
+        self._prefetched: tuple[int, bool, Future] | None = None  # layer, whether pruned, its weights
         self._reader = ThreadPoolExecutor(1, "prefetch")
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         if checkpoint is None:
             for index, layer in enumerate(decoder.layers):
-                if self.moves:
-                    self._at_rest[index] = {name: self._pinned(tensor) for name, tensor in layer.state_dict().items()}
-                    self._assign(index, self._at_rest[index])
+                if self.is_copied:
+                    self._offloaded[index] = {name: self._pinned(tensor) for name, tensor in layer.state_dict().items()}
+                    self._assign(index, self._offloaded[index])
                     continue
                 layer.to(device)
                 self._on_device.add(index)
                 if self.computing_dtype != self.stored_dtype:
                     self._assign(index, {name: self._computing(tensor) for name, tensor in layer.state_dict().items()})
         else:
-            self._load_shell()
-        self._move_shell()
+            self._load_embeddings_and_head()
+        self._move_embeddings_and_head()
 
     def fetch(self, index: int, pruned: bool = True) -> nn.Module:
         """Decoder layer `index` on the device: its finished weights if there are any and `pruned`, else its dense ones.
 
-        Dense weights cannot be had again once finished ones took their place, unless layers rest on disk.
+        Dense weights cannot be had again once finished ones took their place, unless layers are offloaded to disk.
         """
         pruned = pruned and index in self.finished
         if pruned != (index in self._pruned) or index not in self._on_device:
@@ -82,11 +81,11 @@ class LayerStore:
         return self.decoder.layers[index]
 
     def prefetch(self, index: int) -> None:
-        """Begin to bring the dense weights of layer `index`, if it exists and they are not there, while something computes."""
-        if index >= len(self.decoder.layers) or self._ahead is not None:
+        """Start to fetch the dense weights of layer `index`, if there is such a layer and it is not on the device."""
+        if index >= len(self.decoder.layers) or self._prefetched is not None:
             return
         if index not in self._on_device:
-            self._ahead = (index, False, self._reader.submit(self._bring, index, False))
+            self._prefetched = (index, False, self._reader.submit(self._start_fetch, index, False))
 
     @torch.no_grad()
     def round(self, index: int) -> None:
@@ -117,14 +116,14 @@ class LayerStore:
     def adopt(self, index: int) -> None:
         """Decoder layer `index` was pruned in place and its file written: its weights in memory are the finished ones."""
         self._pruned.add(index)
-        if self.moves:
+        if self.is_copied:
             for name, tensor in self.decoder.layers[index].state_dict().items():
-                self._at_rest[index][name].copy_(tensor)
+                self._offloaded[index][name].copy_(tensor)
 
     def release(self, index: int) -> None:
-        """Put decoder layer `index` back where it rests. On disk only finished weights survive."""
-        if self.moves:
-            self._assign(index, self._at_rest[index])
+        """Release decoder layer `index` to where it is offloaded. Offloaded to disk, only finished weights survive."""
+        if self.is_copied:
+            self._assign(index, self._offloaded[index])
             self._on_device.discard(index)
         elif self.checkpoint is not None:
             self._on_device.discard(index)
@@ -135,15 +134,15 @@ class LayerStore:
                         module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     def _take(self, index: int, pruned: bool) -> dict[str, Tensor]:
-        """The weights of a layer on the device, those that were prefetched if they are the right ones."""
-        if self._ahead is not None and self._ahead[:2] == (index, pruned):
-            future, self._ahead = self._ahead[2], None
+        """The weights of a layer on the device, prefetched or not."""
+        if self._prefetched is not None and self._prefetched[:2] == (index, pruned):
+            future, self._prefetched = self._prefetched[2], None
             state, event = future.result()
         else:
-            if self._ahead is not None and self._ahead[0] <= index:  # nobody came for it
-                self._ahead[2].result()
-                self._ahead = None
-            state, event = self._bring(index, pruned)
+            if self._prefetched is not None and self._prefetched[0] <= index:  # it was not fetched after all
+                self._prefetched[2].result()
+                self._prefetched = None
+            state, event = self._start_fetch(index, pruned)
         if event is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(event)
@@ -151,14 +150,14 @@ class LayerStore:
                 tensor.record_stream(stream)
         return state
 
-    def _bring(self, index: int, pruned: bool) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
-        """The weights of a layer on the device, and what to wait for before they are used."""
-        if self.moves and pruned == (index in self._pruned):
-            state = self._at_rest[index]
+    def _start_fetch(self, index: int, pruned: bool) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+        """The weights of a layer on the device, and the CUDA event to wait for before they are used."""
+        if self.is_copied and pruned == (index in self._pruned):
+            state = self._offloaded[index]
         elif pruned:
             state = self.finished.read(index)
-            if self.moves:
-                state = self._at_rest[index] = {name: self._pinned(tensor) for name, tensor in state.items()}
+            if self.is_copied:
+                state = self._offloaded[index] = {name: self._pinned(tensor) for name, tensor in state.items()}
         else:
             state = self._read_dense(index)
         if self._copies is None:  # the files are mapped: a copy is what reads them, and lets go of them
@@ -181,11 +180,11 @@ class LayerStore:
         tensors = self.checkpoint.read([prefix + name for name in names])
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
-    def _load_shell(self) -> None:
+    def _load_embeddings_and_head(self) -> None:
         prefix = f"{self.decoder.path}."
         self.checkpoint.load_shell([name for name in self.decoder.model.state_dict() if not name.startswith(prefix)])
 
-    def _move_shell(self) -> None:
+    def _move_embeddings_and_head(self) -> None:
         """Move all outside the decoder layers to the device; tied tensors are moved once and stay tied."""
         inside = set(self.decoder.layers.modules())
         for module in self.decoder.model.modules():

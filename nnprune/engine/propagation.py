@@ -1,7 +1,7 @@
 """Takes the calibration through the decoder layers, and collects the inputs of their linears.
 
-There are up to two streams of the same tokens: the calibration, which passes through the layers that `propagate` chooses, and, for
-methods that compare the two, the reference, which passes through dense layers.
+There are up to two sets of hidden states of the same tokens: the calibration, which passes through the layers that `propagate`
+chooses, and, for methods that compare the two, the reference, which passes through dense layers.
 
 Letters: N samples, B batch, T tokens, D hidden.
 """
@@ -49,7 +49,7 @@ class Propagation:
         self._cached: dict[nn.Module, CachedOutputs] = {}  # for the current layer, and for its dense copy
 
     def skip(self, index: int) -> None:
-        """Take both streams through decoder layer `index`, which is finished."""
+        """Take both through decoder layer `index`, which is finished."""
         with self.watch.stage("calibration"):
             if self.reference is not None:
                 self.advance_reference(index, self.store.fetch(index, pruned=False))
@@ -93,7 +93,7 @@ class Propagation:
 
     def hand_on(self, index: int, methods: Sequence[Method]) -> None:
         """Take the calibration through the pruned decoder layer `index`. For `methods` that prune the next layer as it is, each batch
-        goes on to that layer's linears at once, so that activations are read once per layer."""
+        continues to that layer's linears at once, so that activations are read once per layer."""
         with self.watch.stage("calibration"):
             layer = self.store.fetch(index)
             if self.mode == "sequential" or not methods or any(method.recovery.epochs_before for method in methods):

@@ -1,7 +1,7 @@
 """The pass over the decoder layers: collect the inputs of each linear, prune it, hand the outputs on.
 
-Everything that has to go through the layers travels together, so that each layer is read once a run: the calibration, the
-windows that measure the dense model, and those that measure the pruned one.
+All hidden states pass through a layer together, so that each layer is fetched once a run: those of the calibration, of the
+windows that measure the dense model, and of those that measure the pruned one.
 
 Letters: N samples, T tokens, D hidden.
 """
@@ -53,7 +53,7 @@ class PruningPass:
         engine: the model and its layers.
         tasks: what to prune; more than one, a grid, only in dense propagation, where all see the same inputs.
         propagate: what later linears see, as Propagation has it.
-        watch: told how long each stage takes.
+        watch: times the stages.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class PruningPass:
         """Prune every layer that is not finished with calibration ids (N, T); take hidden states `dense` through the dense layers, and
         `pruned` through the pruned ones.
 
-        Returns the zeros and sizes of all dense layers, as from `count_zeros`, unless `dense` is None. A grid goes on without a
+        Returns the zeros and sizes of all dense layers, as from `count_zeros`, unless `dense` is None. A grid continues without a
         task whose method fails.
         """
         engine = self.engine
@@ -122,11 +122,11 @@ class PruningPass:
             stack.callback(propagation.invalidate)
             yield propagation
 
-    def _advance(self, index: int, streams: Sequence[HiddenStates], stage: str, pruned: bool) -> nn.Module:
+    def _advance(self, index: int, states: Sequence[HiddenStates], stage: str, pruned: bool) -> nn.Module:
         with self.watch.stage(stage):
             layer = self.store.fetch(index, pruned)
-            for stream in streams:
-                stream.advance(index, layer)
+            for one in states:
+                one.advance(index, layer)
         return layer
 
     def _visit(self, index: int, last: int, propagation: Propagation) -> None:
@@ -195,7 +195,7 @@ class PruningPass:
         return reports
 
     def _tune(self, index: int, layer: nn.Module, propagation: Propagation, num_epochs: int) -> dict[str, Any]:
-        """Tune layer `index` towards the reference, which is behind it already."""
+        """Tune layer `index` towards the reference, which has passed through it already."""
         calibration, reference = propagation.calibration, propagation.reference
         propagation.invalidate()
         with self.watch.stage("recover"):

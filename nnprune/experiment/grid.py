@@ -1,8 +1,8 @@
 """Many cells of a results table in one pass over the model: `grid=true`.
 
-In dense propagation no method changes what another sees. So the calibration goes through the layers once, each statistic is
-accumulated once, each Hessian is factorised once a method, and every cell writes its finished layers into its own folder.
-What remains of a cell is an ordinary run that finds all its layers finished.
+In dense propagation no method changes the inputs of another. So the calibration passes through the layers once, each statistic is
+accumulated once, each hessian is factorised once per method, and every cell writes its layer files to its own folder. Then each
+cell is an ordinary run that resumes after its last layer.
 """
 
 import logging

@@ -53,7 +53,7 @@ class Job:
         self.watch = Stopwatch()
         experiment.runtime.start(experiment.config["seed"])
         _warn_of_demo_texts(experiment)
-        _tell_dtype(experiment)
+        _log_dtype(experiment)
         with self.watch.stage("data"):
             self.config = experiment.source.config()
             check_shapes(experiment, skeleton(experiment, self.config))  # before the texts are read
@@ -86,7 +86,7 @@ class Job:
 
     def _prune(self, record: RunRecord) -> RunRecord:
         """Prune, and measure the pruned model for its `record`. Returns the record of the dense model: the one there is,
-        or else a new one, for which the dense model's windows travel through the same pass."""
+        or else a new one, whose windows are measured in the same pass."""
         dense = self.experiment.dense()
         # Where another process measures the same dense model, as in a parallel sweep, its record is read afterwards.
         with locked(dense.folder, wait=False) as ours:
@@ -136,21 +136,21 @@ class Job:
             pruned.recovered = [report["recovered"] for report in reports if "recovered" in report]
             self._count(pruned, reports)
             if (num_cells := max(report["num_cells"] for report in reports)) > 1:
-                pruned.notes.append(f"pruned in one pass with {num_cells - 1} other cells, which `seconds` do not tell of")
+                pruned.notes.append(f"pruned in one pass with {num_cells - 1} other cells; `seconds` leaves that pass out")
 
     def _count(self, record: RunRecord, layers: list[dict[str, int]]) -> None:
         """Fraction of zeros among the weights of linears, and among all parameters, tied ones counted once."""
         decoder = self.engine.decoder
         inside = set(decoder.layers.parameters())
-        shell = [parameter for parameter in decoder.model.parameters() if parameter not in inside]
+        outside = [parameter for parameter in decoder.model.parameters() if parameter not in inside]
         totals = {key: sum(counts[key] for counts in layers) for key in ("zeros", "size", "linear_zeros", "linear_size")}
-        zeros = totals["zeros"] + sum(map(zeros_in, shell))
+        zeros = totals["zeros"] + sum(map(zeros_in, outside))
         record.linear_sparsity = totals["linear_zeros"] / totals["linear_size"]
-        record.model_sparsity = zeros / (totals["size"] + sum(parameter.numel() for parameter in shell))
+        record.model_sparsity = zeros / (totals["size"] + sum(parameter.numel() for parameter in outside))
 
     def _save(self, record: RunRecord) -> None:
-        told = ("model", "pruner", "sparsity", "fingerprint", "metrics", "dense_metrics")
-        summary = {key: getattr(record, key) for key in told}
+        keys = ("model", "pruner", "sparsity", "fingerprint", "metrics", "dense_metrics")
+        summary = {key: getattr(record, key) for key in keys}
         target = self.experiment.folder / "model"
         save_model(self.engine.store, self.tokenizer, self.experiment.source.generation_config(), summary, target)
         log.info("model: %s", target)
@@ -161,7 +161,7 @@ class Job:
         record.evaluation_hashes = {name: token_hash(ids) for name, ids in self.evaluation_ids.items()}
         if experiment is self.experiment:
             record.seconds = self.watch.total()
-        else:  # the dense model, which travelled along
+        else:  # the dense model, measured in the same pass
             record.seconds = dict.fromkeys(("dense_evaluation", "total"), self.watch.seconds["dense_evaluation"])
         record.peak_host_bytes = peak_host_bytes()
         record.peak_device_bytes = peak_device_bytes()
@@ -189,7 +189,7 @@ def _warn_of_demo_texts(experiment: Experiment) -> None:
         )
 
 
-def _tell_dtype(experiment: Experiment) -> None:
+def _log_dtype(experiment: Experiment) -> None:
     """Say so where the dtype that computes is not the checkpoint's."""
     stored, computing = name_of(experiment.source.stored_dtype), name_of(experiment.computing_dtype)
     if computing != stored:

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the record that makes it finished, the record of its failure, and the line that sums it up."""
+"""The outcome of a run: the record that makes it finished, the record of its failure, and the line that sums it up."""
 
 import logging
 import shutil

@@ -36,7 +36,7 @@ AroundLayer = Callable[[int, Callable[..., Any], Tensor, LayerCall], Tensor]
 
 
 class Decoder:
-    """A causal language model seen as shell + decoder layers + linears.
+    """A causal language model seen as embeddings, decoder layers with their linears, and head.
 
     Raises:
         ValueError: no unambiguous list of decoder layers, or a mixture of experts.

@@ -1,0 +1,80 @@
+"""What a run leaves: records are replaced by their successors only, failures are recorded, grids continue."""
+
+from pathlib import Path
+
+import pytest
+
+from nnprune.evaluation import Perplexity
+from nnprune.experiment.build import build
+from nnprune.pruners.magnitude import Magnitude
+from nnprune.records import read_all, read_completed
+from nnprune.run import run, run_grid
+
+
+def stop(*_):
+    raise RuntimeError("stopped")
+
+
+@pytest.mark.parametrize("setting", ["overwrite=true", "save=true"])
+def test_a_record_stays_until_its_successor_is_written(setting, tiny_config, monkeypatch):
+    first = run(tiny_config("pruner=wanda"))
+    cfg = tiny_config("pruner=wanda", setting)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
+        patch.setattr(Perplexity, "measure", stop)
+        run(cfg)
+    assert read_completed(build(cfg).folder) == first, "a failed run left the old record"
+    again = run(cfg)
+    assert again.metrics == first.metrics
+    assert not (build(cfg).folder / "unfinished").exists()
+
+
+def test_scratch_of_a_finished_run_goes_on_the_next_call(tiny_config):
+    cfg = tiny_config("pruner=wanda")
+    run(cfg)
+    scratch = build(cfg).folder / "unfinished"
+    scratch.mkdir()
+    (scratch / "layer-0000.json").write_text("{}")
+    run(cfg)
+    assert not scratch.exists()
+
+
+def test_a_damaged_dense_record_is_measured_again(tiny_config, caplog):
+    first = run(tiny_config("pruner=wanda"))
+    [dense] = Path(tiny_config().outputs).glob("*/dense/*/result.json")
+    dense.write_text("{")
+    second = run(tiny_config("pruner=magnitude"))
+    assert second.dense_metrics == first.dense_metrics
+    assert "the dense model is measured again" in caplog.text
+
+
+def test_an_unresolvable_outputs_leaves_no_folder(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NNPRUNE_MISSING", raising=False)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(Exception, match="NNPRUNE_MISSING"):
+        run(tiny_config("outputs=${oc.env:NNPRUNE_MISSING}"))
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_one_cell_that_fails_does_not_stop_a_grid(tiny_config, monkeypatch):
+    score = Magnitude.score
+
+    def fail_on_one(self, W, module_name):
+        if module_name.endswith("layers.1.fc1"):
+            raise ValueError(f"{module_name}: not today")
+        return score(self, W, module_name)
+
+    monkeypatch.setattr(Magnitude, "score", fail_on_one)
+    cfgs = [tiny_config(f"pruner={name}", f"label={name}", "propagate=dense") for name in ("magnitude", "wanda", "sparsegpt")]
+    with pytest.raises(ValueError, match=r"layers\.1\.fc1: not today"):
+        run_grid(cfgs)
+    records = {record["pruner"]: record for record in read_all(Path(cfgs[0].outputs))[0]}
+    assert {name: record["status"] for name, record in records.items()} == {
+        "magnitude": "failed",
+        "wanda": "completed",
+        "sparsegpt": "completed",
+        "dense": "completed",
+    }
+    assert "not today" in records["magnitude"]["error"]
+    monkeypatch.undo()
+    assert run(tiny_config("pruner=wanda", "label=wanda", "propagate=dense")).metrics == records["wanda"]["metrics"]
