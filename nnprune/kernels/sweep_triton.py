@@ -104,6 +104,55 @@ def _launch(weight_CO: Tensor, U_CC: Tensor, drop_CO: Tensor | None, n: int, m: 
 
 if triton is not None:
 
+    @triton.jit
+    def _absorb_earlier(
+        weight_CO,
+        errors_CO,
+        U_CC,
+        start,
+        output,
+        num_columns,
+        num_outputs,
+        U_row,
+        U_column,
+        SUB_BLOCK: tl.constexpr,
+        PADDED: tl.constexpr,
+        BLOCK_O: tl.constexpr,
+    ):
+        """Step 1: take from the sub-block at `start` what the errors of earlier ones ask for, in full float32."""
+        DEPTH: tl.constexpr = 16  # the least that tl.dot sums over
+        is_output = output < num_outputs
+        column = start + tl.arange(0, PADDED)
+        is_column = (tl.arange(0, PADDED) < SUB_BLOCK) & (column < num_columns)
+        owed = tl.full((PADDED, BLOCK_O), 0.0, tl.float32)
+        for first in range(0, start, DEPTH):
+            earlier = first + tl.arange(0, DEPTH)
+            U_transposed = tl.load(
+                U_CC + column[:, None] * U_column + earlier[None, :] * U_row,
+                mask=is_column[:, None] & (earlier < start)[None, :],
+                other=0.0,
+            )
+            errors = tl.load(
+                errors_CO + earlier[:, None] * num_outputs + output[None, :],
+                mask=(earlier < start)[:, None] & is_output[None, :],
+                other=0.0,
+            )
+            owed = tl.dot(U_transposed, errors, owed, input_precision="ieee")
+        tile = weight_CO + column[:, None] * num_outputs + output[None, :]
+        is_weight = is_column[:, None] & is_output[None, :]
+        tl.store(tile, tl.load(tile, mask=is_weight) - owed, mask=is_weight)
+
+    @triton.jit
+    def _rank(costs, j: tl.constexpr, M: tl.constexpr, BLOCK_O: tl.constexpr):
+        """How many of M costs go before number j: the lower ones, and of equal ones the later."""
+        rank = tl.full((BLOCK_O,), 0, tl.int32)
+        for k in tl.static_range(M):
+            if k < j:
+                rank += (costs[k] < costs[j]).to(tl.int32)
+            elif k > j:
+                rank += (costs[k] <= costs[j]).to(tl.int32)
+        return rank
+
     @triton.jit(do_not_specialize=["num_columns"])  # a narrower last block runs the same code
     def _sweep(
         weight_CO,
@@ -120,33 +169,13 @@ if triton is not None:
         PADDED: tl.constexpr,
         BLOCK_O: tl.constexpr,
     ):
-        DEPTH: tl.constexpr = 16  # the least that tl.dot sums over
-        size = num_columns * num_outputs
-        output = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+        output, size = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O), num_columns * num_outputs
         is_output = output < num_outputs
         for start in range(0, num_columns, SUB_BLOCK):
-            # Step 1: take from the sub-block what the errors of earlier ones ask for, in full float32.
-            column = start + tl.arange(0, PADDED)
-            is_column = (tl.arange(0, PADDED) < SUB_BLOCK) & (column < num_columns)
-            owed = tl.full((PADDED, BLOCK_O), 0.0, tl.float32)
-            for first in range(0, start, DEPTH):
-                earlier = first + tl.arange(0, DEPTH)
-                U_transposed = tl.load(
-                    U_CC + column[:, None] * U_column + earlier[None, :] * U_row,
-                    mask=is_column[:, None] & (earlier < start)[None, :],
-                    other=0.0,
-                )
-                errors = tl.load(
-                    errors_CO + earlier[:, None] * num_outputs + output[None, :],
-                    mask=(earlier < start)[:, None] & is_output[None, :],
-                    other=0.0,
-                )
-                owed = tl.dot(U_transposed, errors, owed, input_precision="ieee")
-            tile = weight_CO + column[:, None] * num_outputs + output[None, :]
-            is_weight = is_column[:, None] & is_output[None, :]
-            tl.store(tile, tl.load(tile, mask=is_weight) - owed, mask=is_weight)
+            _absorb_earlier(
+                weight_CO, errors_CO, U_CC, start, output, num_columns, num_outputs, U_row, U_column, SUB_BLOCK, PADDED, BLOCK_O
+            )
             tl.debug_barrier()  # stored as a tile, loaded below as vectors by other threads
-
             # Step 2: sweep the sub-block, unrolled. It stores nothing before its end, so that no load has to wait.
             negated, pruned = (), ()  # by column: minus the error, the weight
             for group in tl.static_range(0, SUB_BLOCK, M):
@@ -166,13 +195,7 @@ if triton is not None:
                 for j in tl.static_range(M):
                     this = start + group + j
                     if drop_CO is None:  # by rank and not by threshold: ties cannot change the count
-                        rank = tl.full((BLOCK_O,), 0, tl.int32)
-                        for k in tl.static_range(M):
-                            if k < j:
-                                rank += (costs[k] < costs[j]).to(tl.int32)
-                            elif k > j:
-                                rank += (costs[k] <= costs[j]).to(tl.int32)
-                        drop = rank < M - N
+                        drop = _rank(costs, j, M, BLOCK_O) < M - N
                     else:
                         at = this * num_outputs + output
                         drop = tl.load(drop_CO + at, mask=is_output & (at < size), other=0)
