@@ -1,4 +1,4 @@
-"""A model seen as a row of decoder layers, one of which is on the device at a time.
+"""A model as a sequence of decoder layers, one of which is on the device at a time.
 
 Letters: N samples, T tokens.
 """
@@ -16,12 +16,12 @@ from nnprune.runtime import Runtime
 
 
 class LayerwiseEngine:
-    """One decoder layer and one batch of activations on the device at a time.
+    """Holds one decoder layer and one batch of hidden states on the device at a time.
 
     Args:
         decoder: the model.
-        store: brings its layers to the device.
-        runtime: tokens in a batch, and where activations rest.
+        store: fetches and releases its layers.
+        runtime: tokens per batch, and where hidden states are offloaded.
         scratch: folder for mapped files.
     """
 
@@ -38,10 +38,10 @@ class LayerwiseEngine:
         return len(self.decoder.layers)
 
     def hidden_states(self, ids: Tensor, name: str) -> HiddenStates:
-        """Hidden states that enter the first decoder layer, for ids (N, T); `name` is their own among those alive."""
+        """Hidden states at the input of the first decoder layer, for ids (N, T); `name` must differ among those alive."""
         return HiddenStates(self.decoder, self.runtime, ids, self.scratch / f"activations-{name}.bin")
 
     @staticmethod
     def progress(total: int, title: str) -> tqdm:
-        """A progress bar with time left, on a terminal; of several processes the first shows it."""
+        """A progress bar with time left, on a terminal and in the first process only."""
         return tqdm(total=total, desc=title, disable=True if parallel.rank() else None, leave=False)
