@@ -1,4 +1,4 @@
-"""Evaluation: what a model is measured by. An evaluator names token rows and makes metrics of the model's logits for them.
+"""Evaluation of models. An evaluator provides token rows and computes metrics from the model's logits for them.
 
 Letters: N rows (windows), T tokens of a row, V vocabulary.
 """
@@ -17,41 +17,41 @@ from nnprune.checks import check_count
 from nnprune.texts import TextSource
 
 Logits = Iterable[tuple[int, slice, Tensor]]
-"""(row, some of its tokens, their logits (tokens, V)), until every token of every row was there, in order. Logits are the largest
-tensors of a small model, so an evaluator keeps none."""
+"""(row, slice of its tokens, logits (tokens, V)) for all tokens of all rows, in order. An evaluator should keep none: logits are the
+largest tensors of a small model."""
 
 
 class Evaluator(ABC):
-    """Measures one thing. A class with `_target_` under `evaluation.datasets`, like a pruner."""
+    """Computes metrics of a model. Subclasses are configured by `_target_` under `evaluation.datasets`, like pruners."""
 
     seq_len: int
-    """T, which the model's positions must allow."""
+    """T, at most the model's number of positions."""
 
     def check(self) -> None:
-        """Raise ValueError for what can be known to be wrong before anything is read."""
+        """Raise ValueError for settings that can be refused before anything is read."""
 
     def identity(self) -> dict[str, Any]:
-        """The settings that make this another evaluation when they change."""
+        """The settings that are part of the fingerprint."""
         return dict(vars(self))
 
     @abstractmethod
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-        """The token rows (N, T), int64, that the model is to see."""
+        """The token rows (N, T), int64, for the model."""
 
     @abstractmethod
     def measure(self, ids: Tensor, logits: Logits) -> dict[str, float]:
-        """Metric -> value, for the rows `ids` (N, T) and the model's logits for them. Raises ValueError when one is not finite."""
+        """Metric -> value, from the rows `ids` (N, T) and their logits. Raises ValueError if one is not finite."""
 
 
 class Perplexity(Evaluator):
-    """exp(mean negative log-likelihood) over fixed windows of a text, as the field does it: the whole split joined, cut into windows of
-    `seq_len` that do not overlap, every prediction counted.
+    """exp(mean negative log-likelihood) over the joined text, cut into windows of `seq_len` that do not overlap, all predictions
+    counted.
 
     Args:
         name: of the text; the metric is `<name>_perplexity`.
         source: the text.
         seq_len: T.
-        max_windows: at most so many windows, from the start of the text; None: all.
+        max_windows: maximum number of windows, from the start of the text; None: all.
     """
 
     def __init__(self, name: str, source: TextSource, seq_len: int, max_windows: int | None = None) -> None:
@@ -67,12 +67,12 @@ class Perplexity(Evaluator):
         return {"source": self.source.identity(), "max_windows": self.max_windows}
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-        """Raises ValueError for a text shorter than one window."""
+        """The windows (N, T), int64. Raises ValueError for a text shorter than one window."""
         ids = torch.tensor(tokenizer(self.source.joined()).input_ids, dtype=torch.int64)
         num_windows = len(ids) // self.seq_len
         if not num_windows:
             raise ValueError(
-                f"evaluation.seq_len={self.seq_len}: the text {self.name} has only {len(ids)} tokens, less than one window; "
+                f"evaluation.seq_len={self.seq_len}: the text {self.name} has only {len(ids)} tokens, fewer than one window; "
                 "lower evaluation.seq_len or give a longer text"
             )
         return ids[: num_windows * self.seq_len].view(num_windows, self.seq_len)[: self.max_windows]
@@ -90,19 +90,18 @@ class Perplexity(Evaluator):
             raise ValueError(
                 f"{self.name} perplexity: the model gives NaN or infinite logits; try model.dtype=float32 or bfloat16"
             )
-        return {f"{self.name}_perplexity": math.exp(min(mean, 700))}  # beyond, a float overflows
+        return {f"{self.name}_perplexity": math.exp(min(mean, 700))}  # above 700 a float overflows
 
 
 class Evaluation:
-    """All that a model is measured by.
+    """The evaluators of a run.
 
     Args:
-        datasets: name -> the arguments of a TextSource, for its perplexity, and `max_windows` where a text has a customary limit of
-            its own; or an evaluator.
+        datasets: name -> an evaluator, or the arguments of a TextSource to compute its perplexity, and optionally `max_windows`.
         seq_len: T of texts.
-        max_windows: at most so many windows of each text, from its start; None: all.
-        path: local files, measured as the text named "text".
-        column: the column of `path` that holds the text, in all formats but .txt.
+        max_windows: maximum number of windows of each text, from its start; None: all.
+        path: local files, measured as a text named "text".
+        column: the column of `path` that holds the text; not for .txt.
     """
 
     def __init__(
@@ -116,20 +115,19 @@ class Evaluation:
         check_count("evaluation.seq_len", seq_len, 2)
         self.evaluators: dict[str, Evaluator] = {}
         for name, entry in datasets.items():
-            key = f"evaluation.datasets.{name}"
-            self.evaluators[name] = (
-                entry if isinstance(entry, Evaluator) else _perplexity(name, key, dict(entry), seq_len, max_windows)
-            )
+            if not isinstance(entry, Evaluator):
+                entry = _perplexity(name, f"evaluation.datasets.{name}", dict(entry), seq_len, max_windows)
+            self.evaluators[name] = entry
         if path is not None:
             self.evaluators["text"] = _perplexity("text", "evaluation", {"path": path, "column": column}, seq_len, max_windows)
 
     def token_ids(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-        """Name of an evaluator -> its rows (N, T), int64."""
+        """Evaluator name -> its rows (N, T), int64."""
         return {name: evaluator.prepare(tokenizer) for name, evaluator in self.evaluators.items()}
 
 
 def _perplexity(name: str, key: str, source: dict[str, Any], seq_len: int, max_windows: int | None) -> Perplexity:
-    """The perplexity of a text whose settings stand at `key`; the tighter of its own limit and the common one counts."""
+    """The perplexity of a text with settings `source` from `key`; its own and the common `max_windows` both apply."""
     limits = {f"{key}.max_windows": source.pop("max_windows", None), "evaluation.max_windows": max_windows}
     limits = {limit_key: limit for limit_key, limit in limits.items() if limit is not None}
     for limit_key, limit in limits.items():

@@ -1,4 +1,4 @@
-"""A method as an experiment has it: what each linear shall match, who chooses its mask, what becomes of the kept weights."""
+"""A pruning method: the target of each linear, the pruner, the update of kept weights, the recovery of decoder layers."""
 
 from dataclasses import dataclass, field
 
@@ -11,12 +11,12 @@ from nnprune.updates import Update
 
 @dataclass
 class Method:
-    """A pruner and what goes with it.
+    """A pruner and the steps around it.
 
     Args:
         pruner: chooses the mask.
-        target: the weights it is shown in place of the dense ones.
-        update: moves the kept weights afterwards.
+        target: the weights to approximate, by default the dense ones.
+        update: changes the kept weights afterwards.
         recovery: tunes whole decoder layers.
     """
 
@@ -27,26 +27,26 @@ class Method:
 
     @property
     def statistics(self) -> set[type[InputStatistic]]:
-        """All kinds that are accumulated from the inputs of each linear, but for those that the pruner collects itself."""
-        own = self.pruner.statistic if self.pruner.shares_statistics else None
-        return {kind for kind in (own, self.update.statistic, *self.target.statistics) if kind is not None}
+        """The kinds that the engine accumulates for each linear; a pruner may collect its own besides."""
+        of_pruner = self.pruner.statistic if self.pruner.shares_statistics else None
+        return {kind for kind in (of_pruner, self.update.statistic, *self.target.statistics) if kind is not None}
 
     @property
     def pairs_inputs(self) -> bool:
-        """Whether inputs of the dense model are compared with inputs that come from pruned linears."""
+        """Whether a statistic compares the inputs with those in the dense model."""
         return CrossProduct in self.statistics
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the calibration goes through the dense model too."""
+        """Whether the calibration has to pass through the dense model too."""
         return self.pairs_inputs or self.recovery.is_on
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether any part of the method uses inputs."""
+        """Whether the method uses inputs at all."""
         return self.pruner.needs_calibration or bool(self.statistics) or self.recovery.is_on
 
     @property
     def is_plain(self) -> bool:
-        """Whether the pruner sees the dense weights in their own dtype, and its answer is the last word."""
+        """Whether the pruner gets the dense weights in their own dtype and its result is final."""
         return type(self.target) is Target and type(self.update) is Update

@@ -1,6 +1,6 @@
 """The record of a run: one `result.json`, written last and by rename, so that its presence means "finished".
 
-No tensors, and no import of torch: the collector reads thousands of records.
+Does not import torch, because the collector reads thousands of records.
 """
 
 import hashlib
@@ -16,24 +16,24 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 NOT_SCIENCE = ("runtime", "label", "outputs", "overwrite", "save", "plan", "grid")
-"""Settings that are no part of what an experiment is."""
+"""Settings that are not part of the fingerprint."""
 
 SCHEMA_VERSION = 1
 RESULT_FILE = "result.json"
 
 
 class RecordError(ValueError):
-    """A `result.json` that is no record: cut short, of another program, or of another schema."""
+    """A `result.json` that is not a record: truncated, foreign, or of another schema."""
 
 
 @dataclass
 class RunRecord:
-    """Everything that is known about one run. `metrics` are those of the pruned model alone.
+    """The settings, results and provenance of one run.
 
-    Keys of `metrics` and `dense_metrics` are `<evaluation>_perplexity`; sparsities are fractions of zeros; times are
-    seconds; sizes are bytes; `dtype` is the one that computed. `per_linear` holds a dict a linear: name, pattern, sparsity,
-    relative_error, seconds. `recovered` holds
-    a dict a decoder layer, where layers were tuned: what `Recovery.tune` reports of its tuning before and after pruning.
+    Keys of `metrics` (of the pruned model) and `dense_metrics` are `<evaluation>_perplexity`; sparsities are fractions of zeros;
+    times are seconds; sizes are bytes; `dtype` is the computing dtype. `per_linear` holds a dict per linear: name, pattern,
+    sparsity, relative_error, seconds. `recovered` holds a dict per tuned decoder layer: the reports of `Recovery.tune`, `before`
+    and `after` pruning.
     """
 
     status: str
@@ -68,13 +68,13 @@ class RunRecord:
 
 
 def fingerprint(science: dict[str, Any]) -> str:
-    """12 hexadecimal digits that name the scientific content of a resolved config, whatever the order of its keys."""
+    """12 hexadecimal digits of a hash of the scientific content of a resolved config, whatever the order of its keys."""
     canonical = json.dumps(science, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
 def write_atomically(path: Path, text: str) -> Path:
-    """Replace `path` by `text` so that a reader, or a power cut, sees the old file or the new one and nothing between.
+    """Write `text` to `path` and return it. Readers see the old file or the complete new one, after a power cut too.
 
     Raises OSError naming the file and the remedy when it cannot be written.
     """
@@ -96,12 +96,12 @@ def write_atomically(path: Path, text: str) -> Path:
 
 
 def write_journal(path: Path, content: Any) -> None:
-    """Keep `content`, plain data, in a JSON file with a checksum, by rename. Raises what `write_atomically` does."""
+    """Write `content`, plain data, to a JSON file with a checksum. Raises what `write_atomically` raises."""
     write_atomically(path, json.dumps({"sha256": _checksum(content), "content": content}))
 
 
 def read_journal(path: Path) -> Any:
-    """What `write_journal` kept; None where there is no such file, or, with one line in the log, where it is damaged."""
+    """The content of a file from `write_journal`; None if it is missing or, with a warning, if it is damaged."""
     if not path.exists():
         return None
     try:
@@ -110,7 +110,7 @@ def read_journal(path: Path) -> Any:
             return found["content"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         pass
-    log.warning("warning: %s is damaged: what it recorded is done again", path)
+    log.warning("warning: %s is damaged: its content is computed again", path)
     return None
 
 
@@ -119,7 +119,7 @@ def _checksum(content: Any) -> str:
 
 
 def read(folder: Path) -> RunRecord | None:
-    """The record in `folder`, or None where there is none. Raises RecordError, with the remedy, when it is unreadable."""
+    """The record in `folder`, None without one. Raises RecordError, with the remedy, if it is unreadable."""
     path = Path(folder) / RESULT_FILE
     if not path.exists():
         return None
@@ -130,15 +130,15 @@ def read(folder: Path) -> RunRecord | None:
 
 
 def read_completed(folder: Path) -> RunRecord | None:
-    """As `read`, but None too for a record of a run that failed."""
+    """As `read`, but None also for the record of a failed run."""
     record = read(folder)
     return record if record is not None and record.status == "completed" else None
 
 
 def read_all(root: Path) -> tuple[list[dict[str, Any]], list[tuple[Path, str]]]:
-    """All records under `root`, each a dict with its `path` added, and (path, reason) of what cannot be read.
+    """All records under `root`, each a dict with its `path` added, and (path, reason) for each that cannot be read.
 
-    Links are followed, but what several paths lead to is read once: the others are among the reasons.
+    Links are followed; a folder or file with several paths is read once, and its other paths are among the reasons.
     """
     paths, records, problems, seen = [], [], [], {}
     walk = os.walk(
@@ -149,7 +149,7 @@ def read_all(root: Path) -> tuple[list[dict[str, Any]], list[tuple[Path, str]]]:
     for folder, subfolders, files in walk:
         if (first := seen.setdefault(os.path.realpath(folder), folder)) != folder:
             problems.append((Path(folder), f"is the same folder as {first}"))
-            subfolders.clear()  # a link to a folder above would lead round for ever
+            subfolders.clear()  # a link to a parent folder would recurse for ever
             continue
         subfolders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
         paths += [Path(folder, RESULT_FILE)] * (RESULT_FILE in files or RESULT_FILE in subfolders)
@@ -157,7 +157,7 @@ def read_all(root: Path) -> tuple[list[dict[str, Any]], list[tuple[Path, str]]]:
         try:
             if (first := seen.setdefault(os.path.realpath(path), path)) != path and not path.is_dir():
                 raise RecordError(f"is the same file as {first}")
-            readable = str(path).encode(errors="backslashreplace").decode()  # a name may hold bytes that are no text
+            readable = str(path).encode(errors="backslashreplace").decode()  # a name may hold bytes that are not text
             records.append(_read_dict(path) | {"path": readable})
         except RecordError as error:
             problems.append((path, str(error)))
@@ -165,7 +165,7 @@ def read_all(root: Path) -> tuple[list[dict[str, Any]], list[tuple[Path, str]]]:
 
 
 def _finite(value: Any) -> Any:
-    """`value` with NaN and infinities, which JSON has no numbers for, as text."""
+    """`value` with NaN and infinities, which JSON cannot represent, as text."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -174,9 +174,9 @@ def _finite(value: Any) -> Any:
 
 
 def _read_dict(path: Path) -> dict[str, Any]:
-    """The fields of `RunRecord` from a file, their types unchecked. Raises RecordError when it is no record."""
+    """The fields of `RunRecord` from a file, types unchecked. Raises RecordError if it is not a record."""
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for, and a device never ends
+        if path.exists() and not path.is_file():  # reading a pipe would block, and a device never ends
             raise RecordError("is no file")
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or "schema_version" not in content:
@@ -186,7 +186,7 @@ def _read_dict(path: Path) -> dict[str, Any]:
         known = {entry.name for entry in fields(RunRecord)}
         if unknown := content.keys() - known:
             raise RecordError(f"has {min(unknown)}, which no record has")
-        return asdict(RunRecord(**content))  # what has been added since a record was written is at its default
+        return asdict(RunRecord(**content))  # fields newer than the record get their defaults
     except OSError as error:
         raise RecordError(f"cannot be read ({error.strerror})") from None
     except RecursionError:

@@ -1,4 +1,4 @@
-"""What is done to a whole decoder layer so that its outputs come closer to the dense model's: `recover`.
+"""`recover`: block-wise reconstruction, the tuning of a decoder layer towards the dense model's outputs.
 
 Letters: N samples, B batch, T tokens, D hidden.
 """
@@ -7,7 +7,6 @@ import copy
 import logging
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -18,11 +17,11 @@ from nnprune.checks import check_count, check_positive
 log = logging.getLogger(__name__)
 
 Run = Callable[[nn.Module, Tensor], Tensor]
-"""A decoder layer's outputs (B, T, D), for the layer and its inputs (B, T, D)."""
+"""Runs a decoder layer: (layer, inputs (B, T, D)) -> outputs (B, T, D)."""
 
 
 class Rows(Protocol):
-    """Hidden states (N, T, D), wherever they are kept."""
+    """Hidden states (N, T, D), wherever they are offloaded."""
 
     shape: tuple[int, int, int]
 
@@ -31,7 +30,7 @@ class Rows(Protocol):
 
 
 class Recovery:
-    """Nothing: layers stay as the pruner left them."""
+    """Leaves decoder layers as they are."""
 
     epochs_before: int = 0
     epochs_after: int = 0
@@ -42,31 +41,41 @@ class Recovery:
         return self.epochs_before + self.epochs_after > 0
 
     def tune(self, index: int, layer: nn.Module, run: Run, inputs: Rows, targets: Rows, num_epochs: int) -> dict[str, Any]:
-        """Change the weights of decoder layer `index` in place; zeros stay zero. Returns a report."""
+        """Tune the weights of decoder layer `index` in place; zeros stay zero.
+
+        Args:
+            index: of the layer.
+            layer: the layer, on the device.
+            run: runs it on a batch.
+            inputs: its inputs for the calibration.
+            targets: the dense model's outputs for the same rows.
+            num_epochs: passes over the calibration.
+
+        Returns:
+            A report for the record.
+        """
         raise NotImplementedError
 
 
 class Reconstruction(Recovery):
-    """Adam on one decoder layer at a time, towards the outputs that the dense model has for the same tokens.
+    """Tunes one decoder layer at a time with Adam, towards the dense model's outputs for the same tokens.
 
-    `epochs_after` tunes a layer once it is pruned, with its zeros fixed, on inputs that come from pruned layers (EBFT, Guo et
-    al. 2024, arXiv:2402.12419). `epochs_before` tunes it while it is still dense, so that it takes up the errors of all pruned
-    layers before it (ICP, "intermediate compensation pruning"); then it is pruned, from the tuned weights. Only ever one layer's gradients
-    and float32 weights are in memory.
+    `epochs_after` tunes a pruned layer, with its zeros fixed, on inputs from pruned layers (EBFT, Guo et al. 2024,
+    arXiv:2402.12419). `epochs_before` tunes the layer while it is dense, to compensate the errors of the pruned layers before it
+    (ICP, "intermediate compensation pruning"); then it is pruned.
 
-    Loss: the mean over tokens of ||y - y_dense||^2 / ||y_dense||^2; normalised, as a few tokens are a thousand times as loud
-    as the rest and the next layer's norm undoes that. Of all epochs, the one before the first included, the weights with the
-    least loss on the held-out sequences stay.
+    Loss: the mean over tokens of ||y - y_dense||^2 / ||y_dense||^2. It is normalised because the norms of a few tokens are a
+    thousand times larger, which the next layer's norm undoes. The weights of the epoch with the lowest loss on held-out sequences
+    are kept, or the initial ones.
 
     Args:
         epochs_before, epochs_after: passes over the calibration.
-        lr: the learning rate, relative to the root mean square of each tensor's nonzeros, so that one value serves models
-            of any scale; it falls to zero along a cosine.
-        batch_tokens: of a step; at least one sequence.
-        holdout: share of the sequences that choose the epoch.
+        lr: learning rate, relative to the root mean square of each tensor's nonzeros; it decays to zero along a cosine.
+        batch_tokens: tokens per step; at least one sequence.
+        holdout: fraction of the sequences that is held out.
 
     Raises:
-        ValueError: a setting out of range; in `tune` fewer than two sequences.
+        ValueError: a setting out of range; in `tune`, fewer than two sequences.
     """
 
     def __init__(
@@ -106,9 +115,11 @@ class Reconstruction(Recovery):
         first = best = held_out()
         kept = [parameter.detach().clone() for parameter in parameters]
         epoch_kept, step, num_steps = 0, 0, num_epochs * -(-len(used) // batch)
-        loudness = [_rms(parameter) for parameter in parameters]
-        least = min(filter(None, loudness), default=1.0)  # for what is all zeros, such as the biases of an untrained model
-        groups = [{"params": [parameter], "scale": own or least} for parameter, own in zip(parameters, loudness, strict=True)]
+        scales = [_rms(parameter) for parameter in parameters]
+        smallest = min(filter(None, scales), default=1.0)  # for tensors of zeros, such as the biases of an untrained model
+        groups = [
+            {"params": [parameter], "scale": scale or smallest} for parameter, scale in zip(parameters, scales, strict=True)
+        ]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
         with torch.enable_grad():
             for epoch in range(1, num_epochs + 1):
@@ -122,8 +133,8 @@ class Reconstruction(Recovery):
                         for parameter, support in supports:
                             parameter.mul_(support)
                     step += 1
-                if (now := held_out()) < best:
-                    best, epoch_kept = now, epoch
+                if (loss := held_out()) < best:
+                    best, epoch_kept = loss, epoch
                     kept = [parameter.detach().clone() for parameter in parameters]
         for parameter, value in zip(layer.parameters(), kept, strict=True):
             parameter.data.copy_(value)
@@ -133,27 +144,20 @@ class Reconstruction(Recovery):
 
 def _loss(run: Run, layer: nn.Module, inputs: Rows, targets: Rows, rows: Tensor) -> Tensor:
     """The normalised squared error of a layer with float32 weights on rows (B,) of the calibration."""
-    hidden, wanted = (activations.pick(rows) for activations in (inputs, targets))
-    with _autocast(hidden):
+    hidden, target = inputs.pick(rows), targets.pick(rows).float()
+    # 16-bit models multiply in bfloat16; the weights stay float32
+    with torch.autocast(hidden.device.type, dtype=torch.bfloat16, enabled=hidden.dtype != torch.float32):
         output = run(layer, hidden.float())
-    wanted = wanted.float()
-    return ((output - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)).mean()
-
-
-def _autocast(hidden: Tensor) -> AbstractContextManager:
-    """Products in bfloat16 where the model has 16 bits; its weights stay float32."""
-    if hidden.dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(hidden.device.type, dtype=torch.bfloat16)
+    return ((output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean()
 
 
 def _rms(parameter: Tensor) -> float:
-    """Root mean square of the nonzeros; 0 where there are none."""
+    """Root mean square of the nonzeros; 0 without any."""
     return math.sqrt(float(parameter.detach().square().sum()) / max(int((parameter != 0).sum()), 1))
 
 
 def _schedule(step: int, num_steps: int) -> float:
-    """Share of the learning rate: a tenth of the steps of warm-up, then a cosine to zero."""
+    """Factor of the learning rate: linear warm-up over a tenth of the steps, then a cosine to zero."""
     warm = max(num_steps // 10, 1)
     if step < warm:
         return (step + 1) / (warm + 1)

@@ -31,20 +31,20 @@ PACKAGE = Path(__file__).parent
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 
 INTERRUPTED = 130
-"""Exit status of a program that Ctrl-C ended."""
+"""Exit status after Ctrl-C."""
 
 
 class RunFailed(CompactHydraException):
-    """One line for the user instead of a traceback, which is in the run's log."""
+    """One line for the user; the traceback is in the run's log."""
 
 
 def run(cfg: DictConfig, pruner: Any = None, keep_layers: bool = False) -> RunRecord:
     """Prune and evaluate as `cfg` says, with `pruner` in place of the config's if given, and return the record.
 
-    A finished run is not repeated, and an interrupted one resumes from its layer files, with `keep_layers` also when it is to be
-    overwritten. Whatever fails is recorded before it is raised.
+    A finished run is not repeated, and an interrupted one resumes from its layer files; `keep_layers` keeps them despite
+    overwrite=true. An error is recorded before it is raised.
     """
-    # Imported here, not above: torch takes seconds, and --help or a mistyped option need none of it.
+    # Imported here because torch takes seconds to import, which --help and mistyped options do not need.
     from nnprune.experiment.build import build
     from nnprune.experiment.folder import locked, logged
     from nnprune.experiment.job import Job
@@ -70,7 +70,7 @@ def run(cfg: DictConfig, pruner: Any = None, keep_layers: bool = False) -> RunRe
 def run_grid(cfgs: Sequence[DictConfig]) -> list[RunRecord]:
     """Prune with several methods and patterns in one pass over a model, then evaluate and record each as `run` does.
 
-    `cfgs` differ in pruner and sparsity only. Raises what `run` raises, for the first cell that fails, once the others are done.
+    `cfgs` may differ in pruner and sparsity only. The first error of a cell is raised after all cells are done.
     """
     from nnprune.experiment.build import build
     from nnprune.experiment.folder import locked
@@ -82,7 +82,7 @@ def run_grid(cfgs: Sequence[DictConfig]) -> list[RunRecord]:
     for cfg in cfgs:
         try:
             experiment = build(cfg)
-        except ValueError:  # reported, and recorded, by its own run
+        except ValueError:  # reported and recorded by its own run below
             continue
         with locked(experiment.folder):
             if not experiment.is_dense and finished_record(experiment) is None:
@@ -102,8 +102,7 @@ def run_grid(cfgs: Sequence[DictConfig]) -> list[RunRecord]:
 
 
 def show_estimate(cfgs: Sequence[DictConfig]) -> None:
-    """Print what a run, or a grid of several, would take, without loading weights. Raises ValueError when it does not fit on this
-    machine."""
+    """Print a cost estimate of a run or a grid, without loading weights. Raises ValueError if it does not fit this machine."""
     from nnprune.experiment.build import build
     from nnprune.experiment.cost_estimate import CostEstimate
     from nnprune.experiment.grid import check_grid
@@ -131,7 +130,7 @@ def prune(pruner: Any, model_name: str = "demo", sparsity: float | str = 0.5, ov
         overrides: further settings as on the command line, such as "calibration.num_samples=32".
 
     Raises:
-        ValueError: a setting that cannot be, with the remedy.
+        ValueError: an invalid setting, with the remedy.
     """
     is_demo = model_name == "demo"
     kind = "demo" if is_demo else "local" if Path(model_name).is_dir() else "hub"
@@ -162,24 +161,26 @@ def _main(cfg: DictConfig) -> None:
             run_grid(grid_cells(cfg))
         else:
             run(cfg)
-    except (ValueError, OSError) as error:  # what a user can mend
+    except (ValueError, OSError) as error:  # what a user can fix
         failure = one_line(error)
         log.error("error: %s", failure)
     except KeyboardInterrupt as interrupt:
-        log.error("interrupted%s: the same command continues from there", f" {interrupt}" if str(interrupt) else "")
+        log.error("interrupted%s: run the same command again to resume", f" {interrupt}" if str(interrupt) else "")
         sys.exit(INTERRUPTED)
     except Exception as error:
         failure = f"{type(error).__name__}: {error}"
-        log.error("unexpected error\n%s", traceback.format_exc())  # as text: a kept log record would keep the model alive too
-    if failure:  # raised out here: Hydra keeps it for the whole sweep, and a traceback would keep the model alive
+        log.error(
+            "unexpected error\n%s", traceback.format_exc()
+        )  # as text, because a log record of it would keep the model alive
+    if failure:  # raised here because Hydra keeps it for the whole sweep, and a traceback would keep the model alive
         raise RunFailed(failure)
 
 
 def main() -> None:
-    """Run what the command line says."""
-    sys.path.append(os.getcwd())  # a user's own pruner is imported from the folder they are in; last, so that it hides nothing
+    """Run the command line."""
+    sys.path.append(os.getcwd())  # to import a user's own pruner from the current folder; last, so that it shadows nothing
     sys.argv[1:] = rewrite_sparsity(gather_grid(sys.argv[1:]))
-    signal.signal(signal.SIGTERM, _interrupt)  # what Slurm sends before it preempts a job
+    signal.signal(signal.SIGTERM, _interrupt)  # Slurm sends it before it preempts a job
     try:
         check_outputs_of_sweep(sys.argv[1:])
         _main()
@@ -194,7 +195,7 @@ def _interrupt(*_: object) -> None:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether an attribute of a pruner can be an option of it: numbers, text, and non-empty lists and dicts of such."""
+    """Whether an attribute of a pruner can be a setting: a number, text, or a non-empty list or dict of such."""
     if isinstance(value, list | tuple | dict):
         entries = value.values() if isinstance(value, dict) else value
         return len(value) > 0 and all(map(_is_plain, entries))

@@ -1,7 +1,6 @@
-"""What is accumulated from the inputs of a linear while the calibration tokens pass through it.
+"""Statistics accumulated over the inputs of a linear.
 
-Letters: I input features. Sums run in float32 over all tokens and are divided by the token count once, when read.
-A statistic is read, not consumed: `mean()` is a fresh tensor each time. Knows no model.
+Letters: I input features. Sums are float32, over all tokens, and divided by the token count once, when read.
 """
 
 from abc import ABC, abstractmethod
@@ -15,10 +14,10 @@ from nnprune.kernels.gram import PANEL, Packed, add_product, multiply_bfloat16, 
 from nnprune.kernels.matmul import fast_products
 
 STRIP = 4 * PANEL
-"""Rows of a strip of the Hessian: wide enough for the matrix units, narrow enough to leave out most of its upper half."""
+"""Rows of a strip of the Hessian: enough for the matrix units, few enough to skip most of the upper triangle."""
 
 TOKENS = 256
-"""Of a part whose squares are summed at once: few enough for the cache."""
+"""Tokens whose squares are summed at once: few enough for the cache."""
 
 
 class InputStatistic(ABC):
@@ -28,16 +27,16 @@ class InputStatistic(ABC):
         self.num_tokens = 0
         self._sum: Tensor | None = None
         self._memo: dict[Any, Any] = {}
-        self._until: dict[int, int] = {}  # part of the sum -> `until` of the last batch that it holds; -1: the token count
+        self._until: dict[int, int] = {}  # part of the sum -> `until` of the last batch in it; -1: the token count
 
     def add(self, X: Tensor, *others: Tensor, until: int | None = None) -> None:
-        """Accumulate inputs X (tokens, I), or (..., I), of any floating dtype, in any order and number of batches.
+        """Accumulate a batch.
 
         Args:
-            X: the inputs.
-            others: for a statistic of several inputs, those of the same tokens.
-            until: makes the call repeatable: a number that grows from batch to batch, such as the rows seen by then. Where
-                memory ran out halfway, the same tokens may come again, in smaller batches: no part of the sum counts them twice.
+            X: inputs (tokens, I) or (..., I), of any floating dtype.
+            others: further inputs of the same tokens, for a statistic of several inputs.
+            until: a number that grows from batch to batch, such as the rows seen so far. It makes the call repeatable: after
+                running out of memory, the same tokens may be added again in smaller batches, and are counted once.
         """
         X, *others = (inputs.reshape(-1, inputs.shape[-1]) for inputs in (X, *others))
         if self._sum is None:
@@ -53,7 +52,7 @@ class InputStatistic(ABC):
         self._memo.clear()
 
     def merge(self, other: "InputStatistic") -> None:
-        """Add what `other`, of the same kind, has seen of other tokens."""
+        """Add the sum of `other`, of the same kind, over other tokens."""
         assert type(other) is type(self), f"{type(other).__name__} merged into {type(self).__name__}"
         if other._sum is not None:
             self._sum = other._sum.clone() if self._sum is None else self._sum.add_(other._sum)
@@ -61,24 +60,24 @@ class InputStatistic(ABC):
             self._memo.clear()
 
     def all_reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Merge the shares of all processes, by a `reduce` that replaces a tensor by its sum over them."""
+        """Sum over all processes; `reduce` replaces a tensor by its sum over them and returns it."""
         if self._sum is not None:
             count = reduce(torch.tensor(self.num_tokens, dtype=torch.int64, device=self._sum.device))
             self._sum, self.num_tokens = reduce(self._sum), int(count)
             self._memo.clear()
 
     def mean(self) -> Tensor:
-        """The sum divided by the number of tokens, float32, as a fresh tensor. ValueError before the first `add`."""
+        """The sum divided by the number of tokens, float32, as a new tensor. Raises ValueError before the first `add`."""
         if self._sum is None:
             raise ValueError("no calibration tokens reached this linear, so it has no statistics")
         return self._sum / self.num_tokens
 
     def is_finite(self) -> bool:
-        """Whether no input seen so far was NaN or infinite, nor their sum too large for float32."""
+        """Whether all inputs were finite and their sum fits float32."""
         return self._sum is not None and bool(self._sum.isfinite().all())
 
     def memo(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """What `compute()` returned the first time for this `key`, such as a factorisation; dropped by `add`."""
+        """`compute()`, such as a factorisation, cached under `key` until the next `add`."""
         if key not in self._memo:
             self._memo[key] = compute()
         return self._memo[key]
@@ -93,18 +92,18 @@ class InputStatistic(ABC):
 
     @staticmethod
     def _prepare(*inputs: Tensor) -> tuple[Any, ...]:
-        """What `_accumulate` is given of a batch, made once for all parts of the sum."""
+        """The arguments of `_accumulate` for a batch, the same for all parts of the sum."""
         return inputs
 
     @staticmethod
     def _parts(*prepared: Any) -> Iterable[slice]:
-        """Rows of the sum that are updated by one operation each, which happens as a whole or, out of memory, not at all."""
+        """Rows of the sum that are updated by one operation each, which runs in full or, out of memory, not at all."""
         return (slice(None),)
 
     @staticmethod
     @abstractmethod
     def _accumulate(total: Tensor, part: slice, *prepared: Any) -> None:
-        """Add what a batch brings to `total`, the rows `part` of the float32 sum, in place."""
+        """Add a batch to `total`, the rows `part` of the float32 sum, in place."""
 
 
 class SquaredNorm(InputStatistic):
@@ -120,7 +119,7 @@ class SquaredNorm(InputStatistic):
 
 
 class Moments(InputStatistic):
-    """E[x_i] and E[x_i^2], shape (2, I): what a method needs that looks at an input's mean and variance."""
+    """E[x_i] and E[x_i^2], shape (2, I), for methods that use the mean and variance of an input."""
 
     @staticmethod
     def _shape(width: int) -> tuple[int, ...]:
@@ -138,7 +137,7 @@ class Moments(InputStatistic):
 class Hessian(InputStatistic):
     """E[x x^T], shape (I, I): half the Hessian of a linear's squared output error, per token.
 
-    The sum holds the lower triangle, and parts of the upper one that cost nothing extra; `mean` mirrors the lower one.
+    Only the lower triangle of the sum is complete; `mean` mirrors it.
     """
 
     @staticmethod
@@ -169,10 +168,7 @@ class Hessian(InputStatistic):
 
 
 class CrossProduct(InputStatistic):
-    """E[x_dense x^T], shape (I, I): the inputs of a linear in the dense model against its inputs after pruned layers.
-
-    `add(X, dense)` takes both inputs of the same tokens.
-    """
+    """E[x_dense x^T], shape (I, I), of a linear's inputs in the dense and in the pruned model. `add(X, dense)` takes both."""
 
     @staticmethod
     def _shape(width: int) -> tuple[int, ...]:
@@ -188,7 +184,7 @@ class CrossProduct(InputStatistic):
 
 
 def _factor(X: Tensor) -> Tensor:
-    """X (tokens, I) as `_add_product` wants it: float32, but for what the matrix units of a CUDA device sum up exactly."""
+    """X (tokens, I) for `_add_product`: float32, except for 16-bit inputs on CUDA, which accumulates them in float32 anyway."""
     return X if X.is_cuda and X.dtype in (torch.bfloat16, torch.float16) else X.float()
 
 

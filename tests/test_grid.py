@@ -163,7 +163,7 @@ def test_every_family_takes_every_method(family, tmp_path):
     PruningPass(engine, cells, "dense").run(IDS)
     for cell in cells:
         for index in range(engine.num_layers):
-            weights = cell.finished.read(index)
+            weights = cell.layer_files.read(index)
             prefix = f"{engine.decoder.path}.{index}."
             for name, view in engine.decoder.weights(index).items():
                 weight = weights[f"{name.removeprefix(prefix)}.weight"]

@@ -32,7 +32,7 @@ def test_interrupted_run_says_where_and_resumes(name, run_cli, tiny_model_dir, s
     monkeypatch.setenv("SIGNAL", name)
     stopped = run_cli(*arguments, f"outputs={tmp_path / 'outputs'}")
     assert stopped.returncode == 130, stopped.stderr
-    assert "interrupted in decoder layer 2 of 2: the same command continues from there" in stopped.stdout
+    assert "interrupted in decoder layer 2 of 2: run the same command again to resume" in stopped.stdout
     assert "Traceback" not in stopped.stdout + stopped.stderr
     monkeypatch.delenv("SIGNAL")
     resumed = run_cli(*arguments, f"outputs={tmp_path / 'outputs'}")

@@ -1,1 +1,1 @@
-"""The pass over the decoder layers: the only code that moves tensors between devices, memory, disk and processes."""
+"""The pass over the decoder layers. Only this package moves tensors between devices, memory, disk and processes."""

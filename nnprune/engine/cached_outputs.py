@@ -1,8 +1,8 @@
-"""Outputs within a decoder layer that are final, kept from one pass of the calibration to the next.
+"""Caches outputs within a decoder layer that no longer change, from one pass of the calibration to the next.
 
 Sequential propagation runs the calibration through a layer once for each group of linears that share an input. Once a linear is
-pruned its output no longer changes; once all linears of the attention but its last are pruned, neither does that one's input.
-Later passes look these up. What can be looked up is found by running the layer, so no architecture is known by name.
+pruned, its output is final; once all linears of the attention but the last are pruned, so is the input of the last. Later passes
+look these up. A trial forward finds what can be cached, so no architecture is known by name.
 
 Letters: N samples, B batch, T tokens.
 """
@@ -21,7 +21,7 @@ from nnprune.engine.hidden_states import HiddenStates
 from nnprune.runtime import available_host_bytes, resident_host_bytes
 
 ROOM_SHARE = 0.25
-"""Share of the host's free memory that the cached outputs of one linear may take."""
+"""Share of the free host memory that the cached outputs of one linear may take."""
 
 
 class Part(NamedTuple):
@@ -29,7 +29,7 @@ class Part(NamedTuple):
 
     Args:
         linear: name of that linear.
-        nones: the Nones that the submodule returns after that output; None where it returns the bare tensor.
+        nones: the Nones that the submodule returns after the output; None if it returns a bare tensor.
     """
 
     linear: str
@@ -38,16 +38,16 @@ class Part(NamedTuple):
 
 @dataclass
 class CachedOutputs:
-    """Cached outputs of the parts of one decoder layer, for all rows of the calibration.
+    """Cached outputs of the parts of one decoder layer, for all rows of some hidden states.
 
-    Of the attention the input of its last linear is cached as long as that linear is not pruned yet, its output afterwards. Outputs are
-    only cached in the device's own memory: from elsewhere they take longer to read than to compute again.
+    For the attention, the input of its last linear is cached until that linear is pruned, then its output. Outputs are cached only
+    in the device's own memory: reading them from anywhere else takes longer than computing them again.
 
     Args:
         modules: name -> submodule of the layer.
-        parts: name -> part, as from `find_parts`.
-        states: what passes through it.
-        path: start of the names of mapped files, for activations on disk.
+        parts: name -> part, from `find_parts`.
+        states: the hidden states that pass through the layer.
+        path: prefix of the mapped files, for hidden states offloaded to disk.
     """
 
     modules: dict[str, nn.Module]
@@ -56,22 +56,22 @@ class CachedOutputs:
     path: Path
     _final: set[str] = field(default_factory=set, init=False)  # linears that are pruned
     _inputs: dict[str, HiddenBuffer] = field(default_factory=dict, init=False)
-    _outputs: dict[str, HiddenBuffer | None] = field(default_factory=dict, init=False)  # None: there is no room
+    _outputs: dict[str, HiddenBuffer | None] = field(default_factory=dict, init=False)  # None: no room
 
     @contextmanager
     def replaying(self, seen: Collection[str], is_last: bool) -> Iterator[None]:
-        """Within it, all rows pass through the layer, up to the linears `seen` if there are any, without computing what is cached.
+        """A pass of all rows through the layer that skips what is cached. The caller prunes the linears `seen` afterwards.
 
-        Outputs that have become final are cached, unless this pass is the last. Afterwards the caller prunes the linears `seen`.
+        Final outputs are cached on the way, unless this pass `is_last`.
         """
         with ExitStack() as stack:
             for name, part in self.parts.items():
-                self._prepare(stack, name, part, part.linear in seen, is_last)
+                self._install(stack, name, part, part.linear in seen, is_last)
             yield
         self._final.update(seen)
 
-    def _prepare(self, stack: ExitStack, name: str, part: Part, is_seen: bool, is_last: bool) -> None:
-        """Look up a part's output in forwards until the stack unwinds, or record what will be looked up later."""
+    def _install(self, stack: ExitStack, name: str, part: Part, is_seen: bool, is_last: bool) -> None:
+        """Replace a part's forward by a look-up, or hook it to record, until the stack unwinds."""
         module, linear = self.modules[name], self.modules[part.linear]
         inputs, outputs = self._inputs.get(name), self._outputs.get(name)  # from earlier passes
 
@@ -83,7 +83,7 @@ class CachedOutputs:
 
         def forward(*_: Any, **__: Any) -> Any:
             rows = self.states.rows
-            output = linear(inputs.get(rows)) if outputs is None else outputs.get(rows).clone()  # some layers continue in place
+            output = linear(inputs.get(rows)) if outputs is None else outputs.get(rows).clone()  # some layers write into it
             return output if part.nones is None else (output, *part.nones)
 
         if is_seen and module is not linear:
@@ -91,7 +91,7 @@ class CachedOutputs:
         if part.linear in self._final and name not in self._outputs and not is_last:
             stack.callback(linear.register_forward_hook(keep_output).remove)
         if inputs is not None or outputs is not None:
-            module.forward = forward  # on the instance, which hides the class's own
+            module.forward = forward  # on the instance, where it hides the class's own
             stack.callback(delattr, module, "forward")
 
     def _keep(self, cache: dict[str, HiddenBuffer | None], name: str, value: Tensor) -> None:
@@ -101,30 +101,35 @@ class CachedOutputs:
             cache[name].put(self.states.rows, value)
 
     def _buffer(self, name: str, width: int, is_output: bool) -> HiddenBuffer | None:
-        """Room (N, T, width) for all rows; None for outputs that are better computed again."""
+        """A buffer (N, T, width) for all rows; None for outputs that are cheaper to compute again."""
         like, device = self.states.activations, self.states.device
         shape = (*like.tensor.shape[:2], width)
         if is_output:
             room = ROOM_SHARE * (available_host_bytes() - resident_host_bytes())
             too_large = device.type == "cpu" and shape[0] * shape[1] * width * like.tensor.itemsize > room
-            if too_large or not like.is_near:
+            if too_large or not like.is_on_device:
                 return None
         path = self.path.with_name(f"{self.path.name}-{name}.bin")
         buffer = HiddenBuffer(shape, like.tensor.dtype, device, self.states.runtime.activations, path)
-        return buffer if buffer.is_near or not is_output else None
+        return buffer if buffer.is_on_device or not is_output else None
 
     def close(self) -> None:
-        """Free the memory, and remove mapped files."""
+        """Free the memory and remove mapped files."""
         for buffer in (*self._inputs.values(), *self._outputs.values()):
             if buffer is not None:
                 buffer.close()
 
 
 def find_parts(modules: dict[str, nn.Module], linears: Collection[str], forward: Callable[[], object]) -> dict[str, Part]:
-    """The parts of a decoder layer whose outputs can be cached, by name: submodules, as far out as possible, that return just what the
-    last of their several linears returned; and linears outside of these. All are called once.
+    """The parts of a decoder layer whose outputs can be cached, by name; each is called once per forward.
 
-    `modules` are the layer's, outer ones first; `linears` names those that are linears; `forward()` runs the layer on anything.
+    A part is either an outermost submodule that holds several linears and returns just the output of the last of them, or a linear
+    outside any such submodule.
+
+    Args:
+        modules: submodules of the layer by name, outer ones first.
+        linears: names of those that are linears.
+        forward: runs the layer; values do not matter.
     """
     calls: dict[str, list[Any]] = defaultdict(list)
     with ExitStack() as stack:
@@ -140,9 +145,9 @@ def find_parts(modules: dict[str, nn.Module], linears: Collection[str], forward:
         if name not in once or not inside or any(name.startswith(f"{outer}.") for outer in parts):
             continue
         output, last = once[name], inside[-1]
-        first, *rest = output if isinstance(output, tuple) else (output,)
-        is_plain = getattr(first, "ndim", 0) == 3 and first is once.get(last) and all(other is None for other in rest)
+        first, *others = output if isinstance(output, tuple) else (output,)
+        is_plain = getattr(first, "ndim", 0) == 3 and first is once.get(last) and all(other is None for other in others)
         # A module that ends the layer, such as the MLP, is final when the layer is: its linears are cached one by one.
         if is_plain and (name == last or (len(inside) > 1 and last != order[-1])):
-            parts[name] = Part(last, tuple(rest) if isinstance(output, tuple) else None)
+            parts[name] = Part(last, tuple(others) if isinstance(output, tuple) else None)
     return parts

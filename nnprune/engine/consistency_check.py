@@ -1,4 +1,4 @@
-"""The consistency check at the start of every run: layer by layer, the model must give its own logits.
+"""The consistency check at the start of every run: run layer by layer, the model must give its own logits.
 
 Letters: B batch, T tokens, D hidden, V vocabulary.
 """
@@ -17,35 +17,35 @@ from nnprune.model.decoder import LayerCall, run_layer
 def check_consistency(engine: LayerwiseEngine) -> None:
     """Compare the layer-wise forward with `model(ids)` on a batch of two, and check that no token sees a later one.
 
-    With layers on disk, one layer of each kind and the last one stand for all.
+    With layers on disk, only the first layer of each kind and the last layer are compared.
 
     Raises:
         ValueError: the model does not fit the layer-wise engine, is not causal, or holds NaN.
     """
     decoder, store = engine.decoder, engine.store
     generator = torch.Generator().manual_seed(0)
-    seen, ids = torch.randint(decoder.vocab_size, (2, 2, 16), generator=generator).to(engine.device)
+    recorded_ids, ids = torch.randint(decoder.vocab_size, (2, 2, 16), generator=generator).to(engine.device)
     ids[1, :8] = ids[0, :8]
-    calls = decoder.record_calls(seen)
+    calls = decoder.record_calls(recorded_ids)
     hidden = decoder.embed(ids)
     checked = _layers_to_check(engine)
 
-    def run_both(index: int, layer_forward: Callable, own_hidden: Tensor, call: LayerCall) -> Tensor:
+    def run_both(index: int, layer_forward: Callable, model_hidden: Tensor, call: LayerCall) -> Tensor:
         nonlocal hidden
         if index not in checked:
-            return own_hidden
+            return model_hidden
         store.fetch(index, pruned=False)
         with refuse_nonfinite(decoder.weights(index)):
-            own_output = run_layer(layer_forward, own_hidden, call)
+            model_output = run_layer(layer_forward, model_hidden, call)
         hidden = run_layer(layer_forward, hidden, calls[index])
         store.release(index)
-        return own_output
+        return model_output
 
-    own = decoder.forward(ids, run_both)
+    logits = decoder.forward(ids, run_both)
     name = type(decoder.model).__name__
-    if not _agree(own, decoder.logits(ids, hidden)):
+    if not _agree(logits, decoder.logits(ids, hidden)):
         raise ValueError(f"{name}: its layers, run one by one, do not give the model's own logits; it is not supported")
-    if not _agree(own[0, :8], own[1, :8]):
+    if not _agree(logits[0, :8], logits[1, :8]):
         raise ValueError(f"{name}: its tokens see later ones, so it is no causal language model; choose another model.path")
 
 
@@ -57,7 +57,7 @@ def _layers_to_check(engine: LayerwiseEngine) -> set[int]:
 
 
 def _agree(first: Tensor, second: Tensor) -> bool:
-    """Equal up to rounding of their dtype; NaNs are for the check of each linear to report."""
+    """Whether tensors are equal up to the rounding of their dtype. NaNs agree: the check of each linear reports them."""
     tolerance = 1e-4 if first.dtype == torch.float32 else 2e-2
     scale = float(first.nan_to_num().abs().max())
     return torch.allclose(first, second, rtol=0, atol=tolerance * scale, equal_nan=True)

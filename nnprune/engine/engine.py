@@ -1,4 +1,4 @@
-"""A model seen as a row of decoder layers, one of which is on the device at a time.
+"""A model as a sequence of decoder layers, one of which is on the device at a time.
 
 Letters: N samples, T tokens.
 """
@@ -17,12 +17,12 @@ from nnprune.runtime import Runtime
 
 
 class LayerwiseEngine:
-    """Keeps one decoder layer and one batch of hidden states on the device at a time.
+    """Holds one decoder layer and one batch of hidden states on the device at a time.
 
     Args:
         decoder: the model.
-        store: brings its layers to the device.
-        runtime: tokens in a batch, and where hidden states are offloaded.
+        store: fetches and releases its layers.
+        runtime: tokens per batch, and where hidden states are offloaded.
         scratch: folder for mapped files.
     """
 
@@ -39,15 +39,10 @@ class LayerwiseEngine:
         return len(self.decoder.layers)
 
     def hidden_states(self, ids: Tensor, name: str) -> HiddenStates:
-        """Hidden states that enter the first decoder layer, for ids (N, T); `name` tells them from others in use at the same time."""
-        return HiddenStates(self.decoder, self.runtime, ids, self.scratch / f"activations-{_file_name(name)}.bin")
+        """Hidden states at the input of the first decoder layer, for ids (N, T); `name` must differ among those alive."""
+        return HiddenStates(self.decoder, self.runtime, ids, self.scratch / f"activations-{quote(name, safe='')}.bin")
 
     @staticmethod
     def progress(total: int, title: str) -> tqdm:
-        """A progress bar with time left, on a terminal; of several processes the first shows it."""
+        """A progress bar with time left, on a terminal and in the first process only."""
         return tqdm(total=total, desc=title, disable=True if parallel.rank() else None, leave=False)
-
-
-def _file_name(name: str) -> str:
-    """A name as part of one file's name, another for every name."""
-    return quote(name, safe="")

@@ -1,4 +1,4 @@
-"""Storage for the hidden states between two decoder layers: on the device, or offloaded to host memory or to a mapped file.
+"""A buffer for hidden states, offloaded to host memory or a mapped file, or kept on the device.
 
 Letters: N samples, B batch, T tokens, D hidden.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 DEVICE_SHARE = 0.4
-"""Share of a CUDA device's free memory that one buffer may take with offload "auto"."""
+"""Share of a CUDA device's free memory that one buffer may take with offload="auto"."""
 
 
 class HiddenBuffer:
@@ -19,9 +19,12 @@ class HiddenBuffer:
     Args:
         shape: (N, T, D).
         dtype: the model's.
-        device: where a batch computes.
-        offload: where the buffer is kept: host, device, disk, or auto (the device while there is room to spare, else the host).
-        path: the mapped file of offload "disk"; removed by `close`.
+        device: where batches are computed.
+        offload: host, device, disk, or auto (the device if the buffer fits there with room to spare, else the host).
+        path: the mapped file for offload="disk"; removed by `close`.
+
+    Raises:
+        OSError: the disk has no room for the mapped file.
     """
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, offload: str, path: Path) -> None:
@@ -32,11 +35,10 @@ class HiddenBuffer:
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _reserve(path, size * dtype.itemsize)
-            flat = torch.from_file(str(path), shared=True, size=size, dtype=dtype)
-            self.tensor = flat.view(shape)
+            self.tensor = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
         elif offload == "device" or (offload == "auto" and _fits(device, size * dtype.itemsize)):
             self.tensor = torch.empty(shape, dtype=dtype, device=device)
-        else:  # pinned: copies to and from a CUDA device then overlap with its work
+        else:  # pinned, so that copies to and from a CUDA device overlap with its work
             self.tensor = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
     def get(self, rows: slice) -> Tensor:
@@ -48,28 +50,28 @@ class HiddenBuffer:
         return self.tensor[rows.to(self.tensor.device)].to(self.device)
 
     def put(self, rows: slice, hidden: Tensor) -> None:
-        """Overwrite `rows`. On one CUDA stream a later `get` waits for it; the host has to synchronise before it reads."""
+        """Overwrite `rows`. A later `get` on the same CUDA stream waits for it; the host must synchronise before it reads."""
         self.tensor[rows].copy_(hidden, non_blocking=True)
 
     @property
-    def is_near(self) -> bool:
+    def is_on_device(self) -> bool:
         """Whether the buffer is in the memory of the device itself."""
         return self.path is None and self.tensor.device.type == self.device.type
 
     def close(self) -> None:
-        """Free the memory, and remove the mapped file."""
+        """Free the memory and remove the mapped file."""
         del self.tensor
         if self.path:
             self.path.unlink(missing_ok=True)
 
 
 def _fits(device: torch.device, num_bytes: int) -> bool:
-    """Whether a buffer may stay on the device. Without CUDA the device is the host."""
+    """Whether a buffer may be kept on the device. Without CUDA the device is the host."""
     return device.type != "cuda" or num_bytes < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 def _reserve(path: Path, num_bytes: int) -> None:
-    """Make a file that has its space on the disk: a mapped one without it would end the process by SIGBUS."""
+    """Create a file with its disk space allocated: writing to a mapped file on a full disk ends the process by SIGBUS."""
     try:
         with path.open("wb") as file:
             if hasattr(os, "posix_fallocate"):
@@ -78,5 +80,5 @@ def _reserve(path: Path, num_bytes: int) -> None:
                 file.truncate(num_bytes)
     except OSError as error:
         path.unlink(missing_ok=True)
-        reason = f"outputs: {path} cannot hold {num_bytes} bytes of activations ({error.strerror})"
+        reason = f"outputs: {path} cannot hold {num_bytes} bytes of hidden states ({error.strerror})"
         raise OSError(error.errno, f"{reason}; make room or set runtime.activations=host") from error

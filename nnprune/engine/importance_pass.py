@@ -1,12 +1,11 @@
-"""The importance pass: one pass over the dense model, before pruning, that measures a number for each decoder layer.
+"""The importance pass over the dense model: what an allocation measures of each decoder layer before anything is pruned.
 
-Some allocations measure weights alone. For those that need inputs, the calibration passes through the dense layers, one layer
-on the device at a time, as in a pruning pass.
+Weights are read layer by layer. If inputs are needed too, the calibration passes once through the dense layers, with the same
+engine as a pruning pass.
 
 Letters: N samples, T tokens, L decoder layers, I input features.
 """
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -20,16 +19,23 @@ from nnprune.engine.hidden_states import HiddenStates
 from nnprune.engine.input_collector import PROBE_TOKENS, InputCollector, check_weight, input_groups
 from nnprune.statistics import InputStatistic, SquaredNorm
 
-log = logging.getLogger(__name__)
-
 Measure = Callable[[DenseLayer], float]
 
 
 @torch.no_grad()
 def run_importance_pass(engine: LayerwiseEngine, ids: Tensor | None, measures: dict[str, Measure]) -> dict[str, list[float]]:
-    """Key -> a number a decoder layer (L,), of the dense model, with calibration ids (N, T) or, for weights alone, without.
+    """Apply each measure to each dense decoder layer.
 
-    Raises ValueError for weights, inputs or numbers that are not finite.
+    Args:
+        engine: the model.
+        ids: calibration ids (N, T); None if the measures need weights only.
+        measures: key -> measure.
+
+    Returns:
+        Key -> its numbers (L,).
+
+    Raises:
+        ValueError: a weight, an input or a measured number is not finite.
     """
     found: dict[str, list[float]] = {key: [] for key in measures}
     bar = engine.progress(engine.num_layers, "importance pass")
@@ -37,7 +43,7 @@ def run_importance_pass(engine: LayerwiseEngine, ids: Tensor | None, measures: d
         for index in range(engine.num_layers):
             module = engine.store.fetch(index, pruned=False)
             engine.store.prefetch(index + 1)
-            layer = _read_layer(engine, index, module, states)
+            layer = _dense_layer(engine, index, module, states)
             for key, measure in measures.items():
                 number = measure(layer)
                 if not math.isfinite(number):
@@ -49,8 +55,8 @@ def run_importance_pass(engine: LayerwiseEngine, ids: Tensor | None, measures: d
     return found
 
 
-def _read_layer(engine: LayerwiseEngine, index: int, module: nn.Module, states: HiddenStates | None) -> DenseLayer:
-    """Decoder layer `index`, fetched as `module`; hidden states, if any, are left at the input of the next layer."""
+def _dense_layer(engine: LayerwiseEngine, index: int, module: nn.Module, states: HiddenStates | None) -> DenseLayer:
+    """Decoder layer `index`, fetched as `module`, as a measure sees it. Hidden states, if any, advance to the next layer."""
     weights = {name: view.read() for name, view in engine.decoder.weights(index).items()}
     for name, W in weights.items():
         check_weight(name, W)
@@ -67,8 +73,8 @@ def _read_layer(engine: LayerwiseEngine, index: int, module: nn.Module, states: 
 def collect_inputs(
     states: HiddenStates, index: int, layer: nn.Module, statistics: Sequence[type[InputStatistic]], is_last: bool
 ) -> InputCollector:
-    """Statistics of the inputs of decoder layer `index`, fetched as `layer`. The hidden states are replaced by the layer's outputs,
-    unless it `is_last`."""
+    """Statistics of the inputs of decoder layer `index`, fetched as `layer`. The hidden states advance to the next layer unless
+    it `is_last`."""
     weights = states.decoder.weights(index)
     groups = input_groups(weights, lambda: states.run(index, layer, states.probe(PROBE_TOKENS)))
     collector = InputCollector(statistics, [], groups, weights, states.ids.shape[1])
@@ -79,7 +85,7 @@ def collect_inputs(
             output = states.run(index, layer, hidden)
         return output
 
-    with collector.watching(stop=is_last):
+    with collector.observing(stop=is_last):
         states.each_batch(step)
     collector.finish()
     return collector

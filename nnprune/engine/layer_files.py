@@ -1,7 +1,7 @@
-"""Layer files: the pruned decoder layers of a run, from which it resumes when it was interrupted.
+"""Layer files: per-layer checkpoints that a resumed run starts from.
 
-A finished layer is one safetensors file, with the names that the whole model gives its weights, and a JSON file with its report
-and the checksum of the weights. The report is written last, so that its presence means "finished".
+A finished layer is a safetensors file, with the full names of its weights, and a JSON file with its report and the checksum of
+the weights. The report is written last: its presence means "finished".
 """
 
 import hashlib
@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 
 
 class LayerFiles:
-    """The finished decoder layers of one run. Files that are damaged, and those of later layers, are as good as absent.
+    """The finished decoder layers of one run. A damaged file is ignored, and so are those of all later layers.
 
     Args:
-        folder: where the files are, and nothing else.
-        prefix: what the model calls its list of decoder layers, such as "model.layers".
+        folder: holds the files.
+        prefix: full name of the list of decoder layers, such as "model.layers".
     """
 
     def __init__(self, folder: Path, prefix: str) -> None:
@@ -45,7 +45,7 @@ class LayerFiles:
         return self.folder / f"layer-{index:04d}.safetensors"
 
     def named(self, index: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of decoder layer `index` under their names in the whole model, ready to be written."""
+        """`state`, the tensors of decoder layer `index`, under their full names, detached."""
         return {f"{self.prefix}.{index}.{name}": tensor.detach() for name, tensor in state.items()}
 
     def read(self, index: int) -> dict[str, Tensor]:
@@ -55,7 +55,7 @@ class LayerFiles:
             return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def write(self, index: int, state: dict[str, Tensor], report: dict[str, Any]) -> None:
-        """Write decoder layer `index` (name within the layer -> tensor) as finished. Raises OSError naming the folder."""
+        """Save decoder layer `index`, `state` (name within the layer -> tensor), as finished. Raises OSError naming the folder."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_atomically(self.named(index, state), self.path(index))

@@ -1,6 +1,7 @@
-"""Fetches decoder layers to the device and releases them to where they are offloaded: host memory, or disk.
+"""Offloads decoder layers to host memory or disk, and fetches them to the device.
 
-The next layer can be fetched while another computes: a thread reads it, and a CUDA stream for copies moves it to the device.
+The next layer can be prefetched while another computes: a thread reads it from disk, and a separate CUDA stream copies it to the
+device.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,15 +16,17 @@ from nnprune.model.decoder import Decoder
 
 
 class LayerStore:
-    """Fetches decoder layers in the computing dtype, and keeps those that are not on the device in the stored dtype.
+    """Fetches decoder layers to the device, in the computing dtype, and releases them, in the stored dtype.
+
+    Embeddings and head stay on the device.
 
     Args:
-        decoder: its layers hold weights when `checkpoint` is None, otherwise they are on the meta device.
-        device: where a fetched layer computes; embeddings and head stay there.
-        offload: where layers are kept while they do not compute: host, device or disk.
-        finished: the layer files of this run.
-        checkpoint: the dense weights, for offload "disk".
-        computing_dtype: what the model's 16-bit weights are converted to on the device; None: they stay as they are.
+        decoder: its layers are on the meta device if there is a `checkpoint`; otherwise they hold their weights.
+        device: where a fetched layer computes.
+        offload: host, device or disk.
+        layer_files: the pruned layers on disk.
+        checkpoint: the dense weights, for offload="disk".
+        computing_dtype: what the model's 16-bit weights are converted to on the device; None: no conversion.
     """
 
     def __init__(
@@ -31,7 +34,7 @@ class LayerStore:
         decoder: Decoder,
         device: torch.device,
         offload: str,
-        finished: LayerFiles,
+        layer_files: LayerFiles,
         checkpoint: Checkpoint | None,
         computing_dtype: torch.dtype | None = None,
     ) -> None:
@@ -40,40 +43,40 @@ class LayerStore:
         self.stored_dtype = decoder.model.dtype
         self.computing_dtype = computing_dtype or self.stored_dtype
         self.offload = offload
-        self.finished = finished
+        self.layer_files = layer_files
         self.checkpoint = checkpoint
-        converts = device.type == "cuda" or self.computing_dtype != self.stored_dtype
-        self.is_copied = converts and offload == "host"
         self._stored = {name: tensor.dtype for name, tensor in decoder.model.state_dict().items()}
+        is_converted = self.computing_dtype != self.stored_dtype
+        self._is_copied = offload == "host" and (device.type == "cuda" or is_converted)  # at each fetch, from `_offloaded`
+        self._offloaded: dict[int, dict[str, Tensor]] = {}  # host tensors by layer, pinned for CUDA
         self._on_device: set[int] = set()  # layers that can compute
-        self._pruned: set[int] = set()  # layers whose weights in memory are the finished ones
-        self._offloaded: dict[int, dict[str, Tensor]] = {}  # host tensors of layers that are copied to compute
-        self._prefetched: tuple[int, bool, Future] | None = None  # layer, whether pruned, its weights
+        self._pruned: set[int] = set()  # layers whose weights in memory are pruned
+        self._prefetched: tuple[int, Future] | None = None  # layer, its dense weights
         self._reader = ThreadPoolExecutor(1, "prefetch")
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        if checkpoint is None:
-            for index, layer in enumerate(decoder.layers):
-                if self.is_copied:
-                    self._offloaded[index] = {name: self._pinned(tensor) for name, tensor in layer.state_dict().items()}
-                    self._assign(index, self._offloaded[index])
-                    continue
-                layer.to(device)
-                self._on_device.add(index)
-                if self.computing_dtype != self.stored_dtype:
-                    self._assign(index, {name: self._computing(tensor) for name, tensor in layer.state_dict().items()})
-        else:
-            self._load_embeddings_and_head()
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if checkpoint is not None:
+            inside = f"{decoder.path}."
+            checkpoint.load_shell([name for name in decoder.model.state_dict() if not name.startswith(inside)])
+        for index, layer in enumerate(decoder.layers if checkpoint is None else ()):
+            if self._is_copied:
+                self._offloaded[index] = {name: self._pinned(tensor) for name, tensor in layer.state_dict().items()}
+                self._assign(index, self._offloaded[index])
+                continue
+            layer.to(device)
+            self._on_device.add(index)
+            if is_converted:
+                self._assign(index, {name: self._computing(tensor) for name, tensor in layer.state_dict().items()})
         self._move_embeddings_and_head()
 
     def fetch(self, index: int, pruned: bool = True) -> nn.Module:
-        """Decoder layer `index` on the device: its finished weights if there are any and `pruned`, else its dense ones.
+        """Decoder layer `index` on the device: with its pruned weights if it is finished and `pruned`, else with its dense ones.
 
-        Dense weights cannot be had again once finished ones took their place, unless layers are offloaded to disk.
+        Dense weights are lost once pruned ones replaced them in memory, unless layers are offloaded to disk.
         """
-        pruned = pruned and index in self.finished
+        pruned = pruned and index in self.layer_files
         if pruned != (index in self._pruned) or index not in self._on_device:
             assert pruned or self.checkpoint or index not in self._pruned
-            self._assign(index, self._take(index, pruned))
+            self._assign(index, self._load_or_wait(index, pruned))
             self._on_device.add(index)
             self._pruned.discard(index)
             if pruned:
@@ -81,48 +84,46 @@ class LayerStore:
         return self.decoder.layers[index]
 
     def prefetch(self, index: int) -> None:
-        """Start to fetch the dense weights of layer `index`, if there is such a layer and it is not on the device."""
-        if index >= len(self.decoder.layers) or self._prefetched is not None:
-            return
-        if index not in self._on_device:
-            self._prefetched = (index, False, self._reader.submit(self._start_fetch, index, False))
+        """Start to load the dense weights of layer `index`, if it exists and is not on the device, while something computes."""
+        if index < len(self.decoder.layers) and self._prefetched is None and index not in self._on_device:
+            self._prefetched = (index, self._reader.submit(self._load, index, False))
 
     @torch.no_grad()
     def round(self, index: int) -> None:
-        """Round the weights of decoder layer `index`, which is on the device, to the dtype that they are stored in."""
+        """Round the weights of decoder layer `index`, which is on the device, to their stored dtypes."""
         for name, parameter in self.decoder.layers[index].named_parameters():
             parameter.copy_(parameter.to(self._stored[f"{self.decoder.path}.{index}.{name}"]))
 
     def stored_state(self, index: int) -> dict[str, Tensor]:
-        """Name within the layer -> tensor of decoder layer `index`, as it is now, in the dtype that it is stored in."""
+        """Name within the layer -> current tensor of decoder layer `index`, in its stored dtype."""
         prefix = f"{self.decoder.path}.{index}."
         return {name: self.as_stored(prefix + name, tensor) for name, tensor in self.decoder.layers[index].state_dict().items()}
 
     def file_of(self, index: int) -> Path | None:
         """The file of decoder layer `index` if it is finished."""
-        return self.finished.path(index) if index in self.finished else None
+        return self.layer_files.path(index) if index in self.layer_files else None
 
     def read_dense(self, index: int) -> dict[str, Tensor]:
-        """Full name -> tensor of decoder layer `index`, dense, in the dtype that it is stored in."""
+        """Full name -> dense tensor of decoder layer `index`, in its stored dtype."""
         self.fetch(index, pruned=False)
-        state = self.finished.named(index, self.stored_state(index))
+        state = self.layer_files.named(index, self.stored_state(index))
         self.release(index)
         return state
 
     def as_stored(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor of the model's, by its full name, in the dtype that it is stored in."""
+        """`tensor`, by its full name in the model, in its stored dtype."""
         return tensor.detach().to(self._stored[name])
 
-    def adopt(self, index: int) -> None:
-        """Decoder layer `index` was pruned in place and its file written: its weights in memory are the finished ones."""
+    def mark_pruned(self, index: int) -> None:
+        """Tell the store that decoder layer `index` was pruned in place and its layer file written."""
         self._pruned.add(index)
-        if self.is_copied:
+        if self._is_copied:
             for name, tensor in self.decoder.layers[index].state_dict().items():
                 self._offloaded[index][name].copy_(tensor)
 
     def release(self, index: int) -> None:
-        """Release decoder layer `index` to where it is offloaded. Offloaded to disk, only finished weights survive."""
-        if self.is_copied:
+        """Offload decoder layer `index`. With offload="disk", only weights in a layer file survive."""
+        if self._is_copied:
             self._assign(index, self._offloaded[index])
             self._on_device.discard(index)
         elif self.checkpoint is not None:
@@ -133,16 +134,16 @@ class LayerStore:
                     if parameter is not None:
                         module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    def _take(self, index: int, pruned: bool) -> dict[str, Tensor]:
-        """The weights of a layer on the device, prefetched or not."""
-        if self._prefetched is not None and self._prefetched[:2] == (index, pruned):
-            future, self._prefetched = self._prefetched[2], None
-            state, event = future.result()
-        else:
-            if self._prefetched is not None and self._prefetched[0] <= index:  # it was not fetched after all
-                self._prefetched[2].result()
-                self._prefetched = None
-            state, event = self._start_fetch(index, pruned)
+    def _load_or_wait(self, index: int, pruned: bool) -> dict[str, Tensor]:
+        """The weights of a layer on the device, from the prefetch if it was for them. A prefetch that nobody used is dropped."""
+        loaded = None
+        if self._prefetched is not None and self._prefetched[0] <= index:
+            is_wanted = self._prefetched[0] == index and not pruned
+            loaded = self._prefetched[1].result()
+            self._prefetched = None
+            if not is_wanted:
+                loaded = None
+        state, event = loaded or self._load(index, pruned)
         if event is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(event)
@@ -150,42 +151,37 @@ class LayerStore:
                 tensor.record_stream(stream)
         return state
 
-    def _start_fetch(self, index: int, pruned: bool) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+    def _load(self, index: int, pruned: bool) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
         """The weights of a layer on the device, and the CUDA event to wait for before they are used."""
-        if self.is_copied and pruned == (index in self._pruned):
+        if self._is_copied and pruned == (index in self._pruned):
             state = self._offloaded[index]
         elif pruned:
-            state = self.finished.read(index)
-            if self.is_copied:
+            state = self.layer_files.read(index)
+            if self._is_copied:
                 state = self._offloaded[index] = {name: self._pinned(tensor) for name, tensor in state.items()}
         else:
-            state = self._read_dense(index)
-        if self._copies is None:  # the files are mapped: a copy is what reads them, and lets go of them
+            state = self._read_checkpoint(index)
+        if self._copy_stream is None:  # the files are mapped: the copy reads them, and lets them be unmapped
             return {name: self._computing(tensor, copy=True) for name, tensor in state.items()}, None
-        with torch.cuda.stream(self._copies):
+        with torch.cuda.stream(self._copy_stream):
             state = {name: self._computing(tensor) for name, tensor in state.items()}
-            return state, self._copies.record_event()
+            return state, self._copy_stream.record_event()
 
     def _computing(self, tensor: Tensor, copy: bool = False) -> Tensor:
-        """A stored tensor on the device, in the dtype that computes."""
+        """A stored tensor on the device, in the computing dtype."""
         dtype = self.computing_dtype if tensor.dtype == self.stored_dtype else tensor.dtype
         return tensor.to(self.device, dtype, non_blocking=True, copy=copy)
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self.device.type == "cuda" else tensor.clone()
 
-    def _read_dense(self, index: int) -> dict[str, Tensor]:
+    def _read_checkpoint(self, index: int) -> dict[str, Tensor]:
         prefix = f"{self.decoder.path}.{index}."
-        names = list(self.decoder.layers[index].state_dict())
-        tensors = self.checkpoint.read([prefix + name for name in names])
+        tensors = self.checkpoint.read([prefix + name for name in self.decoder.layers[index].state_dict()])
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
-    def _load_embeddings_and_head(self) -> None:
-        prefix = f"{self.decoder.path}."
-        self.checkpoint.load_shell([name for name in self.decoder.model.state_dict() if not name.startswith(prefix)])
-
     def _move_embeddings_and_head(self) -> None:
-        """Move all outside the decoder layers to the device; tied tensors are moved once and stay tied."""
+        """Move everything outside the decoder layers to the device; tied tensors are moved once and stay tied."""
         inside = set(self.decoder.layers.modules())
         for module in self.decoder.model.modules():
             if module not in inside:
@@ -200,7 +196,7 @@ class LayerStore:
         layer = self.decoder.layers[index]
         layer.load_state_dict(state, assign=True)
         layer.requires_grad_(False)
-        for module in layer.modules():  # buffers that no checkpoint holds
+        for module in layer.modules():  # buffers that are in no checkpoint
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.device.type != self.device.type and name in module._non_persistent_buffers_set:
                     module._buffers[name] = buffer.to(self.device)

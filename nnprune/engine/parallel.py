@@ -1,19 +1,16 @@
-"""Processes that share one model: which one this is, and sums over all of them.
-
-Ranks are those of `torch.distributed`, where a launcher such as torchrun has set it up.
-"""
+"""Rank, world size and sums over the processes of a run, by `torch.distributed` if a launcher such as torchrun set it up."""
 
 import torch.distributed as dist
 from torch import Tensor
 
 
 def world_size() -> int:
-    """The number of processes that work on this run."""
+    """Number of processes of this run."""
     return dist.get_world_size() if _is_distributed() else 1
 
 
 def rank() -> int:
-    """The number of this process among them, from 0."""
+    """Index of this process, from 0."""
     return dist.get_rank() if _is_distributed() else 0
 
 

@@ -1,7 +1,7 @@
 """Takes the calibration through the decoder layers, and collects the inputs of their linears.
 
-There are up to two sets of hidden states of the same tokens: the calibration, which passes through the layers that `propagate`
-chooses, and, for methods that compare the two, the reference, which passes through dense layers.
+The calibration passes through the layers that `propagate` chooses. For methods that compare with the dense model, the same tokens
+also pass through the dense layers: the reference.
 
 Letters: N samples, B batch, T tokens, D hidden.
 """
@@ -24,77 +24,86 @@ PROPAGATE = ("pruned", "dense", "sequential")
 
 
 class Propagation:
-    """The calibration at the input of one decoder layer after another.
+    """The hidden states of the calibration, at the input of one decoder layer after another.
 
     Args:
         engine: the model and its layers.
         mode: what later linears see. pruned: outputs of pruned layers; dense: of dense layers; sequential: of pruned layers,
             and within a layer of the linears already pruned.
-        calibration: its hidden states.
-        reference: the hidden states of the dense model, if a method needs them.
-        watch: times the forwards.
+        calibration: hidden states of the calibration.
+        reference: hidden states of the dense model, if a method needs them.
+        stopwatch: times the forwards.
     """
 
     def __init__(
-        self, engine: LayerwiseEngine, mode: str, calibration: HiddenStates, reference: HiddenStates | None, watch: Stopwatch
+        self,
+        engine: LayerwiseEngine,
+        mode: str,
+        calibration: HiddenStates,
+        reference: HiddenStates | None,
+        stopwatch: Stopwatch,
     ) -> None:
         self.engine = engine
         self.store = engine.store
         self.mode = mode
         self.calibration = calibration
         self.reference = reference
-        self.watch = watch
-        self._ahead: InputCollector | None = None  # inputs of the next layer's linears, if they are collected already
-        self._reference_is_behind = False  # the reference has passed through the current layer, the calibration has not
+        self.stopwatch = stopwatch
+        self._next_collector: InputCollector | None = None  # inputs of the next layer's linears, if already collected
+        self._reference_advanced = False  # the reference has passed through the current layer, the calibration has not
         self._cached: dict[nn.Module, CachedOutputs] = {}  # for the current layer, and for its dense copy
 
     def skip(self, index: int) -> None:
-        """Take both through decoder layer `index`, which is finished."""
-        with self.watch.stage("calibration"):
+        """Take calibration and reference through decoder layer `index`, which is finished."""
+        with self.stopwatch.stage("calibration"):
             if self.reference is not None:
-                self.advance_reference(index, self.store.fetch(index, pruned=False))
-                self._reference_is_behind = False
+                self.reference.advance(index, self.store.fetch(index, pruned=False))
             self.calibration.advance(index, self.store.fetch(index, pruned=self.mode != "dense"))
 
     def advance_reference(self, index: int, layer: nn.Module) -> None:
         """Take the reference through the dense decoder layer `index` before the inputs of its linears are collected.
 
-        These are then compared with the inputs that the same dense layer gives its linears for the calibration.
+        Targets then compare the calibration in the pruned layer with the calibration in the dense one.
         """
         self.reference.advance(index, layer)
-        self._reference_is_behind = True
+        self._reference_advanced = True
 
     def collectors(self, index: int, layer: nn.Module, methods: Sequence[Method], hand_on: bool) -> Iterator[InputCollector]:
         """The inputs of the linears of decoder layer `index`: of all at once or, in sequential mode, of one group at a time, which
-        the caller prunes before it asks for the next. Afterwards the reference has passed through this layer, and in dense mode
-        with `hand_on` the calibration has too."""
-        groups = self._groups(index, layer) if self._ahead is None else self._ahead.groups
+        the caller prunes before it asks for the next.
+
+        Afterwards the reference has passed through this layer and, in dense mode with `hand_on`, so has the calibration.
+        """
+        groups = self._groups(index, layer) if self._next_collector is None else self._next_collector.groups
         passes, dense = [groups], layer
         if self.mode == "sequential":
             passes = [[names] for names in groups]
-            if any(method.pairs_inputs for method in methods) or (self.reference and not self._reference_is_behind):
+            if any(method.pairs_inputs for method in methods) or (self.reference and not self._reference_advanced):
                 dense = copy.deepcopy(layer)
-            self._cache(index, layer, dense)
+            self._start_caching(index, layer, dense)
         for seen in passes:
-            collector, self._ahead = self._ahead, None
+            collector, self._next_collector = self._next_collector, None
             if collector is None:
-                with self.watch.stage("calibration"):
+                with self.stopwatch.stage("calibration"):
                     is_last = seen is passes[-1]
                     collector = self._collect(index, layer, dense, methods, seen, hand_on and self.mode == "dense", is_last)
             collector.finish()
             yield collector
-        self._reference_is_behind = False
+        self._reference_advanced = False
 
     def invalidate(self) -> None:
-        """Drop cached outputs: the weights of the current layer have changed, or it is done."""
+        """Drop cached outputs: the weights of the current layer have changed, or the layer is done."""
         for cached in self._cached.values():
             cached.close()
         self._cached = {}
 
     def hand_on(self, index: int, methods: Sequence[Method]) -> None:
-        """Take the calibration through the pruned decoder layer `index`. For `methods` that prune the next layer as it is, each batch
-        continues to that layer's linears at once, so that activations are read once per layer."""
-        with self.watch.stage("calibration"):
+        """Take the calibration through the pruned decoder layer `index`.
+
+        If `methods` prune the next layer without tuning it first, the same batches continue through that layer to collect the
+        inputs of its linears, so that hidden states are read once per layer.
+        """
+        with self.stopwatch.stage("calibration"):
             layer = self.store.fetch(index)
             if self.mode == "sequential" or not methods or any(method.recovery.epochs_before for method in methods):
                 with self._replaying(layer, (), is_last=True):
@@ -103,7 +112,9 @@ class Propagation:
                 return
             following = self.store.fetch(index + 1, pruned=False)
             groups = self._groups(index + 1, following)
-            self._ahead = self._collect(index + 1, following, following, methods, groups, False, True, before=(index, layer))
+            self._next_collector = self._collect(
+                index + 1, following, following, methods, groups, False, True, before=(index, layer)
+            )
 
     def _collect(
         self,
@@ -116,55 +127,61 @@ class Propagation:
         is_last: bool,
         before: tuple[int, nn.Module] | None = None,
     ) -> InputCollector:
-        """The inputs of `groups` of linears of layer `index` for the whole calibration.
+        """Collect the inputs of `groups` of linears of layer `index` for the whole calibration.
 
-        With `hand_on` the calibration is replaced by the outputs of `layer`; with `before`, a layer to pass through first, by the
-        outputs of that one. The last pass over a layer replaces the reference by the outputs of the dense layer, unless it has
-        passed through already.
+        Args:
+            index: of the layer.
+            layer: the layer as it is now.
+            dense: the dense layer; `layer` itself if nothing in it is pruned.
+            methods: which statistics to accumulate.
+            groups: the linears.
+            hand_on: replace the calibration by the outputs of `layer`.
+            is_last: this is the last pass over the layer: the reference, if it has not done so yet, passes through `dense`.
+            before: (index, layer) that the calibration passes through first; replace the calibration by its outputs.
         """
         weights = self.engine.decoder.weights(index)
         dense_weights = weight_views(dense, self._prefix(index)) if dense is not layer else None
         kinds = set().union(*(method.statistics for method in methods))
         pruners = [method.pruner for method in methods]
         collector = InputCollector(kinds, pruners, groups, weights, self.calibration.ids.shape[1], dense_weights)
-        pairs = collector.pairs
-        advances = self.reference is not None and not self._reference_is_behind and is_last
+        advances = self.reference is not None and not self._reference_advanced and is_last
+        needs_reference = collector.pairs or advances
 
         def step(rows: slice, hidden: Tensor) -> Tensor | None:
             if before is not None:
                 hidden = self.calibration.run(*before, hidden)
-            reference = None
-            if pairs or advances:
-                own = hidden if self._reference_is_behind else self.reference.activations.get(rows)
+            if needs_reference:
+                dense_hidden = hidden if self._reference_advanced else self.reference.activations.get(rows)
+                reference = None
                 with collector.reference(stop=not advances):
-                    reference = self.calibration.run(index, dense, own)
+                    reference = self.calibration.run(index, dense, dense_hidden)
             output = None
             with collector.rows(rows):
                 output = self.calibration.run(index, layer, hidden)
-            if advances:  # at the very end: a batch that ran out of memory is repeated from the start
+            if advances:  # only now: a batch that ran out of memory is repeated from the start
                 self.reference.activations.put(rows, reference)
             return output if hand_on else hidden if before is not None else None
 
         seen = [name for names in groups for name in names]
-        of_reference = self._replaying(dense, seen, is_last) if dense is not layer else nullcontext()
-        with collector.watching(stop=not hand_on), self._replaying(layer, seen, is_last=False), of_reference:
+        dense_replaying = self._replaying(dense, seen, is_last) if dense is not layer else nullcontext()
+        with collector.observing(stop=not hand_on), self._replaying(layer, seen, is_last=False), dense_replaying:
             self.calibration.each_batch(step)
         return collector
 
-    def _cache(self, index: int, layer: nn.Module, dense: nn.Module) -> None:
+    def _start_caching(self, index: int, layer: nn.Module, dense: nn.Module) -> None:
         """Start to cache outputs of a layer, and of its dense copy if there is one."""
         hidden = self.calibration.probe(PROBE_TOKENS)
         linears = self.engine.decoder.weights(index).keys()
         parts = find_parts(self._modules(index, layer), linears, lambda: self.calibration.run(index, layer, hidden))
-        for one, name in {dense: "dense", layer: "pruned"}.items():
+        for module, name in {dense: "dense", layer: "pruned"}.items():
             path = self.engine.scratch / f"activations-{name}"
-            self._cached[one] = CachedOutputs(self._modules(index, one), parts, self.calibration, path)
+            self._cached[module] = CachedOutputs(self._modules(index, module), parts, self.calibration, path)
 
     def _replaying(self, layer: nn.Module, seen: Sequence[str], is_last: bool) -> AbstractContextManager:
         return self._cached[layer].replaying(seen, is_last) if layer in self._cached else nullcontext()
 
     def _modules(self, index: int, layer: nn.Module) -> dict[str, nn.Module]:
-        """The submodules of decoder layer `index`, or of its copy, by their names in the whole model."""
+        """Full name -> submodule of decoder layer `index`, or of its copy."""
         return dict(layer.named_modules(prefix=self._prefix(index)))
 
     def _prefix(self, index: int) -> str:

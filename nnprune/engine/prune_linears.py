@@ -1,4 +1,4 @@
-"""Prunes the linears of a fetched decoder layer, and checks and measures what came out.
+"""Prunes the linears of a fetched decoder layer, checks the results and measures their errors.
 
 Letters: O output features, I input features.
 """
@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnprune.allocations.base import Plan
 from nnprune.checks import is_finite
 from nnprune.engine.input_collector import InputCollector, check_weight
 from nnprune.method import Method
+from nnprune.model.decoder import Decoder
 from nnprune.model.weight_views import WeightView
 from nnprune.patterns import PatternError, SparsityPattern, zeros_in
 from nnprune.pruners.base import Pruner
@@ -19,28 +21,19 @@ from nnprune.solvers.layer_error import relative_error, squared_output
 from nnprune.statistics import InputStatistic
 
 
-def prune_linears(
-    method: Method,
-    plan: dict[str, SparsityPattern],
-    collector: InputCollector,
-    stored_dtype: torch.dtype,
-) -> list[dict[str, Any]]:
-    """Prune in place all linears whose inputs were collected, and report on each.
+def prune_linears(method: Method, plan: Plan, collector: InputCollector, stored_dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Prune in place all linears whose inputs were collected, and return a report on each, as in `RunRecord.per_linear`.
 
-    Pruned weights are rounded to `stored_dtype` before anything looks at them. Raises ValueError, naming the linear, for a
-    weight that is not finite and for a pruner that breaks its contract.
+    Pruned weights are rounded to `stored_dtype` before they are checked and measured. Raises ValueError, naming the linear, for
+    a weight that is not finite and for a pruner that breaks its contract.
     """
     return [report for names in collector.groups for report in _prune_group(method, plan, collector, names, stored_dtype)]
 
 
 def _prune_group(
-    method: Method,
-    plan: dict[str, SparsityPattern],
-    collector: InputCollector,
-    names: list[str],
-    stored_dtype: torch.dtype,
+    method: Method, plan: Plan, collector: InputCollector, names: list[str], stored_dtype: torch.dtype
 ) -> list[dict[str, Any]]:
-    """Prune linears `names` that share an input."""
+    """Prune the linears `names`, which share an input."""
     start = time.perf_counter()
     pruner, sample = method.pruner, collector.sample(names)
     weights = {name: collector.weights[name].read().contiguous() for name in names}
@@ -56,7 +49,7 @@ def _prune_group(
         weight = _checked(pruner, pruned[name], W, name, plan[name], stored_dtype)
         dense_output = collector.squared_output(name, lambda W=W: squared_output(W, sample))
         error = relative_error(W, weight, sample, dense_output)
-        collector.weights[name].write(weight)  # from here on W is the pruned weight too, where it is a view
+        collector.weights[name].write(weight)  # if W is a view, it holds the pruned weight from here on
         reports.append(
             {
                 "name": name,
@@ -69,25 +62,22 @@ def _prune_group(
         )
     seconds = time.perf_counter() - start
     size = sum(W.numel() for W in weights.values())
-    for report in reports:  # the group's time, shared out by size
+    for report in reports:  # the group's time, divided by size
         report["seconds"] = seconds * weights[report["name"]].numel() / size
     return reports
 
 
 def _prune_weights(
-    method: Method,
-    weights: dict[str, Tensor],
-    plan: dict[str, SparsityPattern],
-    statistics: dict[type[InputStatistic], InputStatistic],
+    method: Method, weights: dict[str, Tensor], plan: Plan, statistics: dict[type[InputStatistic], InputStatistic]
 ) -> dict[str, Tensor]:
-    """What a method makes of the weights (O, I) of linears that share an input, not yet checked."""
+    """The weights (O, I) of linears that share an input, pruned by `method`, not checked yet."""
     if not weights:
         return {}
-    # Unless the pruner has the last word, float32 until the end: what one step rounded, the next could not mend.
+    # With a target or an update, float32 until the end: a later step could not undo the rounding of an earlier one.
     dense = weights if method.is_plain else {name: W.float() for name, W in weights.items()}
     targets = method.target.weights(dense, statistics)
-    shown = {name: W.clone() for name, W in targets.items()}  # for pruners that work in place
-    pruned = method.pruner.prune_group(shown, {name: plan[name] for name in weights})
+    copies = {name: W.clone() for name, W in targets.items()}  # for pruners that work in place
+    pruned = method.pruner.prune_group(copies, {name: plan[name] for name in weights})
     if method.is_plain:
         return pruned
     pruned = {name: _checked(method.pruner, pruned[name], W, name, plan[name]) for name, W in dense.items()}
@@ -97,8 +87,8 @@ def _prune_weights(
 def _checked(
     pruner: Pruner, pruned: Tensor, W: Tensor, name: str, pattern: SparsityPattern, stored_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """A pruner's answer in the dtype of `W`, rounded to `stored_dtype` if that is given. Raises ValueError, naming pruner and
-    linear, when it breaks the contract."""
+    """A pruner's result in the dtype of `W`, rounded to `stored_dtype` if given. Raises ValueError, naming pruner and linear, if it
+    breaks the contract."""
     method = type(pruner).__name__
     if not isinstance(pruned, Tensor) or pruned.shape != W.shape:
         found = tuple(pruned.shape) if isinstance(pruned, Tensor) else type(pruned).__name__
@@ -114,7 +104,8 @@ def _checked(
 
 
 def count_zeros(layer: nn.Module, weights: dict[str, WeightView]) -> dict[str, int]:
-    """Zeros and sizes of a fetched decoder layer and of its weights that can be pruned."""
+    """Count zeros and parameters: `zeros` and `size` of a fetched decoder layer, `linear_zeros` and `linear_size` of `weights`, its
+    weights that can be pruned."""
     inside = {weight.parameter for weight in weights.values()}
     others = [parameter for parameter in layer.parameters() if parameter not in inside]
     linears = [weight.read() for weight in weights.values()]
@@ -125,3 +116,16 @@ def count_zeros(layer: nn.Module, weights: dict[str, WeightView]) -> dict[str, i
         "linear_zeros": linear_zeros,
         "linear_size": linear_size,
     }
+
+
+def fractions_of_zeros(decoder: Decoder, layers: list[dict[str, int]]) -> tuple[float, float]:
+    """The sparsity of the linears, and of the whole model with tied parameters counted once.
+
+    `layers` holds the counts of each decoder layer, from `count_zeros`.
+    """
+    inside = set(decoder.layers.parameters())
+    outside = [parameter for parameter in decoder.model.parameters() if parameter not in inside]
+    totals = {key: sum(counts[key] for counts in layers) for key in ("zeros", "size", "linear_zeros", "linear_size")}
+    zeros = totals["zeros"] + sum(map(zeros_in, outside))
+    size = totals["size"] + sum(map(torch.numel, outside))
+    return totals["linear_zeros"] / totals["linear_size"], zeros / size

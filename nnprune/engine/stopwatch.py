@@ -1,4 +1,4 @@
-"""Seconds by stage."""
+"""Measures the seconds that each stage of a run takes."""
 
 import time
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the time of each stage over repeated visits. A stage within another counts for the inner one alone.
+    """Adds up the time of each stage over repeated visits. Time in a nested stage counts for the inner one only.
 
-    With a CUDA `device` it waits for the device at each change of stage, so that no stage pays for another's work.
+    With a CUDA `device` it synchronises at each change of stage, so that no stage is charged for another's work.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -21,7 +21,7 @@ class Stopwatch:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time what happens within."""
+        """Time the block as part of stage `name`."""
         self._switch()
         self._stages.append(name)
         try:
@@ -31,11 +31,11 @@ class Stopwatch:
             self._stages.pop()
 
     def total(self) -> dict[str, float]:
-        """All stages, and the time since this object was made."""
+        """Seconds by stage, and under "total" the seconds since this object was created."""
         return {**self.seconds, "total": time.perf_counter() - self._start}
 
     def _switch(self) -> None:
-        """Book the time since the last change of stage on the stage it was spent in."""
+        """Add the time since the last change of stage to the stage that ends or is suspended now."""
         if self.device is not None and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()

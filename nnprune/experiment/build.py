@@ -1,8 +1,4 @@
-"""A resolved config turned into objects, checked, and given its identity.
-
-Identity is science: the fingerprint is a hash of the config without `hydra`, `runtime`, names and output paths. A local
-text or model counts by its content, not by where it lies, and the code of a pruner from outside this package counts too.
-"""
+"""Builds the objects of an experiment from a resolved config, checked, before any weights are loaded."""
 
 import re
 from dataclasses import dataclass, fields, replace
@@ -37,7 +33,7 @@ SETTINGS = ("seed", "propagate", "label", "outputs", "overwrite", "save", "plan"
 
 @dataclass
 class Experiment:
-    """Everything one run needs, built and validated but without any weights."""
+    """Everything one run needs, built and validated, without weights."""
 
     config: dict[str, Any]
     pattern: SparsityPattern
@@ -51,22 +47,22 @@ class Experiment:
 
     @property
     def pruner(self) -> Pruner:
-        """Who chooses the masks."""
+        """The method's pruner."""
         return self.method.pruner
 
     @property
     def is_dense(self) -> bool:
-        """Whether nothing is to be pruned, so that only model and evaluation matter."""
+        """Whether nothing is pruned, so that only model and evaluation matter."""
         return self.pattern == Unstructured(0.0)
 
     @property
     def computing_dtype(self) -> torch.dtype:
-        """The dtype that the device computes in."""
+        """The dtype that layers compute in on the device."""
         return self.source.computing_dtype(self.runtime.torch_device)
 
-    @cached_property  # it may have to read gigabytes
+    @cached_property  # it may read gigabytes
     def fingerprint(self) -> str:
-        """The hash that names this experiment."""
+        """The hash of its scientific content that names this experiment (see `identity`)."""
         return fingerprint(science(self))
 
     @property
@@ -83,7 +79,7 @@ class Experiment:
 def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
     """The experiment of a config, with `pruner` in place of the config's if given.
 
-    Raises ValueError naming the key, the value and the remedy for anything that can be known to be wrong by now.
+    Raises ValueError naming the key, the value and the remedy for everything that can be checked without weights.
     """
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
@@ -102,7 +98,7 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
     if method.needs_reference and config["propagate"] == "dense":
         key = "target" if method.pairs_inputs else "recover"
         raise ValueError(
-            f"propagate=dense: hands on what {key} compares pruned layers with; set propagate=pruned or sequential, or leave {key} away"
+            f"propagate=dense: hands on what {key} compares pruned layers with; set propagate=pruned or sequential, or leave {key} out"
         )
     experiment = Experiment(
         config=config,
@@ -115,21 +111,21 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
         runtime=runtime,
         label="dense" if is_dense else str(config["label"] or type(pruner).__name__),
     )
-    for checked in (*experiment.evaluation.evaluators.values(), experiment.calibration.source):
-        if checked:
-            checked.check()
-    _ = experiment.fingerprint  # what names the experiment must be there before anything is written under that name
+    for part in (*experiment.evaluation.evaluators.values(), experiment.calibration.source):
+        if part:
+            part.check()
+    _ = experiment.fingerprint  # computed, or refused, before anything is written under that name
     return experiment
 
 
 def run_folder(outputs: str, model: str, pattern: str, label: str, name: str) -> Path:
-    """outputs/<model>/<pattern>/<label>-<name>, with characters that no file system minds."""
+    """outputs/<model>/<pattern>/<label>-<name>, with characters that every file system accepts."""
     parts = [re.sub(r"^\.|[^\w.+-]", "_", part) for part in (model, pattern.replace(":", "of"), f"{label}-{name}")]
     return Path(str(outputs)).joinpath(*parts)
 
 
 def _check_settings(config: dict[str, Any]) -> None:
-    """Raise ValueError for a group that is missing, an unknown key, or a setting outside the groups that cannot be."""
+    """Raise ValueError for a missing group, an unknown key, or an invalid setting outside the groups."""
     for key in GROUPS:
         if not config.get(key):
             raise ValueError(f"{key}: has no settings; choose one of conf/{key}/")
@@ -144,7 +140,7 @@ def _check_settings(config: dict[str, Any]) -> None:
 
 
 def _make(key: str, kind: type, config: dict[str, Any]) -> Any:
-    """`kind` from the settings of group `key`."""
+    """An instance of the dataclass `kind` from the settings of group `key`."""
     known = [setting.name for setting in fields(kind) if setting.init]
     for name, value in config[key].items():
         if name not in known:
@@ -156,6 +152,7 @@ def _make(key: str, kind: type, config: dict[str, Any]) -> Any:
 
 
 def _instantiate(key: str, config: dict[str, Any], expected: type) -> Any:
+    """The object that group `key` names by `_target_`. Raises ValueError if it cannot be created or is not of type `expected`."""
     target = config[key].get("_target_")
     try:
         built = instantiate(config[key], _convert_="all")
@@ -165,7 +162,7 @@ def _instantiate(key: str, config: dict[str, Any], expected: type) -> Any:
             raise cause from None
         reason = " ".join(str(cause or error).split())
         remedy = "check its spelling, its folder and its options"
-        raise ValueError(f"{key}._target_={target}: cannot be made ({reason}); {remedy}") from error
+        raise ValueError(f"{key}._target_={target}: cannot be created ({reason}); {remedy}") from error
     if not isinstance(built, expected):
         raise ValueError(f"{key}._target_={target}: is no {expected.__name__}; derive it from nnprune's {expected.__name__}")
     return built

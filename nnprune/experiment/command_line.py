@@ -1,7 +1,7 @@
-"""What happens to a command line before Hydra sees it.
+"""Rewrites and checks the command line before Hydra parses it.
 
-Users type `sparsity=0.7` or `sparsity=2:4,0.5`, and Hydra refuses a number as a group's option. And a sweep makes a folder
-of its own under `outputs` before any of our code runs.
+Users type `sparsity=0.7` or `sparsity=2:4,0.5`, and Hydra accepts no number as a group's option. And Hydra creates a sweep's folder
+under `outputs` before it calls our code.
 """
 
 import re
@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 
 LITERAL = re.compile(r"[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?|-?\d+:-?\d+")
 GRID = ("pruner", "sparsity")
-BESIDE = {"allocation": "uniform", "target": "dense", "update": "none", "recover": "none"}
-"""Groups that change a method, and the option that leaves it as it is."""
+PLAIN_OPTIONS = {"allocation": "uniform", "target": "dense", "update": "none", "recover": "none"}
+"""Groups that change a method, and the option of each that does nothing."""
 
 FILES = {"0": "dense", "0.0": "dense", "0.5": "unstructured", "2:4": "2of4", "4:8": "4of8"}
 
@@ -25,50 +25,48 @@ FILES = {"0": "dense", "0.0": "dense", "0.5": "unstructured", "2:4": "2of4", "4:
 def rewrite_sparsity(arguments: list[str]) -> list[str]:
     """The command line with each literal after `sparsity=` replaced by the name of an option.
 
-    Literals without a file under conf/sparsity are registered as options of their own, valid or not: what a pattern may
-    be is for `parse_pattern` to say. Everything else is left to Hydra.
+    Literals without a file in conf/sparsity are registered as new options, valid or not: `parse_pattern` checks them later.
     """
     return [_rewrite(argument) if argument.startswith("sparsity=") else argument for argument in arguments]
 
 
 def gather_grid(arguments: list[str]) -> list[str]:
-    """The command line with what `grid=true` sweeps over, pruners and sparsities, as data of one job.
+    """The command line with the pruners and sparsities of `grid=true` as the value of one setting.
 
-    `grid=true pruner=a,b sparsity=0.5,2:4` becomes `pruner=a sparsity=0.5 grid={pruner:[a,b],sparsity:['0.5','2:4']}`. Other
-    sweeps are left to Hydra: each of their jobs is a grid.
+    `grid=true pruner=a,b sparsity=0.5,2:4` becomes `pruner=a sparsity=0.5 grid={pruner:[a,b],sparsity:['0.5','2:4']}`. Hydra
+    still sweeps over other settings; each job is then a grid.
     """
     if "grid=true" not in arguments:
         return arguments
     kept = [argument for argument in arguments if argument.partition("=")[0] not in ("grid", *GRID)]
-    given = {key: [a.partition("=")[2] for a in arguments if a.startswith(f"{key}=")] for key in GRID}
-    choices = {
-        key: [choice.strip().strip("'\"") for choice in values[-1].split(",")] for key, values in given.items() if values
-    }
+    given = {key: value for key, equals, value in (argument.partition("=") for argument in arguments) if equals and key in GRID}
+    choices = {key: [choice.strip().strip("'\"") for choice in given[key].split(",")] for key in GRID if key in given}
     lists = ",".join(f"{key}:[{','.join(repr(choice) for choice in values)}]" for key, values in choices.items())
     return [*kept, *(f"{key}={values[0]}" for key, values in choices.items()), f"grid={{{lists}}}"]
 
 
 def is_grid(cfg: DictConfig) -> bool:
-    """Whether a config is that of a grid. Raises ValueError for a value that `gather_grid` did not make."""
+    """Whether a config is that of a grid. Raises ValueError for a value of `grid` that does not come from `gather_grid`."""
     if cfg.grid is None or cfg.grid is False:
         return False
     if not isinstance(cfg.grid, DictConfig):
-        raise ValueError(f"grid={cfg.grid}: write grid=true, with pruner=A,B and sparsity=X,Y, or leave it away")
+        raise ValueError(f"grid={cfg.grid}: write grid=true, with pruner=A,B and sparsity=X,Y, or leave it out")
     return True
 
 
 def label_of(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str]) -> str:
-    """What to call the method: its option of `pruner`, or its class where that is the user's own, and what was asked for beside it:
-    wanda+refit."""
+    """The default label of a method, such as wanda+refit: its `pruner` option, or the class of a user's own pruner, and the options
+    of the groups in `PLAIN_OPTIONS` that the overrides set."""
     name = choices["pruner"]
     if name == "custom":
         name = str(OmegaConf.select(cfg, "pruner._target_", default=name)).split(".")[-1]
-    asked = {entry.partition("=")[0] for entry in overrides}
-    return "+".join([name, *(choices[key] for key, plain in BESIDE.items() if key in asked and choices[key] != plain)])
+    overridden = {entry.partition("=")[0] for entry in overrides}
+    options = (choices[key] for key, plain in PLAIN_OPTIONS.items() if key in overridden and choices[key] != plain)
+    return "+".join([name, *options])
 
 
 def grid_cells(cfg: DictConfig) -> list[DictConfig]:
-    """The configs of the ordinary runs that a grid stands for. Within a Hydra job only."""
+    """The configs of the runs that a grid consists of. Call it within a Hydra job only."""
     hydra_config = HydraConfig.get()
     choices = hydra_config.runtime.choices
     overrides = [entry for entry in hydra_config.overrides.task if entry.partition("=")[0] not in ("grid", *GRID)]
@@ -83,7 +81,7 @@ def grid_cells(cfg: DictConfig) -> list[DictConfig]:
 
 
 def check_outputs_of_sweep(arguments: list[str]) -> None:
-    """Raise ValueError when a sweep is asked for and its `outputs` cannot be written."""
+    """Raise ValueError if this is a sweep whose `outputs` cannot be written."""
     if not {"-m", "--multirun"} & set(arguments):
         return
     given = [argument.removeprefix("outputs=") for argument in arguments if argument.startswith("outputs=")]

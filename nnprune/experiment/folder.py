@@ -1,4 +1,4 @@
-"""Folders of runs: kept from other processes while one works there, and logged into."""
+"""The folder of a run: locked against other processes, and logged into."""
 
 import logging
 from collections.abc import Iterator
@@ -12,8 +12,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
-    """Make a folder and keep other processes out of it meanwhile. Gives False, at once, when another process has it and
-    we do not `wait`.
+    """Create a folder and hold its lock. Yields False, at once, if another process holds it and we do not `wait`.
 
     Raises OSError naming the folder when it cannot be written.
     """
@@ -34,7 +33,7 @@ def logged(folder: Path) -> Iterator[None]:
         handler = logging.FileHandler(folder / "run.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("nnprune")
-    if logger.level == logging.NOTSET:  # called from Python, where nobody configured logging
+    if logger.level == logging.NOTSET:  # called from Python, without Hydra's logging
         logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
@@ -54,15 +53,15 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 def _acquire(folder: Path, wait: bool) -> FileLock | None:
-    """The lock of a folder, which the system gives back when a process dies; None when another has it and we don't wait."""
+    """The lock of a folder, which the system releases when a process dies; None if another holds it and we do not `wait`."""
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
         if not wait:
             return None
-        log.info("waiting for another process that works in %s", folder)
+        log.info("waiting for another process to release %s", folder)
         lock.acquire()
     except NotImplementedError:
-        log.warning("warning: %s lies on a file system without locks: do not start the same run twice at once", folder)
+        log.warning("warning: %s is on a file system without locks: do not start the same run twice at once", folder)
     return lock

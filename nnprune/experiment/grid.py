@@ -1,8 +1,8 @@
-"""Many cells of a results table in one pass over the model: `grid=true`.
+"""`grid=true`: prunes several cells of a results table in one pass over the model.
 
-In dense propagation no method changes the inputs of another. So the calibration passes through the layers once, each statistic is
-accumulated once, each hessian is factorised once per method, and every cell writes its layer files to its own folder. Then each
-cell is an ordinary run that resumes after its last layer.
+In dense propagation no method changes the inputs that another sees. So the calibration passes through the layers once, each
+statistic is accumulated once, and each Hessian is factorised once per method. Every cell writes layer files to its own folder;
+its ordinary run then finds all layers finished.
 """
 
 import logging
@@ -16,14 +16,14 @@ from nnprune.engine.pruning_pass import PruneTask, PruningPass
 from nnprune.experiment.build import Experiment
 from nnprune.experiment.folder import locked
 from nnprune.experiment.job import SCRATCH, Job, check_shapes, skeleton
-from nnprune.experiment.plans import Planned, make_plans
+from nnprune.experiment.plans import PlanRequest, make_plans
 from nnprune.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
 
 
 def check_grid(cfgs: Sequence[DictConfig]) -> None:
-    """Raise ValueError when the cells of a grid do not see the same inputs."""
+    """Raise ValueError unless the cells of a grid see the same inputs."""
     propagate = cfgs[0].propagate
     if propagate != "dense":
         raise ValueError(
@@ -33,29 +33,30 @@ def check_grid(cfgs: Sequence[DictConfig]) -> None:
 
 
 def prune_grid(experiments: Sequence[Experiment]) -> None:
-    """Prune what the cells of a grid have not pruned yet, in one pass. All have the same model and calibration."""
+    """Prune the unfinished layers of all cells of a grid in one pass. The cells share model and calibration."""
     first = experiments[0]
     with ExitStack() as stack:
         for folder in sorted({experiment.folder for experiment in experiments}):
             stack.enter_context(locked(folder))
-        shapes = skeleton(first, first.source.config())
-        experiments = [experiment for experiment in experiments if _fits(experiment, shapes)]
+        model = skeleton(first, first.source.config())
+        experiments = [experiment for experiment in experiments if _fits(experiment, model)]
         if not experiments:
             return
         job = Job(experiments[0])
         decoder = job.engine.decoder
-        wanted = [Planned(one.allocation, one.pattern, one.folder / SCRATCH) for one in experiments]
-        plans = make_plans(job.engine, job.calibration_ids, wanted, job.watch)
-        cells = [
-            PruneTask(experiment.method, plan, LayerFiles(experiment.folder / SCRATCH, decoder.path))
-            for experiment, plan in zip(experiments, plans, strict=True)
+        folders = [experiment.folder / SCRATCH for experiment in experiments]
+        requests = [PlanRequest(one.allocation, one.pattern, folder) for one, folder in zip(experiments, folders, strict=True)]
+        plans = make_plans(job.engine, job.calibration_ids, requests, job.stopwatch)
+        tasks = [
+            PruneTask(experiment.method, plan, LayerFiles(folder, decoder.path))
+            for experiment, plan, folder in zip(experiments, plans, folders, strict=True)
         ]
-        log.info("grid: %d cells in one pass", len(cells))
-        PruningPass(job.engine, cells, "dense").run(job.calibration_ids)
+        log.info("grid: %d cells in one pass", len(tasks))
+        PruningPass(job.engine, tasks, "dense").run(job.calibration_ids)
 
 
 def _fits(experiment: Experiment, decoder: Decoder) -> bool:
-    """Whether the model can have what a cell asks for; if not, the cell's own run says why."""
+    """Whether a cell's settings fit the model; if not, the cell's own run reports why."""
     try:
         check_shapes(experiment, decoder)
     except ValueError:

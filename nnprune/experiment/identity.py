@@ -1,6 +1,6 @@
-"""What an experiment is: the part of its settings, and of what they name, that its fingerprint is a hash of.
+"""The scientific content of an experiment, of which its fingerprint is a hash.
 
-A local text or model counts by its content, not by where it lies, and the code of a method from outside this package counts too.
+A local text or model counts by its content, not its path. The code of a method from outside this package counts too.
 """
 
 import hashlib
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 
 def science(experiment: "Experiment") -> dict[str, Any]:
-    """All that makes an experiment another one when it changes."""
+    """Everything that makes it another experiment when it changes."""
     config, source, method = experiment.config, experiment.source, experiment.method
     model = {**config["model"], "path": source.digest() or source.path, "revision": source.commit, "name": None}
     model["dtype"] = {"stored": name_of(source.stored_dtype), "computing": name_of(experiment.computing_dtype)}
     evaluation = {**config["evaluation"], "path": None}
     evaluation["datasets"] = {
-        name: one.identity() | _named(_code_of(type(one))) for name, one in experiment.evaluation.evaluators.items()
+        name: one.identity() | _code_entry(type(one)) for name, one in experiment.evaluation.evaluators.items()
     }
     if experiment.is_dense:
         return {"model": model, "evaluation": evaluation}
     text = experiment.calibration.source
-    rest = {key: value for key, value in config.items() if key not in NOT_SCIENCE}
+    settings = {key: value for key, value in config.items() if key not in NOT_SCIENCE}
     parts = {"allocation": experiment.allocation, "target": method.target, "update": method.update, "recover": method.recovery}
-    rest["allocation"] = rest["allocation"] | experiment.allocation.identity()
-    rest |= {key: rest[key] | _named(_code_of(type(part))) for key, part in parts.items()}
-    return rest | {
+    settings["allocation"] = settings["allocation"] | experiment.allocation.identity()
+    settings |= {key: settings[key] | _code_entry(type(part)) for key, part in parts.items()}
+    return settings | {
         "model": model,
         "evaluation": evaluation,
         "calibration": {**config["calibration"], "path": None, "dataset": text and text.identity()},
@@ -40,13 +40,14 @@ def science(experiment: "Experiment") -> dict[str, Any]:
     }
 
 
-def _named(code: str | None) -> dict[str, str]:
-    """What the code of a user's own method adds to the settings of its group."""
+def _code_entry(method: type) -> dict[str, str]:
+    """The entry that the code of a user's own method adds to the settings of its group."""
+    code = _code_of(method)
     return {"code": code} if code else {}
 
 
 def _code_of(method: type) -> str | None:
-    """A hash of the source file of a method that is not ours: an edited method is another method."""
+    """A hash of the source file of a method from outside this package: an edited method is another method."""
     if method.__module__.startswith("nnprune."):
         return None
     try:

@@ -1,4 +1,4 @@
-"""The metrics of one model, those that an interrupted run had measured already included."""
+"""The metrics of one model, including those that an interrupted run measured."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,13 +13,13 @@ from nnprune.records import read_journal, write_journal
 
 
 class Measurement:
-    """What is still to be measured while its rows pass through the layers.
+    """Measures a model whose layers the rows of its evaluators pass through.
 
     Args:
         kind: "dense" or "pruned", for messages.
         evaluators: name -> evaluator.
-        ids: name -> its rows (N, T).
-        folder: keeps what is measured until the record is written.
+        ids: evaluator name -> its rows (N, T).
+        folder: holds the metrics until the record is written.
     """
 
     def __init__(self, kind: str, evaluators: Mapping[str, Evaluator], ids: dict[str, Tensor], folder: Path) -> None:
@@ -32,7 +32,7 @@ class Measurement:
 
     @contextmanager
     def hidden_states(self, engine: LayerwiseEngine) -> Iterator[list[HiddenStates]]:
-        """The rows of all evaluators that have no metrics yet, before the first layer."""
+        """Hidden states at the input of the first layer, for every evaluator without metrics."""
         with ExitStack() as stack:
             for name in self.evaluators:
                 if name not in self.metrics:
@@ -41,7 +41,7 @@ class Measurement:
             self._states.clear()
 
     def finish(self) -> dict[str, float]:
-        """Metric -> value, once all rows have passed through all layers. Each is kept as soon as it is known."""
+        """Metric -> value. Call it when all rows have passed through all layers. Each evaluator's metrics are saved at once."""
         for name, states in self._states.items():
             try:
                 self.metrics[name] = self.evaluators[name].measure(states.ids, states.logits())

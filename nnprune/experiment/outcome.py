@@ -1,4 +1,4 @@
-"""The outcome of a run: the record that makes it finished, the record of its failure, and the line that sums it up."""
+"""The outcome of a run: the record of a finished run, the record of a failure, and a one-line summary."""
 
 import logging
 import shutil
@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 
 def finished_record(experiment: Experiment, keep_layers: bool = False) -> RunRecord | None:
-    """The record of this experiment if it is completed, to be kept, and has all that was asked for.
+    """The record of this experiment if it is completed and has everything that was asked for; None if there is work to do.
 
-    None: there is work to do. A record that is to be replaced stays until its successor is written. `overwrite=true` starts afresh,
-    from no layer files, unless they are new: `keep_layers`.
+    `overwrite=true` returns None and deletes old layer files, unless `keep_layers` says that they are new. The old record stays
+    until the new one is written.
     """
     folder, config = experiment.folder, experiment.config
     if config["overwrite"]:
@@ -29,17 +29,17 @@ def finished_record(experiment: Experiment, keep_layers: bool = False) -> RunRec
     record = read_completed(folder)
     if record is None or (config["save"] and not (folder / "model").is_dir()):
         return None
-    shutil.rmtree(folder / SCRATCH, ignore_errors=True)  # of a run that was killed between its record and clearing up
+    shutil.rmtree(folder / SCRATCH, ignore_errors=True)  # of a run that was killed after writing its record, before removing it
     return record
 
 
 def record_failure(cfg: DictConfig, experiment: Experiment | None, error: Exception) -> None:
-    """Leave a record of status failed where the run's own would be, if anything can be written there."""
+    """Write a record with status "failed" in place of the run's own, if anything can be written there."""
     log.debug("failed", exc_info=True)
     config = OmegaConf.to_container(cfg, resolve=False)
     try:
         outputs = str(OmegaConf.select(cfg, "outputs") or "")
-    except OmegaConfBaseException:  # such as ${oc.env:X} without an X
+    except OmegaConfBaseException:  # such as ${oc.env:X} with X unset
         outputs = ""
     if not outputs:
         return
@@ -61,7 +61,7 @@ def record_failure(cfg: DictConfig, experiment: Experiment | None, error: Except
 
 
 def _is_replaceable(folder: Path) -> bool:
-    """Whether a record of failure may stand in this folder: only an earlier failure makes way for it."""
+    """Whether a failure may be recorded in this folder: only the record of an earlier failure is replaced."""
     try:
         record = read(folder)
     except RecordError:
@@ -70,7 +70,7 @@ def _is_replaceable(folder: Path) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """What went wrong, without line breaks."""
+    """The message of an error, on one line."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
@@ -78,7 +78,7 @@ def one_line(error: Exception) -> str:
 
 
 def summary(record: RunRecord) -> str:
-    """One line with what was asked for and what came out."""
+    """One line with model, pruner, sparsity, metrics and time."""
     figures = [
         f"{name} {float(value):.4g}" + (f" (dense {float(record.dense_metrics[name]):.4g})" if record.pruner != "dense" else "")
         for name, value in record.metrics.items()

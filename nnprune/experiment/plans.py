@@ -1,6 +1,6 @@
-"""The plans of runs: which linear gets which pattern, for allocations that look at the dense model first.
+"""Makes plans (linear -> pattern), after an importance pass over the dense model if the allocation needs one.
 
-What an importance pass measured is written to the folder of each run, so that a resumed run has the same plan.
+The measured numbers are saved in the folder of each run, so that a resumed run has the same plan.
 
 Letters: N samples, T tokens, L decoder layers.
 """
@@ -26,13 +26,13 @@ JOURNAL = "allocation.json"
 
 
 @dataclass
-class Planned:
-    """What to make a plan of.
+class PlanRequest:
+    """A request for the plan of one run.
 
     Args:
-        allocation: the method.
-        pattern: what the whole model is to have.
-        folder: where its run keeps what is measured until its record is written.
+        allocation: makes the plan.
+        pattern: the pattern of the whole model.
+        folder: holds the measured numbers until the record is written.
     """
 
     allocation: Allocation
@@ -41,34 +41,34 @@ class Planned:
 
     @property
     def key(self) -> str:
-        """Names what is measured."""
+        """The allocation's key for what it measures."""
         return self.allocation.key(self.pattern)
 
-    def measured(self) -> list[float] | None:
-        """The numbers (L,) that an earlier importance pass left, if one did."""
+    def saved(self) -> list[float] | None:
+        """The numbers (L,) of an earlier importance pass; None without one."""
         return (read_journal(self.folder / JOURNAL) or {}).get(self.key)
 
-    def keep(self, measured: list[float]) -> None:
-        """Write down the numbers (L,) of an importance pass."""
+    def save(self, measured: list[float]) -> None:
+        """Save the numbers (L,) of an importance pass."""
         write_journal(self.folder / JOURNAL, {self.key: measured})
 
 
-def make_plans(engine: LayerwiseEngine, ids: Tensor, cells: Sequence[Planned], watch: Stopwatch) -> list[Plan]:
-    """A plan for each cell, after one importance pass with calibration ids (N, T) for all that need one and have none yet."""
-    surveyed = [cell for cell in cells if cell.allocation.looks_at != "nothing"]
-    if todo := [cell for cell in surveyed if cell.measured() is None]:
-        with watch.stage("allocation"):
-            measures = {cell.key: partial(cell.allocation.measure, pattern=cell.pattern) for cell in todo}
-            needs_inputs = any(cell.allocation.looks_at == "inputs" for cell in todo)
+def make_plans(engine: LayerwiseEngine, ids: Tensor, requests: Sequence[PlanRequest], stopwatch: Stopwatch) -> list[Plan]:
+    """The plan of each request. Those that need an importance pass and have no saved numbers share one, with calibration ids (N, T)."""
+    measured = [request for request in requests if request.allocation.looks_at != "nothing"]
+    if missing := [request for request in measured if request.saved() is None]:
+        with stopwatch.stage("allocation"):
+            measures = {request.key: partial(request.allocation.measure, pattern=request.pattern) for request in missing}
+            needs_inputs = any(request.allocation.looks_at == "inputs" for request in missing)
             found = run_importance_pass(engine, ids if needs_inputs else None, measures)
-            for cell in todo:
-                cell.keep(found[cell.key])
+            for request in missing:
+                request.save(found[request.key])
     plans = []
     shapes = engine.decoder.shapes_by_layer()
-    for cell in cells:
-        plan = cell.allocation.plan(cell.pattern, shapes, cell.measured() if cell in surveyed else ())
-        if cell in surveyed:
+    for request in requests:
+        plan = request.allocation.plan(request.pattern, shapes, request.saved() if request in measured else ())
+        if request in measured:
             sparsities = [float(pattern.sparsity) for pattern in plan.values()]
-            log.info("%s: sparsities from %.3f to %.3f", cell.key, min(sparsities), max(sparsities))
+            log.info("%s: sparsities from %.3f to %.3f", request.key, min(sparsities), max(sparsities))
         plans.append(plan)
     return plans

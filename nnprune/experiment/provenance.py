@@ -1,24 +1,44 @@
-"""Where a figure came from: versions of packages, and the commit of this one."""
+"""The provenance of a record: settings, package versions and the commit of this checkout."""
 
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from nnprune.experiment.build import Experiment
 from nnprune.kernels import sweep_triton
 from nnprune.kernels.library import library
+from nnprune.model.dtypes import name_of
+from nnprune.records import RunRecord
 
 PACKAGES = ("nnprune", "torch", "transformers", "datasets", "hydra-core", "safetensors")
 REPOSITORY = Path(__file__).parent.parent.parent
 
 
+def new_record(experiment: Experiment) -> RunRecord:
+    """The record of a run that is about to complete, without its results."""
+    head, dirty = commit()
+    return RunRecord(
+        status="completed",
+        fingerprint=experiment.fingerprint,
+        model=experiment.source.name,
+        pruner=experiment.label,
+        sparsity=str(experiment.pattern),
+        dtype=name_of(experiment.computing_dtype),
+        config=experiment.config,
+        versions=versions(experiment.runtime.torch_device.type),
+        commit=head,
+        dirty=dirty,
+    )
+
+
 def versions(device_type: str) -> dict[str, str]:
-    """Package -> version, and Python's; `kernels`: what other than PyTorch could compute on a device of this type ("cpu", "cuda")."""
+    """Versions of Python and packages by name; `kernels` names what computes on this type of device ("cpu", "cuda"): PyTorch, C, Triton."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
-        except PackageNotFoundError:  # a checkout that was never installed
+        except PackageNotFoundError:  # a checkout that is not installed
             found[package] = "not installed"
     found["kernels"] = _kernels(device_type)
     return found
@@ -31,7 +51,7 @@ def _kernels(device_type: str) -> str:
 
 
 def commit() -> tuple[str | None, bool | None]:
-    """The commit of this checkout and whether tracked files but records differ from it; (None, None) outside a checkout."""
+    """The commit of this checkout, and whether tracked files outside `outputs` differ from it; (None, None) outside a checkout."""
     if not (REPOSITORY / ".git").exists():
         return None, None
     try:

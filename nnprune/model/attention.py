@@ -1,7 +1,7 @@
-"""Causal attention of bfloat16 sequences by the kernel in C, as an attention implementation of transformers.
+"""Causal attention in bfloat16 by the C kernel, as an attention implementation of transformers.
 
-The kernel exists on CPUs that multiply bfloat16 by AVX-512 alone, where PyTorch's own reaches an eighth of their rate. What it does
-not take, transformers' "sdpa" computes as ever.
+The kernel exists for CPUs with AVX-512 bfloat16 but no AMX, where PyTorch's own reaches an eighth of the peak rate. Inputs that it
+does not support go to transformers' "sdpa".
 
 Letters: B batch, H heads, K heads of keys and values, T tokens, E features of a head.
 """
@@ -18,17 +18,14 @@ from nnprune.kernels import attention
 from nnprune.kernels.library import library
 
 NAME = "nnprune_sdpa"
-"""Of the implementation. As it contains "sdpa", transformers refuses it for models that do not support that."""
+"""Name of the implementation. Because it contains "sdpa", transformers refuses it for models without sdpa support."""
 
 SHORTEST = 256
-"""Tokens of a sequence below which PyTorch's kernel is as fast."""
+"""Minimum sequence length; below it PyTorch's kernel is as fast."""
 
 
 def use_kernel(model: PreTrainedModel, device: torch.device) -> None:
-    """Let a model that will compute on `device` attend by `attend`, where the kernel can serve it at all.
-
-    Models whose attention is not exchangeable, or that do not support "sdpa", stay as they are.
-    """
+    """Switch a model that will compute on `device` to `attend`, if this machine has the kernel and the model uses "sdpa"."""
     if device.type != "cpu" or model.dtype != torch.bfloat16 or not hasattr(library(), "attention"):
         return
     if model.config._attn_implementation != "sdpa":
@@ -41,17 +38,17 @@ def use_kernel(model: PreTrainedModel, device: torch.device) -> None:
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """What transformers calls for the attention of a layer.
+    """Attention of one layer, with the signature of transformers' attention functions.
 
     Args:
         module: the attention.
         query: (B, H, T, E).
         key, value: (B, K, T, E).
-        attention_mask: None: causality alone.
+        attention_mask: None for plain causal attention.
         options: those of `sdpa_attention_forward`.
 
     Returns:
-        (B, T, H, E) and None, for the weights.
+        (B, T, H, E), and None in place of the attention weights.
     """
     scaling = options.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -61,7 +58,7 @@ def attend(
 
 
 def _applies(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, options: dict[str, Any]) -> bool:
-    """Whether the kernel computes what is asked for, but for a mask."""
+    """Whether the kernel supports these inputs and options; masks are checked by the caller."""
     is_causal = options.get("is_causal")
     return (
         attention.has_attention(query, key, value, scaling)

@@ -1,8 +1,8 @@
-"""The one file that knows how a Hugging Face decoder-only model is built.
+"""Splits a Hugging Face decoder-only model into embeddings and head, decoder layers, and linears, for any architecture.
 
-There is no list of architectures. The decoder layers are the one `nn.ModuleList` with `num_hidden_layers` entries. What
-each layer is called with is recorded from the model's own forward, and logits come from that forward with the layers
-bypassed, so that masks, rotary embeddings, final norm, `project_out` and soft-capping need no code here.
+The decoder layers are the one `nn.ModuleList` with `num_hidden_layers` entries. Each layer's arguments are recorded from the
+model's own forward, and logits come from that forward with the layers bypassed, so that masks, rotary embeddings, final norm,
+`project_out` and soft-capping need no code here.
 
 Letters: B batch, T tokens, D hidden, O output features, I input features, V vocabulary.
 """
@@ -21,12 +21,12 @@ from nnprune.model.weight_views import WeightView, weight_views
 
 
 class StopForward(Exception):
-    """Ends a forward whose remaining layers are of no interest."""
+    """Ends a forward whose remaining layers are not needed."""
 
 
 @dataclass
 class LayerCall:
-    """What the model gives a decoder layer beside the hidden states, for one shape of batch."""
+    """The arguments of a decoder layer besides the hidden states, for one shape of batch."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -36,10 +36,9 @@ AroundLayer = Callable[[int, Callable[..., Any], Tensor, LayerCall], Tensor]
 
 
 class Decoder:
-    """A causal language model seen as embeddings, decoder layers with their linears, and head.
+    """A causal language model as embeddings and head, decoder layers, and linears.
 
-    Raises:
-        ValueError: no unambiguous list of decoder layers, or a mixture of experts.
+    Raises ValueError if its list of decoder layers is ambiguous, or for a mixture of experts.
     """
 
     def __init__(self, model: PreTrainedModel, layers_path: str | None = None) -> None:
@@ -56,23 +55,23 @@ class Decoder:
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """V, the size of the vocabulary."""
         return self.text_config.vocab_size
 
     def weights(self, index: int) -> dict[str, WeightView]:
-        """Full name -> weight that can be pruned, of decoder layer `index`, in the order of the model's definition."""
+        """Full name -> weight that can be pruned, of decoder layer `index`, in order of definition."""
         return self._weights[index]
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Name -> (O, I) of every linear of every decoder layer."""
+        """Full name -> (O, I) of every linear of every decoder layer."""
         return {name: shape for layer in self.shapes_by_layer() for name, shape in layer.items()}
 
     def shapes_by_layer(self) -> list[dict[str, tuple[int, int]]]:
-        """A dict a decoder layer: name -> (O, I) of its linears."""
+        """For each decoder layer: full name -> (O, I) of its linears."""
         return [{name: view.shape for name, view in views.items()} for views in self._weights]
 
     def embed(self, ids: Tensor) -> Tensor:
-        """The hidden states (B, T, D) that enter the first decoder layer, for ids (B, T)."""
+        """The hidden states (B, T, D) at the input of the first decoder layer, for ids (B, T)."""
         captured = []
 
         def stop(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
@@ -83,7 +82,10 @@ class Decoder:
         return captured[0]
 
     def record_calls(self, ids: Tensor) -> list[LayerCall]:
-        """What every decoder layer is called with when the model sees ids (B, T). Layers differ in Gemma and others."""
+        """The arguments of every decoder layer for ids (B, T). They differ between layers in Gemma and others.
+
+        Raises ValueError if the model does not call each layer once.
+        """
         calls: list[LayerCall] = []
 
         def record(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
@@ -100,17 +102,17 @@ class Decoder:
         return calls
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """The logits (B, T, V) of the hidden states (B, T, D) that leave the last decoder layer."""
-        return self._forward(ids, lambda layer, own, call: hidden)
+        """The logits (B, T, V) for outputs (B, T, D) of the last decoder layer."""
+        return self._forward(ids, lambda layer, ignored, call: hidden)
 
     def forward(self, ids: Tensor, around_layer: AroundLayer) -> Tensor:
         """The model's own logits (B, T, V), with `around_layer(index, layer_forward, hidden, call)` in place of each layer."""
         index = {layer: i for i, layer in enumerate(self.layers)}
-        own_forward = {layer: layer.forward for layer in self.layers}
-        return self._forward(ids, lambda layer, hidden, call: around_layer(index[layer], own_forward[layer], hidden, call))
+        forwards = {layer: layer.forward for layer in self.layers}
+        return self._forward(ids, lambda layer, hidden, call: around_layer(index[layer], forwards[layer], hidden, call))
 
     def _forward(self, ids: Tensor, replacement: Callable[[nn.Module, Tensor, LayerCall], Tensor]) -> Tensor | None:
-        """The model's forward over ids with each layer's forward replaced; None when it was stopped."""
+        """The model's forward over ids with each layer's forward replaced; None if StopForward ended it."""
         with self._replaced(replacement):
             try:
                 return self.model(input_ids=ids, use_cache=False).logits
@@ -132,7 +134,7 @@ class Decoder:
             return forward
 
         for layer in self.layers:
-            layer.forward = bind(layer)  # on the instance: attributes that the model reads from a layer stay there
+            layer.forward = bind(layer)  # on the instance, so that attributes of the layer stay readable
         try:
             yield
         finally:
@@ -140,12 +142,12 @@ class Decoder:
                 del layer.forward
 
     def _returns_tuple(self, layer: nn.Module, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether the model expects a tuple from layers of this class: found out by a forward without data or weights."""
+        """Whether layers of this class return a tuple: tested once by a forward on the meta device."""
         kind = type(layer)
         if kind not in self._tuple_classes:
             replaced = layer.__dict__.pop("forward")
             state = dict(layer.named_parameters()) | dict(layer.named_buffers())
-            computing = hidden.dtype  # weights may be stored in another one
+            computing = hidden.dtype  # weights may be stored in another dtype
 
             def to_meta(x: Tensor) -> Tensor:
                 return x.to("meta", computing if x.is_floating_point() else x.dtype)
@@ -166,10 +168,10 @@ class Decoder:
 
 
 def run_layer(layer: Callable[..., Any], hidden: Tensor, call: LayerCall) -> Tensor:
-    """The hidden states (B, T, D) that leave a decoder layer, or its forward, for those that enter it.
+    """The outputs (B, T, D) of a decoder layer, or of its forward, for hidden states (B, T, D).
 
-    The only place that knows what a layer returns: a tensor, or a tuple that starts with one. Raises ValueError when
-    that does not have the shape of the layer's input.
+    The only place that knows what a layer returns: a tensor, or a tuple that starts with one. Raises ValueError if its shape
+    differs from that of the input.
     """
     output = layer(hidden, *call.args, **call.kwargs)
     if isinstance(output, tuple):

@@ -1,7 +1,7 @@
-"""Which dtype a model computes in.
+"""Chooses the dtype that a model computes in.
 
-A checkpoint's 16-bit dtype is the best choice where the hardware multiplies it natively, and the worst where it is emulated: a
-CPU with AVX2 alone multiplies bfloat16 at a seventh of its float32 rate.
+A checkpoint's 16-bit dtype is fastest where the hardware supports it and slowest where it is emulated: a CPU with only AVX2
+multiplies bfloat16 at a seventh of its float32 rate.
 """
 
 import time
@@ -12,21 +12,21 @@ import torch
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 CPU_FLAGS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-"""What PyTorch calls instructions that multiply bfloat16, on x86 and on Arm."""
+"""PyTorch's names of instructions that multiply bfloat16, on x86 and Arm."""
 
 TRIES = 5
-"""Products that are timed of each dtype; the fastest counts."""
+"""Products timed for each dtype; the fastest counts."""
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """The name of a dtype as settings and records have it, such as "bfloat16"."""
+    """The name of a dtype in settings and records, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def choose_computing_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """`stored`, the dtype of a checkpoint, where `device` has units for it, else float32.
+    """`stored`, the dtype of a checkpoint, if `device` multiplies it natively, else float32.
 
-    float16 never computes on a CPU: its range is too small for sums without hardware that keeps them in float32.
+    A CPU never computes in float16: without hardware that accumulates in float32, sums overflow its range.
     """
     if stored not in (torch.bfloat16, torch.float16):
         return stored
@@ -38,10 +38,10 @@ def choose_computing_dtype(stored: torch.dtype, device: torch.device) -> torch.d
 
 @cache
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU claims bfloat16 instructions, and a short product shows that PyTorch makes use of them.
+    """Whether this CPU has bfloat16 instructions, and a timed product shows that PyTorch uses them.
 
-    The answer is part of a run's identity, so it must not depend on how busy the machine is. With such units a bfloat16 product
-    takes at most half the time of a float32 one, without them several times as long; a single thread waits for no other.
+    The answer is part of a run's fingerprint, so it must not depend on the machine's load. Native bfloat16 takes at most half the
+    time of float32, emulated bfloat16 several times as long. One thread, so that none waits for others.
     """
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if flags and not any(flags.get(flag) for flag in CPU_FLAGS):
@@ -57,7 +57,7 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def _product_seconds(dtype: torch.dtype) -> float:
-    """Seconds of a product like that of a linear."""
+    """Seconds of one product of the shape of a linear."""
     X, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
     start = time.perf_counter()
     torch.nn.functional.linear(X, weight)

@@ -1,6 +1,6 @@
-"""Writes a pruned model as an ordinary Hugging Face directory, a decoder layer at a time.
+"""Writes a pruned model as an ordinary Hugging Face directory, one decoder layer at a time.
 
-Zeros are stored dense and the configuration says nothing of sparsity: whatever loads the dense model loads this one.
+Zeros are stored dense and the configuration does not mention sparsity, so whatever loads the dense model loads this one.
 """
 
 import json
@@ -23,22 +23,20 @@ class Layers(Protocol):
     decoder: Decoder
 
     def file_of(self, index: int) -> Path | None:
-        """The safetensors file of a layer that was pruned, with the names that the whole model gives its tensors."""
+        """The safetensors file of a pruned layer, with full names; None if the layer was not pruned."""
 
     def read_dense(self, index: int) -> dict[str, Tensor]:
-        """The same names -> tensors of a layer that was not."""
+        """Full name -> tensor of a layer that was not pruned."""
 
     def as_stored(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor of the model's, by its full name, in the dtype that it is stored in."""
+        """`tensor`, by its full name in the model, in its stored dtype."""
 
 
 def save_model(layers: Layers, tokenizer: Any, generation_config: Any, summary: dict[str, Any], target: Path) -> None:
-    """Write model, tokenizer and `pruning.json` (the `summary`) to `target`, which appears only once it is whole.
+    """Write model, tokenizer and `pruning.json` (the `summary`) to `target`, which appears only when complete.
 
-    `generation_config` is the dense model's, or None where it has none.
-
-    Shards are the embeddings and head, and one a decoder layer: the files of finished layers, which are not written a second time.
-    Raises OSError when the folder cannot be written.
+    `generation_config` is the dense model's, if it has one. The first shard holds embeddings and head; each other one is a decoder
+    layer, linked from its layer file if possible. Raises OSError if the folder cannot be written.
     """
     decoder = layers.decoder
     unfinished = target.with_name(f".{target.name}.unfinished")
@@ -55,7 +53,9 @@ def save_model(layers: Layers, tokenizer: Any, generation_config: Any, summary: 
     write_atomically(unfinished / "model.safetensors.index.json", json.dumps(_index(unfinished, names), indent=1) + "\n")
     decoder.model.config.save_pretrained(unfinished)
     if generation_config is not None:
-        generation_config.to_json_file(unfinished / "generation_config.json")  # unlike save_pretrained, as it is
+        generation_config.to_json_file(
+            unfinished / "generation_config.json"
+        )  # as it is: save_pretrained validates it and may raise
     tokenizer.save_pretrained(unfinished)
     write_atomically(unfinished / "pruning.json", json.dumps(summary, indent=1) + "\n")
     if target.exists():
@@ -64,7 +64,7 @@ def save_model(layers: Layers, tokenizer: Any, generation_config: Any, summary: 
 
 
 def _index(folder: Path, names: list[str]) -> dict[str, Any]:
-    """What a checkpoint of several files says of them."""
+    """The index of a sharded checkpoint."""
     weight_map: dict[str, str] = {}
     total_size = 0
     for name in names:
@@ -76,7 +76,7 @@ def _index(folder: Path, names: list[str]) -> dict[str, Any]:
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file, or a second file where the file system has no such thing."""
+    """Hard-link a file, or copy it if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -84,7 +84,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _embeddings_and_head(layers: Layers) -> dict[str, Tensor]:
-    """All weights outside the decoder layers, each tied one under one name only."""
+    """All weights outside the decoder layers; tied ones under one name only."""
     decoder = layers.decoder
     seen: set[int] = set()
     state: dict[str, Tensor] = {}

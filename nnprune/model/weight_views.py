@@ -1,4 +1,4 @@
-"""What a pruner may prune: one weight (O, I) and the inputs that it is multiplied with, whatever module holds it.
+"""A uniform view of what can be pruned: a weight (O, I) and its inputs, whatever module holds it.
 
 Letters: O output features, I input features.
 """
@@ -12,11 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 class WeightView(ABC):
-    """One weight of a decoder layer.
-
-    Args:
-        name: in the whole model, such as "model.layers.0.mlp.up_proj".
-    """
+    """One weight of a decoder layer, by its full name, such as "model.layers.0.mlp.up_proj"."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -33,19 +29,19 @@ class WeightView(ABC):
 
     @abstractmethod
     def within(self, parameter: Tensor) -> Tensor:
-        """The weight (O, I) within a tensor laid out like its parameter, such as one read from a file. Shares its memory."""
+        """The weight (O, I) within a tensor laid out like `self.parameter`, such as one from a file. Shares its memory."""
 
     def read(self) -> Tensor:
         """The weight (O, I), detached. Shares the parameter's memory."""
         return self.within(self.parameter.detach())
 
     def write(self, weight_OI: Tensor) -> None:
-        """Overwrite the weight by `weight_OI` (O, I), in the parameter's dtype."""
+        """Overwrite the weight with `weight_OI` (O, I), converted to the parameter's dtype."""
         self.read().copy_(weight_OI)
 
     @abstractmethod
     def observe(self, see: Callable[[Tensor], None]) -> RemovableHandle:
-        """Call `see(X)` with the inputs X (tokens, I) of every forward, before the product. What `see` raises ends the forward."""
+        """Call `see(X)` with the inputs X (tokens, I) of every forward, before the product. An exception in `see` ends the forward."""
 
 
 class LinearView(WeightView):
@@ -67,9 +63,7 @@ class LinearView(WeightView):
 
 
 def weight_views(layer: nn.Module, prefix: str) -> dict[str, WeightView]:
-    """Name -> view of every weight of a decoder layer that can be pruned, in the order of the model's definition.
-
-    `prefix` is the layer's name in the whole model.
-    """
+    """Full name -> view of every weight of a decoder layer that can be pruned, in order of definition. `prefix` is the layer's
+    full name."""
     modules = layer.named_modules(prefix=prefix)
     return {name: LinearView(name, module) for name, module in modules if isinstance(module, nn.Linear | Conv1D)}

@@ -31,11 +31,11 @@ def engine_of(model, folder, **runtime) -> LayerwiseEngine:
 def prune(engine, method, plan, ids, propagate="pruned") -> list[dict]:
     """Prune as a run does, and leave the model pruned; returns the reports of all layers."""
     method = method if isinstance(method, Method) else Method(method)
-    finished = engine.store.finished
-    PruningPass(engine, [PruneTask(method, plan, finished)], propagate).run(ids)
+    layer_files = engine.store.layer_files
+    PruningPass(engine, [PruneTask(method, plan, layer_files)], propagate).run(ids)
     for index in range(engine.num_layers):
         engine.store.fetch(index)
-    return [finished.reports[index] for index in range(engine.num_layers)]
+    return [layer_files.reports[index] for index in range(engine.num_layers)]
 
 
 @contextmanager
