@@ -116,6 +116,11 @@ class Evaluation:
         self.evaluators: dict[str, Evaluator] = {}
         for name, entry in datasets.items():
             if not isinstance(entry, Evaluator):
+                if not isinstance(entry, Mapping):
+                    reason = (
+                        f"makes a {type(entry).__name__}, which is no Evaluator; derive it from nnprune.evaluation.Evaluator"
+                    )
+                    raise ValueError(f"evaluation.datasets.{name}._target_: {reason}")
                 entry = _perplexity(name, f"evaluation.datasets.{name}", dict(entry), seq_len, max_windows)
             self.evaluators[name] = entry
         if path is not None:

@@ -83,3 +83,14 @@ def test_a_failed_run_of_a_sweep_does_not_keep_its_model(tiny_config, monkeypatc
     gc.collect()
     assert "out of memory" in str(kept.value)
     assert models[0]() is None
+
+
+def test_code_that_is_in_no_file_is_never_reused(tiny_config, caplog):
+    from nnprune.pruners.magnitude import Magnitude
+
+    namespace = {"__name__": "__main__"}
+    exec("class Typed(Base):\n    pass", namespace | {"Base": Magnitude}, namespace)
+    first, second = (run(tiny_config("label=typed"), namespace["Typed"]()) for _ in range(2))
+    assert first.fingerprint != second.fingerprint
+    assert first.metrics == second.metrics
+    assert "the code of Typed is in no file" in caplog.text

@@ -5,11 +5,15 @@ A local text or model counts by its content, not its path. The code of a method 
 
 import hashlib
 import inspect
+import logging
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnprune.model.dtypes import name_of
 from nnprune.records import NOT_SCIENCE
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from nnprune.experiment.build import Experiment
@@ -47,10 +51,20 @@ def _code_entry(method: type) -> dict[str, str]:
 
 
 def _code_of(method: type) -> str | None:
-    """A hash of the source file of a method from outside this package: an edited method is another method."""
-    if method.__module__.startswith("nnprune."):
+    """A hash of the source files of a method's classes from outside this package: an edited method is another method.
+
+    Code without a file, such as a notebook's, may have changed unseen: its hash is new each time, so nothing of it is reused.
+    """
+    outside = [kind for kind in method.__mro__ if kind.__module__.split(".")[0] not in ("nnprune", "builtins", "abc", "typing")]
+    if not outside:
         return None
-    try:
-        return hashlib.sha256(Path(inspect.getfile(method)).read_bytes()).hexdigest()[:16]
-    except (OSError, TypeError):
-        return None
+    sha = hashlib.sha256()
+    for kind in outside:
+        try:
+            sha.update(kind.__qualname__.encode() + Path(inspect.getfile(kind)).read_bytes())
+        except (OSError, TypeError):
+            log.warning(
+                "warning: the code of %s is in no file, so this run will not be reused; put it in a module", kind.__name__
+            )
+            return uuid.uuid4().hex[:16]
+    return sha.hexdigest()[:16]

@@ -79,6 +79,11 @@ class Decoder:
             raise StopForward
 
         self._forward(ids, stop)
+        if captured[0].ndim != 3:
+            raise ValueError(
+                f"model.path: {type(self.model).__name__} gives its decoder layers hidden states {tuple(captured[0].shape)} instead "
+                "of (batch, tokens, features), which is not supported; choose another model"
+            )
         return captured[0]
 
     def record_calls(self, ids: Tensor) -> list[LayerCall]:

@@ -1,0 +1,59 @@
+"""Metrics of a user's own, by `_target_`: measured, recorded, and part of the identity."""
+
+import importlib
+import sys
+
+import pytest
+
+from nnprune.experiment.build import build
+from nnprune.run import run
+
+MODULE = """
+import torch
+from nnprune.evaluation import Evaluator
+
+
+class TopOne(Evaluator):
+    def __init__(self, rows=3):
+        self.rows, self.seq_len = rows, 16
+
+    def prepare(self, tokenizer):
+        return torch.arange(self.rows * 16).view(self.rows, 16) % 200
+
+    def measure(self, ids, logits):
+        hits = sum(float((scores.argmax(-1) == ids[row, tokens]).sum()) for row, tokens, scores in logits)
+        return {"top_one": hits / ids.numel(), "tokens": float(ids.numel())}
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = tmp_path / "evaluator_of_a_user.py"
+    path.write_text(MODULE)
+    monkeypatch.delitem(sys.modules, "evaluator_of_a_user", raising=False)  # of another test
+    importlib.invalidate_caches()
+    return path
+
+
+OWN = "+evaluation.datasets.mine._target_=evaluator_of_a_user.TopOne"
+
+
+def test_own_metrics_are_recorded_beside_perplexity(module, tiny_config):
+    record = run(tiny_config("pruner=wanda", OWN, "+evaluation.datasets.mine.rows=5"))
+    assert record.metrics.keys() == record.dense_metrics.keys() == {"text_perplexity", "top_one", "tokens"}
+    assert record.metrics["tokens"] == 80
+    assert 0 <= record.metrics["top_one"] <= 1
+    assert record.evaluation_hashes.keys() == {"text", "mine"}
+
+
+def test_settings_and_code_of_an_evaluator_are_identity(module, tiny_config):
+    plain, own = build(tiny_config()).fingerprint, build(tiny_config(OWN)).fingerprint
+    other = build(tiny_config(OWN, "+evaluation.datasets.mine.rows=5")).fingerprint
+    module.write_text(MODULE + "\n# edited\n")
+    assert len({plain, own, other, build(tiny_config(OWN)).fingerprint}) == 4
+
+
+def test_something_else_is_an_error(tiny_config):
+    with pytest.raises(ValueError, match=r"evaluation\.datasets\.mine\._target_: .* is no Evaluator"):
+        build(tiny_config("+evaluation.datasets.mine._target_=pathlib.Path"))
