@@ -106,7 +106,6 @@ class Job:
         """One pass over the layers that fills in the metrics and sparsities of one or both records."""
         tasks, layer_files = [], self.engine.store.layer_files
         evaluators, ids = self.experiment.evaluation.evaluators, self.evaluation_ids
-        dense_folder = self.experiment.dense().folder / SCRATCH
         if pruned:
             tasks.append(PruneTask(self.experiment.method, self.plan, layer_files))
         with ExitStack() as stack:
@@ -114,7 +113,8 @@ class Job:
                 measured = Measurement("pruned", evaluators if pruned else {}, ids, self.experiment.folder / SCRATCH)
                 states = stack.enter_context(measured.hidden_states(self.engine))
             with self.stopwatch.stage("dense_evaluation"):
-                measured_dense = Measurement("dense", evaluators if dense else {}, ids, dense_folder)
+                folder = self.experiment.dense().folder / SCRATCH
+                measured_dense = Measurement("dense", evaluators if dense else {}, ids, folder)
                 dense_states = stack.enter_context(measured_dense.hidden_states(self.engine))
             pruning = PruningPass(self.engine, tasks, self.experiment.config["propagate"], self.stopwatch)
             counts = pruning.run(self.calibration_ids, dense_states if dense else None, states)
@@ -203,7 +203,7 @@ def check_shapes(experiment: Experiment, decoder: Decoder) -> None:
             )
     allocation = Uniform() if experiment.is_dense else experiment.allocation
     for pattern in sorted(allocation.check(experiment.pattern, decoder.shapes_by_layer()), key=str):
-        experiment.pruner.validate(pattern)
+        experiment.method.pruner.validate(pattern)
 
 
 def token_ids(experiment: Experiment, config: Any, tokenizer: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -23,9 +23,7 @@ class Measurement:
     """
 
     def __init__(self, kind: str, evaluators: Mapping[str, Evaluator], ids: dict[str, Tensor], folder: Path) -> None:
-        self.kind = kind
-        self.evaluators = evaluators
-        self.ids = ids
+        self.kind, self.evaluators, self.ids = kind, evaluators, ids
         self.journal = folder / f"{kind}_metrics.json"
         self.metrics: dict[str, dict[str, float]] = read_journal(self.journal) or {}  # by evaluator
         self._states: dict[str, HiddenStates] = {}
