@@ -70,7 +70,7 @@ class Job:
         experiment = self.experiment
         record = new_record(experiment)
         if experiment.is_dense:
-            self._pass(None, record)
+            self._run_pass(None, record)
         else:
             record.calibration_hash = token_hash(self.calibration_ids)
             record.dense_metrics = self._prune(record).metrics
@@ -88,7 +88,7 @@ class Job:
         with locked(dense.folder, wait=False) as is_locked:
             dense_record = _read_dense(dense.folder)
             new = new_record(dense) if is_locked and dense_record is None else None
-            self._pass(record, new)
+            self._run_pass(record, new)
             if new:
                 self._finish(new, dense)
         if dense_record or new:
@@ -98,11 +98,11 @@ class Job:
             if dense_record is None:  # the other process failed
                 self.engine = _engine(self.experiment, self.config)  # dense weights may no longer be in memory
                 dense_record = new_record(dense)
-                self._pass(None, dense_record)
+                self._run_pass(None, dense_record)
                 self._finish(dense_record, dense)
             return dense_record
 
-    def _pass(self, pruned: RunRecord | None, dense: RunRecord | None) -> None:
+    def _run_pass(self, pruned: RunRecord | None, dense: RunRecord | None) -> None:
         """One pass over the layers that fills in the metrics and sparsities of one or both records."""
         tasks, layer_files = [], self.engine.store.layer_files
         evaluators, ids = self.experiment.evaluation.evaluators, self.evaluation_ids

@@ -13,7 +13,7 @@ from nnprune.records import read_journal, write_journal
 
 
 class Measurement:
-    """Measures a model whose layers the rows of its evaluators pass through.
+    """Computes the metrics of one model, as the rows of its evaluators pass through the layers.
 
     Args:
         kind: "dense" or "pruned", for messages.
