@@ -152,7 +152,7 @@ class Job:
         record.peak_host_bytes = peak_host_bytes()
         record.peak_device_bytes = peak_device_bytes()
         if runtime.batch_tokens != self.experiment.config["runtime"]["batch_tokens"]:
-            record.notes.append(f"out of device memory: continued with runtime.batch_tokens={runtime.batch_tokens}")
+            record.notes.append(f"out of device memory: went on with runtime.batch_tokens={runtime.batch_tokens}")
         record.finished = datetime.now(UTC).isoformat(timespec="seconds")
         record.write(experiment.folder)
         shutil.rmtree(experiment.folder / SCRATCH, ignore_errors=True)
