@@ -6,6 +6,7 @@ Letters: N rows (windows), T tokens of a row, V vocabulary.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class Evaluator(ABC):
         """Metric -> value, from the rows `ids` (N, T) and their logits. Raises ValueError if one is not finite."""
 
 
+@dataclass(eq=False)
 class Perplexity(Evaluator):
     """exp(mean negative log-likelihood) over the joined text, cut into windows of `seq_len` that do not overlap, all predictions
     counted.
@@ -54,11 +56,10 @@ class Perplexity(Evaluator):
         max_windows: maximum number of windows, from the start of the text; None: all.
     """
 
-    def __init__(self, name: str, source: TextSource, seq_len: int, max_windows: int | None = None) -> None:
-        self.name = name
-        self.source = source
-        self.seq_len = seq_len
-        self.max_windows = max_windows
+    name: str
+    source: TextSource
+    seq_len: int
+    max_windows: int | None = None
 
     def check(self) -> None:
         self.source.check()

@@ -7,6 +7,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -41,19 +42,8 @@ class Recovery:
         return self.epochs_before + self.epochs_after > 0
 
     def tune(self, index: int, layer: nn.Module, run: Run, inputs: Rows, targets: Rows, num_epochs: int) -> dict[str, Any]:
-        """Tune the weights of decoder layer `index` in place; zeros stay zero.
-
-        Args:
-            index: of the layer.
-            layer: the layer, on the device.
-            run: runs it on a batch.
-            inputs: its inputs for the calibration.
-            targets: the dense model's outputs for the same rows.
-            num_epochs: passes over the calibration.
-
-        Returns:
-            A report for the record.
-        """
+        """Tune the weights of decoder layer `index` in place, zeros excepted, from its `inputs` for the calibration towards the dense
+        model's outputs `targets`. Returns a report for the record."""
         raise NotImplementedError
 
 
@@ -105,8 +95,7 @@ class Reconstruction(Recovery):
         parameters = list(tuned.parameters())
         supports = [(parameter, parameter != 0) for parameter in parameters if parameter.ndim > 1]
 
-        def loss_of(rows: Tensor) -> Tensor:
-            return _loss(run, tuned, inputs, targets, rows)
+        loss_of = partial(_loss, run, tuned, inputs, targets)
 
         def held_out() -> float:
             with torch.no_grad():

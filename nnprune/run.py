@@ -15,14 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
-from nnprune.experiment.command_line import (
-    check_outputs_of_sweep,
-    gather_grid,
-    grid_cells,
-    is_grid,
-    label_of,
-    rewrite_sparsity,
-)
+from nnprune.experiment.command_line import check_outputs_of_sweep, gather_grid, grid_cells, is_grid, label_of, rewrite_sparsity
 from nnprune.records import RESULT_FILE, RunRecord
 
 log = logging.getLogger("nnprune")
@@ -180,7 +173,7 @@ def main() -> None:
     """Run the command line."""
     sys.path.append(os.getcwd())  # to import a user's own pruner from the current folder; last, so that it shadows nothing
     sys.argv[1:] = rewrite_sparsity(gather_grid(sys.argv[1:]))
-    signal.signal(signal.SIGTERM, _interrupt)  # Slurm sends it before it preempts a job
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Slurm sends it before it preempts a job
     try:
         check_outputs_of_sweep(sys.argv[1:])
         _main()
@@ -188,10 +181,6 @@ def main() -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:  # before or between runs
         sys.exit(INTERRUPTED)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _is_plain(value: Any) -> bool:

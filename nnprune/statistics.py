@@ -86,9 +86,9 @@ class InputStatistic(ABC):
         return until is None or self._until.get(index, 0) < until
 
     @staticmethod
-    @abstractmethod
     def _shape(width: int) -> tuple[int, ...]:
-        """The shape of the sum for I features."""
+        """The shape of the sum for I features, by default that of a matrix (I, I)."""
+        return (width, width)
 
     @staticmethod
     def _prepare(*inputs: Tensor) -> tuple[Any, ...]:
@@ -141,10 +141,6 @@ class Hessian(InputStatistic):
     """
 
     @staticmethod
-    def _shape(width: int) -> tuple[int, ...]:
-        return (width, width)
-
-    @staticmethod
     def _prepare(X: Tensor) -> tuple[Tensor | Packed, bool]:
         return pack(X) if multiply_bfloat16(X) else _factor(X), X.dtype == torch.bfloat16
 
@@ -169,10 +165,6 @@ class Hessian(InputStatistic):
 
 class CrossProduct(InputStatistic):
     """E[x_dense x^T], shape (I, I), of a linear's inputs in the dense and in the pruned model. `add(X, dense)` takes both."""
-
-    @staticmethod
-    def _shape(width: int) -> tuple[int, ...]:
-        return (width, width)
 
     @staticmethod
     def _accumulate(total: Tensor, part: slice, X: Tensor, dense: Tensor) -> None:

@@ -25,15 +25,10 @@ ROOM_SHARE = 0.25
 
 
 class Part(NamedTuple):
-    """A submodule of a decoder layer that returns the output of one of its linears: the attention, or the linear itself.
-
-    Args:
-        linear: name of that linear.
-        nones: the Nones that the submodule returns after the output; None if it returns a bare tensor.
-    """
+    """A submodule of a decoder layer that returns the output of one of its linears: the attention, or the linear itself."""
 
     linear: str
-    nones: tuple[None, ...] | None
+    nones: tuple[None, ...] | None  # returned after the output; None: the submodule returns a bare tensor
 
 
 @dataclass
@@ -75,21 +70,17 @@ class CachedOutputs:
         module, linear = self.modules[name], self.modules[part.linear]
         inputs, outputs = self._inputs.get(name), self._outputs.get(name)  # from earlier passes
 
-        def keep_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._keep(self._inputs, name, args[0])
-
-        def keep_output(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            self._keep(self._outputs, name, output)
-
         def forward(*_: Any, **__: Any) -> Any:
             rows = self.states.rows
             output = linear(inputs.get(rows)) if outputs is None else outputs.get(rows).clone()  # some layers write into it
             return output if part.nones is None else (output, *part.nones)
 
         if is_seen and module is not linear:
-            stack.callback(linear.register_forward_pre_hook(keep_input, prepend=True).remove)
+            keep = linear.register_forward_pre_hook(lambda _, args: self._keep(self._inputs, name, args[0]), prepend=True)
+            stack.callback(keep.remove)
         if part.linear in self._final and name not in self._outputs and not is_last:
-            stack.callback(linear.register_forward_hook(keep_output).remove)
+            keep = linear.register_forward_hook(lambda _, args, output: self._keep(self._outputs, name, output))
+            stack.callback(keep.remove)
         if inputs is not None or outputs is not None:
             module.forward = forward  # on the instance, where it hides the class's own
             stack.callback(delattr, module, "forward")
@@ -121,15 +112,10 @@ class CachedOutputs:
 
 
 def find_parts(modules: dict[str, nn.Module], linears: Collection[str], forward: Callable[[], object]) -> dict[str, Part]:
-    """The parts of a decoder layer whose outputs can be cached, by name; each is called once per forward.
+    """The parts of a decoder layer whose outputs can be cached, by name: outermost submodules that hold several linears and return
+    just the output of the last, and linears outside of these. All are called once per forward.
 
-    A part is either an outermost submodule that holds several linears and returns just the output of the last of them, or a linear
-    outside any such submodule.
-
-    Args:
-        modules: submodules of the layer by name, outer ones first.
-        linears: names of those that are linears.
-        forward: runs the layer; values do not matter.
+    `modules` holds the layer's submodules, outer ones first; `linears` names the linears among them; `forward()` runs the layer.
     """
     calls: dict[str, list[Any]] = defaultdict(list)
     with ExitStack() as stack:

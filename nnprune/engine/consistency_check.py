@@ -24,7 +24,7 @@ def check_consistency(engine: LayerwiseEngine) -> None:
     """
     decoder, store = engine.decoder, engine.store
     generator = torch.Generator().manual_seed(0)
-    recorded_ids, ids = torch.randint(decoder.vocab_size, (2, 2, 16), generator=generator).to(engine.device)
+    recorded_ids, ids = torch.randint(decoder.vocab_size, (2, 2, 16), generator=generator).to(store.device)
     ids[1, :8] = ids[0, :8]
     calls = decoder.record_calls(recorded_ids)
     hidden = decoder.embed(ids)

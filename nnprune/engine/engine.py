@@ -3,6 +3,7 @@
 Letters: N samples, T tokens.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,6 +17,7 @@ from nnprune.model.decoder import Decoder
 from nnprune.runtime import Runtime
 
 
+@dataclass(eq=False)
 class LayerwiseEngine:
     """Holds one decoder layer and one batch of hidden states on the device at a time.
 
@@ -26,12 +28,10 @@ class LayerwiseEngine:
         scratch: folder for mapped files.
     """
 
-    def __init__(self, decoder: Decoder, store: LayerStore, runtime: Runtime, scratch: Path) -> None:
-        self.decoder = decoder
-        self.store = store
-        self.runtime = runtime
-        self.scratch = scratch
-        self.device = runtime.torch_device
+    decoder: Decoder
+    store: LayerStore
+    runtime: Runtime
+    scratch: Path
 
     @property
     def num_layers(self) -> int:

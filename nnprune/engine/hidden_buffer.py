@@ -3,6 +3,7 @@
 Letters: N samples, B batch, T tokens, D hidden.
 """
 
+import math
 import os
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class HiddenBuffer:
         self.device = device
         self.shape = shape
         self.path = path if offload == "disk" else None
-        size = shape[0] * shape[1] * shape[2]
+        size = math.prod(shape)
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _reserve(path, size * dtype.itemsize)

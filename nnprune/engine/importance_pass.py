@@ -24,18 +24,10 @@ Measure = Callable[[DenseLayer], float]
 
 @torch.no_grad()
 def run_importance_pass(engine: LayerwiseEngine, ids: Tensor | None, measures: dict[str, Measure]) -> dict[str, list[float]]:
-    """Apply each measure to each dense decoder layer.
+    """Apply each measure to each dense decoder layer. Returns its key -> its numbers (L,).
 
-    Args:
-        engine: the model.
-        ids: calibration ids (N, T); None if the measures need weights only.
-        measures: key -> measure.
-
-    Returns:
-        Key -> its numbers (L,).
-
-    Raises:
-        ValueError: a weight, an input or a measured number is not finite.
+    `ids` are calibration ids (N, T), or None if the measures need weights only. Raises ValueError if a weight, an input or a
+    measured number is not finite.
     """
     found: dict[str, list[float]] = {key: [] for key in measures}
     bar = engine.progress(engine.num_layers, "importance pass")
@@ -79,13 +71,7 @@ def collect_inputs(
     groups = input_groups(weights, lambda: states.run(index, layer, states.probe(PROBE_TOKENS)))
     collector = InputCollector(statistics, [], groups, weights, states.ids.shape[1])
 
-    def step(rows: slice, hidden: Tensor) -> Tensor | None:
-        output = None
-        with collector.rows(rows):
-            output = states.run(index, layer, hidden)
-        return output
-
     with collector.observing(stop=is_last):
-        states.each_batch(step)
+        states.each_batch(lambda rows, hidden: collector.run(rows, lambda: states.run(index, layer, hidden)))
     collector.finish()
     return collector

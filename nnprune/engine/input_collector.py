@@ -89,12 +89,12 @@ class InputCollector:
 
     @property
     def pairs(self) -> bool:
-        """Whether a statistic compares inputs with those of the dense layer, so that `reference` comes before `rows`."""
+        """Whether a statistic compares inputs with those of the dense layer, so that `run_reference` must precede `run`."""
         return any(CrossProduct in kinds for kinds in self.statistics.values())
 
     @contextmanager
     def observing(self, stop: bool) -> Iterator[None]:
-        """Observe the forwards inside `rows` and `reference`; `stop` ends those inside `rows` after the input of the last group."""
+        """Observe forwards inside; `stop` ends those of `run` after the input of the last group."""
         observed = [name for names in self.groups for name in (names if self._pruners else names[:1])]
 
         def see(name: str, X: Tensor) -> None:
@@ -111,21 +111,20 @@ class InputCollector:
                     stack.enter_context(_observed({name: weights[name] for name in observed}, see))
             yield
 
-    @contextmanager
-    def rows(self, rows: slice) -> Iterator[None]:
-        """Run the forward of `rows` inside; StopForward may end it. Rows come in order. A batch that ran out of memory may be
-        repeated in smaller batches: what was counted before is not counted again."""
+    def run(self, rows: slice, forward: Callable[[], Tensor]) -> Tensor | None:
+        """Observe the forward of `rows`, and return its output unless it was stopped.
+
+        Rows come in order. A batch that ran out of memory may be repeated in smaller batches: no row is counted twice.
+        """
         self._rows = rows
         with suppress(StopForward):
-            yield
+            return forward()
 
-    @contextmanager
-    def reference(self, stop: bool) -> Iterator[None]:
-        """Run the dense layer's forward of the next rows inside, to keep its inputs; `stop` ends it after the last group."""
+    def run_reference(self, forward: Callable[[], Tensor], stop: bool) -> Tensor | None:
+        """Observe the dense layer's forward of the rows that `run` is called with next; `stop` ends it after the last group."""
         self._in_reference, self._stop_reference, self._reference_inputs = True, stop, {}
         try:
-            with suppress(StopForward):
-                yield
+            return self.run(self._rows, forward)
         finally:
             self._in_reference = False
 

@@ -160,7 +160,9 @@ class LayerStore:
             if self._is_copied:
                 state = self._offloaded[index] = {name: self._pinned(tensor) for name, tensor in state.items()}
         else:
-            state = self._read_checkpoint(index)
+            prefix = f"{self.decoder.path}.{index}."
+            tensors = self.checkpoint.read([prefix + name for name in self.decoder.layers[index].state_dict()])
+            state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         if self._copy_stream is None:  # the files are mapped: the copy reads them, and lets them be unmapped
             return {name: self._computing(tensor, copy=True) for name, tensor in state.items()}, None
         with torch.cuda.stream(self._copy_stream):
@@ -174,11 +176,6 @@ class LayerStore:
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self.device.type == "cuda" else tensor.clone()
-
-    def _read_checkpoint(self, index: int) -> dict[str, Tensor]:
-        prefix = f"{self.decoder.path}.{index}."
-        tensors = self.checkpoint.read([prefix + name for name in self.decoder.layers[index].state_dict()])
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     def _move_embeddings_and_head(self) -> None:
         """Move everything outside the decoder layers to the device; tied tensors are moved once and stay tied."""

@@ -9,6 +9,7 @@ Letters: N samples, B batch, T tokens, D hidden.
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from nnprune.model.weight_views import weight_views
 PROPAGATE = ("pruned", "dense", "sequential")
 
 
+@dataclass(eq=False)
 class Propagation:
     """The hidden states of the calibration, at the input of one decoder layer after another.
 
@@ -35,30 +37,21 @@ class Propagation:
         stopwatch: times the forwards.
     """
 
-    def __init__(
-        self,
-        engine: LayerwiseEngine,
-        mode: str,
-        calibration: HiddenStates,
-        reference: HiddenStates | None,
-        stopwatch: Stopwatch,
-    ) -> None:
-        self.engine = engine
-        self.store = engine.store
-        self.mode = mode
-        self.calibration = calibration
-        self.reference = reference
-        self.stopwatch = stopwatch
-        self._next_collector: InputCollector | None = None  # inputs of the next layer's linears, if already collected
-        self._reference_advanced = False  # the reference has passed through the current layer, the calibration has not
-        self._cached: dict[nn.Module, CachedOutputs] = {}  # for the current layer, and for its dense copy
+    engine: LayerwiseEngine
+    mode: str
+    calibration: HiddenStates
+    reference: HiddenStates | None
+    stopwatch: Stopwatch
+    _next_collector: InputCollector | None = None  # inputs of the next layer's linears, if already collected
+    _reference_advanced: bool = False  # the reference has passed through the current layer, the calibration has not
+    _cached: dict[nn.Module, CachedOutputs] = field(default_factory=dict)  # of the current layer, and of its dense copy
 
     def skip(self, index: int) -> None:
         """Take calibration and reference through decoder layer `index`, which is finished."""
         with self.stopwatch.stage("calibration"):
             if self.reference is not None:
-                self.reference.advance(index, self.store.fetch(index, pruned=False))
-            self.calibration.advance(index, self.store.fetch(index, pruned=self.mode != "dense"))
+                self.reference.advance(index, self.engine.store.fetch(index, pruned=False))
+            self.calibration.advance(index, self.engine.store.fetch(index, pruned=self.mode != "dense"))
 
     def advance_reference(self, index: int, layer: nn.Module) -> None:
         """Take the reference through the dense decoder layer `index` before the inputs of its linears are collected.
@@ -104,17 +97,16 @@ class Propagation:
         inputs of its linears, so that hidden states are read once per layer.
         """
         with self.stopwatch.stage("calibration"):
-            layer = self.store.fetch(index)
+            layer = self.engine.store.fetch(index)
             if self.mode == "sequential" or not methods or any(method.recovery.epochs_before for method in methods):
                 with self._replaying(layer, (), is_last=True):
                     self.calibration.advance(index, layer)
                 self.invalidate()
                 return
-            following = self.store.fetch(index + 1, pruned=False)
+            following = self.engine.store.fetch(index + 1, pruned=False)
             groups = self._groups(index + 1, following)
-            self._next_collector = self._collect(
-                index + 1, following, following, methods, groups, False, True, before=(index, layer)
-            )
+            before = (index, layer)
+            self._next_collector = self._collect(index + 1, following, following, methods, groups, False, True, before)
 
     def _collect(
         self,
@@ -129,15 +121,8 @@ class Propagation:
     ) -> InputCollector:
         """Collect the inputs of `groups` of linears of layer `index` for the whole calibration.
 
-        Args:
-            index: of the layer.
-            layer: the layer as it is now.
-            dense: the dense layer; `layer` itself if nothing in it is pruned.
-            methods: which statistics to accumulate.
-            groups: the linears.
-            hand_on: replace the calibration by the outputs of `layer`.
-            is_last: this is the last pass over the layer: the reference, if it has not done so yet, passes through `dense`.
-            before: (index, layer) that the calibration passes through first; replace the calibration by its outputs.
+        With `hand_on` the calibration is replaced by the outputs of `layer`; with `before`, a layer that it passes through first,
+        by the outputs of that one. The last pass over a layer takes the reference through `dense`, unless that is done already.
         """
         weights = self.engine.decoder.weights(index)
         dense_weights = weight_views(dense, self._prefix(index)) if dense is not layer else None
@@ -146,18 +131,15 @@ class Propagation:
         collector = InputCollector(kinds, pruners, groups, weights, self.calibration.ids.shape[1], dense_weights)
         advances = self.reference is not None and not self._reference_advanced and is_last
         needs_reference = collector.pairs or advances
+        run = self.calibration.run
 
         def step(rows: slice, hidden: Tensor) -> Tensor | None:
             if before is not None:
-                hidden = self.calibration.run(*before, hidden)
+                hidden = run(*before, hidden)
             if needs_reference:
                 dense_hidden = hidden if self._reference_advanced else self.reference.activations.get(rows)
-                reference = None
-                with collector.reference(stop=not advances):
-                    reference = self.calibration.run(index, dense, dense_hidden)
-            output = None
-            with collector.rows(rows):
-                output = self.calibration.run(index, layer, hidden)
+                reference = collector.run_reference(lambda: run(index, dense, dense_hidden), stop=not advances)
+            output = collector.run(rows, lambda: run(index, layer, hidden))
             if advances:  # only now: a batch that ran out of memory is repeated from the start
                 self.reference.activations.put(rows, reference)
             return output if hand_on else hidden if before is not None else None
@@ -170,19 +152,16 @@ class Propagation:
 
     def _start_caching(self, index: int, layer: nn.Module, dense: nn.Module) -> None:
         """Start to cache outputs of a layer, and of its dense copy if there is one."""
-        hidden = self.calibration.probe(PROBE_TOKENS)
+        hidden, prefix = self.calibration.probe(PROBE_TOKENS), self._prefix(index)
         linears = self.engine.decoder.weights(index).keys()
-        parts = find_parts(self._modules(index, layer), linears, lambda: self.calibration.run(index, layer, hidden))
+        modules = {module: dict(module.named_modules(prefix=prefix)) for module in (dense, layer)}
+        parts = find_parts(modules[layer], linears, lambda: self.calibration.run(index, layer, hidden))
         for module, name in {dense: "dense", layer: "pruned"}.items():
             path = self.engine.scratch / f"activations-{name}"
-            self._cached[module] = CachedOutputs(self._modules(index, module), parts, self.calibration, path)
+            self._cached[module] = CachedOutputs(modules[module], parts, self.calibration, path)
 
     def _replaying(self, layer: nn.Module, seen: Sequence[str], is_last: bool) -> AbstractContextManager:
         return self._cached[layer].replaying(seen, is_last) if layer in self._cached else nullcontext()
-
-    def _modules(self, index: int, layer: nn.Module) -> dict[str, nn.Module]:
-        """Full name -> submodule of decoder layer `index`, or of its copy."""
-        return dict(layer.named_modules(prefix=self._prefix(index)))
 
     def _prefix(self, index: int) -> str:
         return f"{self.engine.decoder.path}.{index}"

@@ -50,16 +50,9 @@ def _prune_group(
         dense_output = collector.squared_output(name, lambda W=W: squared_output(W, sample))
         error = relative_error(W, weight, sample, dense_output)
         collector.weights[name].write(weight)  # if W is a view, it holds the pruned weight from here on
-        reports.append(
-            {
-                "name": name,
-                "pattern": str(plan[name]),
-                "sparsity": zeros_in(weight) / weight.numel(),
-                "relative_error": error,
-                **pruner.notes.pop(name, {}),
-                **method.update.notes.pop(name, {}),
-            }
-        )
+        sparsity = zeros_in(weight) / weight.numel()
+        report = {"name": name, "pattern": str(plan[name]), "sparsity": sparsity, "relative_error": error}
+        reports.append(report | pruner.notes.pop(name, {}) | method.update.notes.pop(name, {}))
     seconds = time.perf_counter() - start
     size = sum(W.numel() for W in weights.values())
     for report in reports:  # the group's time, divided by size

@@ -9,9 +9,10 @@ Letters: N samples, T tokens, D hidden.
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class PruningPass:
         if num_finished:
             log.info("resuming after %d finished decoder layers", num_finished)
         bar = engine.progress(engine.num_layers, "decoder layers")
-        with self._propagation(ids, last) as propagation, logging_redirect_tqdm(), bar:
+        with self._propagation(ids) if unfinished else nullcontext() as propagation, logging_redirect_tqdm(), bar:
             for index in range(engine.num_layers):
                 try:
                     if dense is not None:
@@ -111,11 +112,8 @@ class PruningPass:
         return [task for task in self.tasks if index not in task.layer_files]
 
     @contextmanager
-    def _propagation(self, ids: Tensor, last: int) -> Iterator[Propagation | None]:
-        """The calibration before the first layer; None if no layer is unfinished (`last` < 0)."""
-        if last < 0:
-            yield None
-            return
+    def _propagation(self, ids: Tensor) -> Iterator[Propagation]:
+        """The calibration at the input of the first layer."""
         methods = [task.method for task in self.tasks]
         ids = rows_needed(methods, ids)
         with ExitStack() as stack:
@@ -146,14 +144,10 @@ class PruningPass:
             propagation.hand_on(index, [task.method for task in self._unfinished_tasks(index + 1)])
         if not reports:  # all tasks failed
             return
-        log.info(
-            "layer %d/%d  relative error %.4g  sparsity %.3f  %.1f s",
-            index + 1,
-            self.engine.num_layers,
-            sum(report["relative_error"] for report in reports) / len(reports),
-            sum(report["sparsity"] for report in reports) / len(reports),
-            time.perf_counter() - start,
-        )
+        error, sparsity = (fmean(report[key] for report in reports) for key in ("relative_error", "sparsity"))
+        seconds = time.perf_counter() - start
+        text = "layer %d/%d  relative error %.4g  sparsity %.3f  %.1f s"
+        log.info(text, index + 1, self.engine.num_layers, error, sparsity, seconds)
 
     def _prune(self, index: int, last: int, propagation: Propagation, tasks: list[PruneTask]) -> list[dict[str, Any]]:
         """Prune layer `index` for `tasks`. Returns the reports of their linears."""

@@ -46,11 +46,6 @@ class Experiment:
     label: str
 
     @property
-    def pruner(self) -> Pruner:
-        """The method's pruner."""
-        return self.method.pruner
-
-    @property
     def is_dense(self) -> bool:
         """Whether nothing is pruned, so that only model and evaluation matter."""
         return self.pattern == Unstructured(0.0)
@@ -89,12 +84,11 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
     if config["propagate"] not in PROPAGATE:
         raise ValueError(f"propagate={config['propagate']}: must be {', '.join(PROPAGATE)}")
     pattern = parse_pattern(config["sparsity"]["pattern"])
-    is_dense = pattern == Unstructured(0.0)
     runtime = _make("runtime", Runtime, config)
     pruner = pruner or _instantiate("pruner", config, Pruner)
     pruner.validate(pattern)
-    parts = {"target": Target, "update": Update, "recover": Recovery}
-    method = Method(pruner, *(_instantiate(key, config, expected) for key, expected in parts.items()))
+    parts = (("target", Target), ("update", Update), ("recover", Recovery))
+    method = Method(pruner, *(_instantiate(key, config, expected) for key, expected in parts))
     if method.needs_reference and config["propagate"] == "dense":
         key = "target" if method.pairs_inputs else "recover"
         raise ValueError(
@@ -109,7 +103,7 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
         evaluation=_instantiate("evaluation", config, Evaluation),
         source=_make("model", ModelSource, config),
         runtime=runtime,
-        label="dense" if is_dense else str(config["label"] or type(pruner).__name__),
+        label="dense" if pattern == Unstructured(0.0) else str(config["label"] or type(pruner).__name__),
     )
     for part in (*experiment.evaluation.evaluators.values(), experiment.calibration.source):
         if part:

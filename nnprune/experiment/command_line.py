@@ -27,7 +27,8 @@ def rewrite_sparsity(arguments: list[str]) -> list[str]:
 
     Literals without a file in conf/sparsity are registered as new options, valid or not: `parse_pattern` checks them later.
     """
-    return [_rewrite(argument) if argument.startswith("sparsity=") else argument for argument in arguments]
+    key = "sparsity="
+    return [key + ",".join(map(_option, a.removeprefix(key).split(","))) if a.startswith(key) else a for a in arguments]
 
 
 def gather_grid(arguments: list[str]) -> list[str]:
@@ -94,12 +95,8 @@ def check_outputs_of_sweep(arguments: list[str]) -> None:
         ) from None
 
 
-def _rewrite(argument: str) -> str:
-    key, _, value = argument.partition("=")
-    return f"{key}={','.join(_option(choice) for choice in value.split(','))}"
-
-
 def _option(choice: str) -> str:
+    """The option of `sparsity` for a literal; anything else as it is."""
     literal = choice.strip().strip("'\"")
     if not LITERAL.fullmatch(literal):
         return choice

@@ -7,7 +7,7 @@ its ordinary run then finds all layers finished.
 
 import logging
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from omegaconf import DictConfig
 
@@ -17,7 +17,6 @@ from nnprune.experiment.build import Experiment
 from nnprune.experiment.folder import locked
 from nnprune.experiment.job import SCRATCH, Job, check_shapes, skeleton
 from nnprune.experiment.plans import PlanRequest, make_plans
-from nnprune.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +38,12 @@ def prune_grid(experiments: Sequence[Experiment]) -> None:
         for folder in sorted({experiment.folder for experiment in experiments}):
             stack.enter_context(locked(folder))
         model = skeleton(first, first.source.config())
-        experiments = [experiment for experiment in experiments if _fits(experiment, model)]
+        fitting = []
+        for experiment in experiments:
+            with suppress(ValueError):  # the cell's own run reports it
+                check_shapes(experiment, model)
+                fitting.append(experiment)
+        experiments = fitting
         if not experiments:
             return
         job = Job(experiments[0])
@@ -53,12 +57,3 @@ def prune_grid(experiments: Sequence[Experiment]) -> None:
         ]
         log.info("grid: %d cells in one pass", len(tasks))
         PruningPass(job.engine, tasks, "dense").run(job.calibration_ids)
-
-
-def _fits(experiment: Experiment, decoder: Decoder) -> bool:
-    """Whether a cell's settings fit the model; if not, the cell's own run reports why."""
-    try:
-        check_shapes(experiment, decoder)
-    except ValueError:
-        return False
-    return True

@@ -70,7 +70,7 @@ class Job:
         experiment = self.experiment
         record = new_record(experiment)
         if experiment.is_dense:
-            self._pass(None, record)
+            self._run_pass(None, record)
         else:
             record.calibration_hash = token_hash(self.calibration_ids)
             record.dense_metrics = self._prune(record).metrics
@@ -88,7 +88,7 @@ class Job:
         with locked(dense.folder, wait=False) as is_locked:
             dense_record = _read_dense(dense.folder)
             new = new_record(dense) if is_locked and dense_record is None else None
-            self._pass(record, new)
+            self._run_pass(record, new)
             if new:
                 self._finish(new, dense)
         if dense_record or new:
@@ -98,15 +98,14 @@ class Job:
             if dense_record is None:  # the other process failed
                 self.engine = _engine(self.experiment, self.config)  # dense weights may no longer be in memory
                 dense_record = new_record(dense)
-                self._pass(None, dense_record)
+                self._run_pass(None, dense_record)
                 self._finish(dense_record, dense)
             return dense_record
 
-    def _pass(self, pruned: RunRecord | None, dense: RunRecord | None) -> None:
+    def _run_pass(self, pruned: RunRecord | None, dense: RunRecord | None) -> None:
         """One pass over the layers that fills in the metrics and sparsities of one or both records."""
         tasks, layer_files = [], self.engine.store.layer_files
         evaluators, ids = self.experiment.evaluation.evaluators, self.evaluation_ids
-        dense_folder = self.experiment.dense().folder / SCRATCH
         if pruned:
             tasks.append(PruneTask(self.experiment.method, self.plan, layer_files))
         with ExitStack() as stack:
@@ -114,7 +113,8 @@ class Job:
                 measured = Measurement("pruned", evaluators if pruned else {}, ids, self.experiment.folder / SCRATCH)
                 states = stack.enter_context(measured.hidden_states(self.engine))
             with self.stopwatch.stage("dense_evaluation"):
-                measured_dense = Measurement("dense", evaluators if dense else {}, ids, dense_folder)
+                folder = self.experiment.dense().folder / SCRATCH
+                measured_dense = Measurement("dense", evaluators if dense else {}, ids, folder)
                 dense_states = stack.enter_context(measured_dense.hidden_states(self.engine))
             pruning = PruningPass(self.engine, tasks, self.experiment.config["propagate"], self.stopwatch)
             counts = pruning.run(self.calibration_ids, dense_states if dense else None, states)
@@ -152,7 +152,7 @@ class Job:
         record.peak_host_bytes = peak_host_bytes()
         record.peak_device_bytes = peak_device_bytes()
         if runtime.batch_tokens != self.experiment.config["runtime"]["batch_tokens"]:
-            record.notes.append(f"out of device memory: continued with runtime.batch_tokens={runtime.batch_tokens}")
+            record.notes.append(f"out of device memory: went on with runtime.batch_tokens={runtime.batch_tokens}")
         record.finished = datetime.now(UTC).isoformat(timespec="seconds")
         record.write(experiment.folder)
         shutil.rmtree(experiment.folder / SCRATCH, ignore_errors=True)
@@ -203,7 +203,7 @@ def check_shapes(experiment: Experiment, decoder: Decoder) -> None:
             )
     allocation = Uniform() if experiment.is_dense else experiment.allocation
     for pattern in sorted(allocation.check(experiment.pattern, decoder.shapes_by_layer()), key=str):
-        experiment.pruner.validate(pattern)
+        experiment.method.pruner.validate(pattern)
 
 
 def token_ids(experiment: Experiment, config: Any, tokenizer: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from nnprune.records import read_journal, write_journal
 
 
 class Measurement:
-    """Measures a model whose layers the rows of its evaluators pass through.
+    """Computes the metrics of one model, as the rows of its evaluators pass through the layers.
 
     Args:
         kind: "dense" or "pruned", for messages.
@@ -23,9 +23,7 @@ class Measurement:
     """
 
     def __init__(self, kind: str, evaluators: Mapping[str, Evaluator], ids: dict[str, Tensor], folder: Path) -> None:
-        self.kind = kind
-        self.evaluators = evaluators
-        self.ids = ids
+        self.kind, self.evaluators, self.ids = kind, evaluators, ids
         self.journal = folder / f"{kind}_metrics.json"
         self.metrics: dict[str, dict[str, float]] = read_journal(self.journal) or {}  # by evaluator
         self._states: dict[str, HiddenStates] = {}

@@ -3,6 +3,7 @@
 import logging
 import shutil
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -37,10 +38,9 @@ def record_failure(cfg: DictConfig, experiment: Experiment | None, error: Except
     """Write a record with status "failed" in place of the run's own, if anything can be written there."""
     log.debug("failed", exc_info=True)
     config = OmegaConf.to_container(cfg, resolve=False)
-    try:
+    outputs = ""
+    with suppress(OmegaConfBaseException):  # such as ${oc.env:X} with X unset
         outputs = str(OmegaConf.select(cfg, "outputs") or "")
-    except OmegaConfBaseException:  # such as ${oc.env:X} with X unset
-        outputs = ""
     if not outputs:
         return
     model, sparsity = config.get("model") or {}, config.get("sparsity") or {}
@@ -51,13 +51,11 @@ def record_failure(cfg: DictConfig, experiment: Experiment | None, error: Except
     folder = run_folder(outputs, name, pattern, label, record.fingerprint)
     if experiment is not None:
         record.fingerprint, record.sparsity, folder = experiment.fingerprint, str(experiment.pattern), experiment.folder
-    try:
+    with suppress(OSError):
         if _is_replaceable(folder):
             record.write(folder)
         with (folder / "run.log").open("a", encoding="utf-8") as file:
             file.write(traceback.format_exc())
-    except OSError:
-        pass
 
 
 def _is_replaceable(folder: Path) -> bool:

@@ -40,14 +40,10 @@ def versions(device_type: str) -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:  # a checkout that is not installed
             found[package] = "not installed"
-    found["kernels"] = _kernels(device_type)
+    is_cpu = device_type == "cpu"
+    has_kernels = library() is not None if is_cpu else sweep_triton.available()
+    found["kernels"] = ("C" if is_cpu else "Triton") if has_kernels else "PyTorch"
     return found
-
-
-def _kernels(device_type: str) -> str:
-    if device_type == "cpu":
-        return "PyTorch" if library() is None else "C"
-    return "Triton" if sweep_triton.available() else "PyTorch"
 
 
 def commit() -> tuple[str | None, bool | None]:

@@ -45,7 +45,12 @@ class Decoder:
         self.model = model.eval()
         self.path, self.layers = _find_layers(model, layers_path)
         self._tuple_classes: dict[type[nn.Module], bool] = {}
-        self._refuse_experts()
+        for name, parameter in self.layers.named_parameters():
+            if parameter.ndim > 2 or "expert" in name:
+                raise ValueError(
+                    f"model.path: {type(model).__name__} holds {self.path}.{name}, no weight of a linear: mixture-of-experts "
+                    "and convolutional layers are not supported yet; choose a dense decoder-only model"
+                )
         self._weights = [weight_views(layer, f"{self.path}.{index}") for index, layer in enumerate(self.layers)]
 
     @property
@@ -87,10 +92,7 @@ class Decoder:
         return captured[0]
 
     def record_calls(self, ids: Tensor) -> list[LayerCall]:
-        """The arguments of every decoder layer for ids (B, T). They differ between layers in Gemma and others.
-
-        Raises ValueError if the model does not call each layer once.
-        """
+        """The arguments of every decoder layer for ids (B, T), which may differ between layers, as in Gemma."""
         calls: list[LayerCall] = []
 
         def record(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
@@ -128,12 +130,9 @@ class Decoder:
     def _replaced(self, replacement: Callable[[nn.Module, Tensor, LayerCall], Tensor]) -> Iterator[None]:
         def bind(layer: nn.Module) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                if args:
-                    hidden, args = args[0], args[1:]
-                else:
-                    hidden = kwargs.pop("hidden_states")
+                hidden, *args = args or (kwargs.pop("hidden_states"),)
                 as_tuple = self._returns_tuple(layer, hidden, args, kwargs)
-                output = replacement(layer, hidden, LayerCall(args, kwargs))
+                output = replacement(layer, hidden, LayerCall(tuple(args), kwargs))
                 return (output, None) if as_tuple else output
 
             return forward
@@ -163,14 +162,6 @@ class Decoder:
             self._tuple_classes[kind] = isinstance(output, tuple)
         return self._tuple_classes[kind]
 
-    def _refuse_experts(self) -> None:
-        for name, parameter in self.layers.named_parameters():
-            if parameter.ndim > 2 or "expert" in name:
-                raise ValueError(
-                    f"model.path: {type(self.model).__name__} holds {self.path}.{name}, no weight of a linear: mixture-of-experts "
-                    "and convolutional layers are not supported yet; choose a dense decoder-only model"
-                )
-
 
 def run_layer(layer: Callable[..., Any], hidden: Tensor, call: LayerCall) -> Tensor:
     """The outputs (B, T, D) of a decoder layer, or of its forward, for hidden states (B, T, D).
@@ -188,22 +179,18 @@ def run_layer(layer: Callable[..., Any], hidden: Tensor, call: LayerCall) -> Ten
 
 def _find_layers(model: PreTrainedModel, layers_path: str | None) -> tuple[str, nn.ModuleList]:
     if layers_path is not None:
-        try:
-            layers = model.get_submodule(layers_path)
-        except AttributeError:
-            layers = None
+        layers = dict(model.named_modules(remove_duplicate=False)).get(layers_path)
         if not isinstance(layers, nn.ModuleList):
             raise ValueError(
                 f"model.layers_path={layers_path}: {type(model).__name__} has no list of layers of that name; name an nn.ModuleList"
             )
         return layers_path, layers
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    found = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth
-    }
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    found = [(name, layers) for name, layers in lists.items() if len(layers) == depth]
     if len(found) != 1:
-        names = ", ".join(found) or "none"
+        names = ", ".join(name for name, _ in found) or "none"
         raise ValueError(
             f"model.path: {type(model).__name__}: expected one list of {depth} decoder layers, found {names}; set model.layers_path"
         )
-    return next(iter(found.items()))
+    return found[0]
