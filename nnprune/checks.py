@@ -35,7 +35,7 @@ def check_count(key: str, value: object, least: int, most: int = 2**63 - 1, why_
         ValueError: it is not.
     """
     if type(value) is not int or not least <= value <= most:
-        upper = f" and at most {most}" if most < 2**63 - 1 else ""
+        upper = f" and at most {most}" if most < 2**63 - 1 or (type(value) is int and value > most) else ""
         reason = f" ({why_most})" if upper and why_most else ""
         raise ValueError(f"{key}={quoted(value)}: must be a whole number, at least {least}{upper}{reason}")
 

@@ -78,3 +78,11 @@ def test_one_cell_that_fails_does_not_stop_a_grid(tiny_config, monkeypatch):
     assert "not today" in records["magnitude"]["error"]
     monkeypatch.undo()
     assert run(tiny_config("pruner=wanda", "label=wanda", "propagate=dense")).metrics == records["wanda"]["metrics"]
+
+
+def test_a_saved_model_does_not_outlive_its_record(tiny_config):
+    run(tiny_config("pruner=wanda", "save=true"))
+    cfg = tiny_config("pruner=wanda", "overwrite=true")
+    assert (build(cfg).folder / "model").is_dir()
+    run(cfg)
+    assert not (build(cfg).folder / "model").exists()

@@ -21,6 +21,7 @@ from nnprune.engine.stopwatch import Stopwatch
 from nnprune.experiment.build import Experiment
 from nnprune.experiment.job import check_shapes, skeleton, token_ids
 from nnprune.model.decoder import Decoder
+from nnprune.model.loading import quieten_transformers
 from nnprune.records import read_completed
 from nnprune.runtime import available_host_bytes, peak_host_bytes, resident_host_bytes
 from nnprune.statistics import CrossProduct, Hessian
@@ -44,6 +45,7 @@ class CostEstimate:
         self.cells, self.pruned = cells, [cell for cell in cells if not cell.is_dense]
         self.first = (self.pruned or cells)[0]
         self.runtime, self.device = self.first.runtime, self.first.runtime.torch_device
+        quieten_transformers()
         self.runtime.start(self.first.config["seed"])
         self.on_cuda, self.is_sequential = self.device.type == "cuda", self.first.config["propagate"] == "sequential"
         self.free_device = torch.cuda.mem_get_info(self.device)[0] if self.on_cuda else 0  # before the timed layers take any

@@ -77,6 +77,8 @@ class Job:
         if experiment.config["save"]:
             with self.stopwatch.stage("save"):
                 self._save(record)
+        else:  # a model that an earlier run saved is not the one that this record describes
+            shutil.rmtree(experiment.folder / "model", ignore_errors=True)
         self._finish(record, experiment)
         return record
 

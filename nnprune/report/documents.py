@@ -54,7 +54,8 @@ def render(frame: pd.DataFrame, path: Path, name: str) -> Document:
         with path.open(encoding="utf-8", newline="") as file:  # newline="": line ends stay as they are
             old = file.read()
     except OSError as error:
-        raise UsageError(f"--readme {path}: {error.strerror}; name a Markdown file") from error
+        reason = f"{error.strerror}; name a Markdown file, or print a table with --metric NAME"
+        raise UsageError(f"--readme {path}: {reason}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"--readme {path}: is no UTF-8 text; name a Markdown file") from error
     end_of_line = "\r\n" if "\r\n" in old else "\n"
