@@ -4,11 +4,15 @@ import pytest
 import torch
 from support.engine import IDS, engine_of, prune
 from support.families import FAMILIES
+from torch import nn
 
+from nnprune.engine.hidden_states import HiddenStates
 from nnprune.engine.input_collector import InputCollector
+from nnprune.model.weight_views import weight_views
 from nnprune.patterns import NM
 from nnprune.pruners.base import BaseActAwareUnstructuredPruner, Pruner
-from nnprune.statistics import Hessian, Moments, SquaredNorm
+from nnprune.runtime import Runtime
+from nnprune.statistics import CrossProduct, Hessian, Moments, SquaredNorm
 
 
 class Recorder(Pruner):
@@ -68,6 +72,7 @@ def pruned(folder, pruner, propagate="dense"):
 @pytest.mark.parametrize("kind", [Hessian, Moments, SquaredNorm])
 def test_a_statistic_that_runs_out_of_memory_counts_each_token_once(kind, at, tmp_path, monkeypatch):
     monkeypatch.setattr("nnprune.statistics.STRIP", 16)  # several parts of a small sum
+    monkeypatch.setattr("nnprune.statistics.PANEL", 16)  # what `mean` mirrors
     wanted = pruned(tmp_path / "a", Recorder(kind)).seen
     monkeypatch.setattr(kind, "_accumulate", staticmethod(fail_once(kind._accumulate, at)))
     found = pruned(tmp_path / "b", Recorder(kind)).seen
@@ -91,7 +96,7 @@ def test_a_sample_that_runs_out_of_memory_is_taken_once(at, tmp_path, monkeypatc
     pruned(tmp_path / "a", own)
     wanted, counts = [*samples], own.counts
     samples.clear()
-    monkeypatch.setattr(InputCollector, "_sample", fail_once(InputCollector._sample, at))
+    monkeypatch.setattr(InputCollector, "_add_sample", fail_once(InputCollector._add_sample, at))
     own = Own()
     pruned(tmp_path / "b", own)
     assert own.counts == counts and set(counts.values()) == {IDS.numel()}
@@ -103,3 +108,80 @@ def test_a_sample_that_runs_out_of_memory_is_taken_once(at, tmp_path, monkeypatc
 def test_a_pruner_that_runs_out_of_memory_itself_ends_the_run(tmp_path):
     with pytest.raises(ValueError, match=r"layers\.0\..*: Own ran out of device memory .*; lower runtime\.batch_tokens"):
         pruned(tmp_path, Own(fails=True))
+
+
+class Integers:
+    """A decoder whose hidden states are small whole numbers: their sums are exact in any order."""
+
+    def embed(self, ids):
+        return ((ids[..., None] + 1) * torch.arange(1, 33) % 7).float()
+
+
+class Sums(Own):
+    """Sums up by itself what it was shown of each linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.sums = {}
+
+    def add_linear_activations(self, module_name, X):
+        super().add_linear_activations(module_name, X)
+        self.sums[module_name] = self.sums.get(module_name, 0) + X.double().sum((0, 1))
+
+
+def collected(folder, kinds, batch_tokens, pruners=()):
+    """What is collected of two linears in one pass over five rows of 16 tokens; the dense model's inputs are larger by 1."""
+    layer, dense = (nn.ModuleDict({"a": nn.Linear(32, 32), "b": nn.Linear(32, 8)}) for _ in range(2))
+    views, reference = weight_views(layer, "l"), weight_views(dense, "l")
+    collector = InputCollector(kinds, pruners, [["l.a"], ["l.b"]], views, seq_len=16, reference=reference)
+    runtime = Runtime(device="cpu", batch_tokens=batch_tokens)
+    with HiddenStates(Integers(), runtime, IDS, folder / "hidden.bin") as states, torch.no_grad():
+
+        def step(rows, hidden):
+            collector.run_reference(lambda: (dense["a"](hidden + 1), dense["b"](2 * hidden + 1)), stop=False)
+            collector.run(rows, lambda: (layer["a"](hidden), layer["b"](2 * hidden)))
+
+        with collector.observing(stop=False):
+            states.each_batch(step)
+        collector.finish()
+    assert runtime.batch_tokens == 32
+    return collector
+
+
+KINDS = [SquaredNorm, Moments, Hessian, CrossProduct]
+FAILURES = [(kind, "_accumulate", at) for kind in KINDS for at in (1, 2)] + [
+    (InputCollector, "_add_sample", at) for at in (1, 2)
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "at"), FAILURES)
+def test_whatever_ran_out_of_memory_sums_are_exact(owner, name, at, tmp_path, monkeypatch):
+    monkeypatch.setattr("nnprune.statistics.STRIP", 16)  # several parts of a small sum
+    monkeypatch.setattr("nnprune.statistics.PANEL", 16)  # what `mean` mirrors
+    monkeypatch.setattr("nnprune.engine.input_collector.SAMPLED_TOKENS", 48)
+    failing = fail_once(getattr(owner, name), at)
+    monkeypatch.setattr(owner, name, staticmethod(failing) if name == "_accumulate" else failing)
+    pruners = [Sums(), Sums()]
+    collector = collected(tmp_path, KINDS, 64, pruners)
+    hidden = Integers().embed(IDS).flatten(0, 1)
+    for leader, X in {"l.a": hidden, "l.b": 2 * hidden}.items():
+        found = collector.statistics[leader]
+        assert {kind: statistic.num_tokens for kind, statistic in found.items()} == dict.fromkeys(KINDS, 80)
+        assert torch.equal(found[SquaredNorm].mean(), X.square().sum(0) / 80)
+        assert torch.equal(found[Moments].mean(), torch.stack([X.sum(0), X.square().sum(0)]) / 80)
+        assert torch.equal(found[Hessian].mean(), X.t() @ X / 80)
+        assert torch.equal(found[CrossProduct].mean(), (X + 1).t() @ X / 80)
+        assert torch.equal(collector.sample([leader]), X[:48])
+        for pruner in pruners:
+            assert pruner.counts[leader] == 80
+            assert torch.equal(pruner.sums[leader], X.double().sum(0))
+
+
+def test_the_sum_that_reveals_nans_counts_once_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(InputCollector, "_add_sample", fail_once(InputCollector._add_sample, 2))
+    totals = collected(tmp_path, [], 64)._totals
+    hidden = Integers().embed(IDS)
+    assert {name: float(total) for name, total in totals.items()} == {
+        "l.a": float(hidden.sum()),
+        "l.b": float(2 * hidden.sum()),
+    }

@@ -62,6 +62,13 @@ def test_a_damaged_layer_and_later_ones_are_as_good_as_absent(damage, kind, tmp_
     assert len(caplog.messages) == (0 if is_silent else 1)
 
 
+def test_two_layers_whose_files_changed_places_are_pruned_again(tmp_path):
+    written(tmp_path)
+    for kind in ("safetensors", "json"):
+        swap(tmp_path / f"layer-0001.{kind}")
+    assert list(LayerFiles(tmp_path, "layers").reports) == [0]
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"sha256": "0", "content": {}}', "[" * 100_000])
 def test_a_damaged_journal_is_none(content, tmp_path, caplog):
     (tmp_path / "a.json").write_text(content)

@@ -1,5 +1,8 @@
 """What a run leaves: records are replaced by their successors only, failures are recorded, grids continue."""
 
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -7,7 +10,7 @@ import pytest
 from nnprune.evaluation import Perplexity
 from nnprune.experiment.build import build
 from nnprune.pruners.magnitude import Magnitude
-from nnprune.records import read_all, read_completed
+from nnprune.records import RESULT_FILE, read, read_all, read_completed
 from nnprune.run import run, run_grid
 
 
@@ -86,3 +89,55 @@ def test_a_saved_model_does_not_outlive_its_record(tiny_config):
     assert (build(cfg).folder / "model").is_dir()
     run(cfg)
     assert not (build(cfg).folder / "model").exists()
+
+
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("setting", ["overwrite=true", "save=true"])
+def test_a_run_that_is_killed_leaves_the_record_that_it_was_to_replace(setting, tiny_config, monkeypatch):
+    first, folder = run(tiny_config("pruner=wanda")), build(tiny_config("pruner=wanda")).folder
+    before = (folder / RESULT_FILE).read_bytes()
+    cfg = tiny_config("pruner=wanda", setting)
+    with monkeypatch.context() as patch:
+        patch.setattr(Perplexity, "measure", kill)  # when all layers are pruned
+        process = multiprocessing.get_context("fork").Process(target=run, args=(cfg,))
+        process.start()
+        process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert (folder / RESULT_FILE).read_bytes() == before
+    second = run(cfg)
+    assert (folder / RESULT_FILE).read_bytes() != before
+    assert second.metrics == first.metrics
+    assert (folder / "model").is_dir() == (setting == "save=true")
+
+
+def test_a_failure_makes_way_for_another_and_for_a_completed_run(tiny_config, monkeypatch):
+    cfg = tiny_config("pruner=wanda")
+    for reason in ("one", "two"):
+
+        def fail(*_, reason=reason):
+            raise ValueError(reason)
+
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=reason):
+            patch.setattr(Perplexity, "measure", fail)
+            run(cfg)
+        record = read(build(cfg).folder)
+        assert record.status == "failed"
+        assert reason in record.error
+    assert run(cfg).status == read(build(cfg).folder).status == "completed"
+
+
+def test_a_cell_that_the_model_cannot_have_does_not_stop_a_grid(tiny_config):
+    cfgs = [tiny_config("pruner=wanda", f"sparsity={spec}", "propagate=dense") for spec in ("3:5", "2:4")]
+    with pytest.raises(ValueError, match=r"sparsity=3:5: .* has 32 inputs"):
+        run_grid(cfgs)
+    records = {record["sparsity"]: record for record in read_all(Path(cfgs[0].outputs))[0]}
+    assert {spec: record["status"] for spec, record in records.items()} == {
+        "3:5": "failed",
+        "2:4": "completed",
+        "dense": "completed",
+    }
+    assert "has 32 inputs" in records["3:5"]["error"]
+    assert records["2:4"]["linear_sparsity"] == 0.5

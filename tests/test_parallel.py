@@ -1,16 +1,22 @@
 """Ranks: two processes share out the calibration, and their statistics are those of one."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from support.engine import engine_of, prune, random_ids
+from support.families import FAMILIES
 
 from nnprune.engine import parallel
+from nnprune.patterns import NM
+from nnprune.pruners.base import Pruner
 from nnprune.statistics import Hessian, Moments, SquaredNorm
 
 X = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+IDS = random_ids(rows=4, seq_len=16)
 KINDS = (Hessian, Moments, SquaredNorm)
 
 
@@ -55,3 +61,40 @@ def test_statistics_merge(kind):
     torch.testing.assert_close(empty.mean(), whole.mean())
     whole.add(X)
     torch.testing.assert_close(empty.mean(), first.mean())  # a merged sum is its own
+
+
+class Witness(Pruner):
+    """Keeps the Hessians that it was given."""
+
+    statistic = Hessian
+
+    def __init__(self):
+        self.seen = {}
+
+    def prune_linear(self, W, module_name, pattern):
+        self.seen[module_name] = self.statistics[module_name].mean()
+        return torch.where(pattern.mask(W.abs()), W, 0)
+
+
+def hessians(ids, folder):
+    """Linear name -> its Hessian, as a pruner is shown it, in a pass over a whole model."""
+    witness, engine = Witness(), engine_of(FAMILIES["llama"](), folder)
+    prune(engine, witness, dict.fromkeys(engine.decoder.shapes(), NM(2, 4)), ids)
+    return witness.seen
+
+
+def prune_share(rank, folder):
+    os.environ.update(GLOO_SOCKET_IFNAME="lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(hessians(IDS[2 * rank : 2 * rank + 2], Path(folder) / str(rank)), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_pass_over_a_model_by_two_shows_pruners_what_one_shows_them(tmp_path):
+    mp.spawn(prune_share, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    expected = hessians(IDS, tmp_path / "one")
+    assert len(expected) == 21 and first.keys() == second.keys() == expected.keys()
+    for name, hessian in expected.items():
+        torch.testing.assert_close(first[name], hessian, rtol=1e-4, atol=1e-6)
+        assert torch.equal(first[name], second[name]), name

@@ -3,13 +3,15 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from contextlib import contextmanager
 from functools import partial
 
 import pytest
+from conftest import compose_config
 from safetensors.torch import save_file
-from support.runs import watch_measurements
+from support.runs import stripped, watch_measurements
 
 import nnprune.experiment.job
 import nnprune.model.checkpoint
@@ -143,3 +145,71 @@ def test_a_dense_model_that_another_process_failed_to_measure(runtime, tiny_conf
     assert record.dense_metrics == expected.dense_metrics
     [dense] = tmp_path.glob("outputs/*/dense/*/result.json")
     assert json.loads(dense.read_text())["metrics"] == record.dense_metrics
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def remove(path):
+    path.unlink()
+
+
+def swap(path):
+    other = path.with_name(f"layer-0001{path.suffix}")
+    one, two = path.read_bytes(), other.read_bytes()
+    path.write_bytes(two)
+    other.write_bytes(one)
+
+
+JOURNALS = ("allocation.json", "pruned_metrics.json", "dense_metrics.json")
+DAMAGED = [
+    *(("layer-0000.safetensors", damage) for damage in (cut, flip, remove, swap)),
+    *(("layer-0000.json", damage) for damage in (cut, flip, swap)),
+    *((name, damage) for name in JOURNALS for damage in (cut, flip)),
+]
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_model_dir, small_text, tmp_path_factory):
+    """The config of some outputs, the record of an undisturbed run, and the outputs of one that stopped at the last of its two texts."""
+    folder, measured, measure = tmp_path_factory.mktemp("stopped"), [], Perplexity.measure
+
+    def make(outputs):
+        return compose_config(
+            *("model=local", f"model.path={tiny_model_dir}", "calibration=text", f"calibration.path={small_text}"),
+            *("calibration.num_samples=6", "calibration.seq_len=32", "evaluation=text", f"evaluation.path={small_text}"),
+            *("evaluation.seq_len=32", "evaluation.max_windows=3", "runtime.batch_tokens=128", f"outputs={outputs}"),
+            *("pruner=sparsegpt", "allocation=owl", f"+evaluation.datasets.more.path={small_text}"),
+        )
+
+    def stop_at_fourth(self, *arguments):
+        measured.append(self)
+        if len(measured) == 4:  # both texts of the dense model, the second of the pruned one
+            raise RuntimeError("stopped")
+        return measure(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
+        patch.setattr(Perplexity, "measure", stop_at_fourth)
+        run(make(folder / "stopped"))
+    return make, run(make(folder / "whole")), folder / "stopped"
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGED, ids=lambda value: getattr(value, "__name__", value))
+def test_what_is_damaged_is_done_again_with_one_line_to_the_same_figures(name, damage, stopped, tmp_path, caplog):
+    make, whole, outputs = stopped
+    shutil.copytree(outputs, tmp_path / "outputs")
+    [path] = (tmp_path / "outputs").rglob(f"unfinished/{name}")
+    damage(path)
+    resumed = run(make(tmp_path / "outputs"))
+    assert len([message for message in caplog.messages if message.startswith("warning: ")]) == 1
+    assert resumed.metrics == whole.metrics
+    assert resumed.dense_metrics == whole.dense_metrics
+    assert stripped(resumed.per_linear) == stripped(whole.per_linear)
+    assert not list((tmp_path / "outputs").rglob("unfinished"))

@@ -42,3 +42,35 @@ def test_inputs_are_observed_as_tokens(kind):
     module["inner"](x)
     [X] = seen
     assert torch.equal(X, x.detach().view(6, I)) and not X.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_writing_keeps_dtype_and_place_of_the_parameter(kind):
+    module = layer(kind).to(torch.bfloat16)["inner"]
+    place, view = module.weight.data_ptr(), weight_views(module, "l")["l"]
+    view.write(torch.full((O, I), 1 + 2**-12))
+    assert module.weight.data_ptr() == place
+    assert torch.equal(view.read(), torch.ones(O, I, dtype=torch.bfloat16))
+    assert not view.read().requires_grad
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_what_an_observer_raises_ends_the_forward(kind):
+    module, computed = layer(kind)["inner"], []
+    module.register_forward_hook(lambda *_: computed.append(1))
+
+    def see(_):
+        raise InterruptedError
+
+    handle = weight_views(module, "l")["l"].observe(see)
+    with pytest.raises(InterruptedError):
+        module(torch.randn(3, I))
+    handle.remove()
+    assert not computed
+    assert module(torch.randn(3, I)).shape == (3, O)
+
+
+def test_views_come_in_the_order_of_the_definition():
+    module = nn.ModuleDict({"b": nn.Linear(6, 4), "norm": nn.LayerNorm(4), "a": nn.ModuleDict({"c": Conv1D(8, 4)})})
+    shapes = {name: view.shape for name, view in weight_views(module, "m.3").items()}
+    assert list(shapes.items()) == [("m.3.b", (4, 6)), ("m.3.a.c", (8, 4))]

@@ -32,8 +32,9 @@ class LayerFiles:
         self.reports: dict[int, dict[str, Any]] = {}
         while (found := read_journal(self._report_path(len(self.reports)))) is not None:
             index = len(self.reports)
-            if not self.path(index).is_file() or _checksum(self.path(index)) != found["weights_sha256"]:
-                log.warning("warning: %s is missing or damaged: this layer and later ones are pruned again", self.path(index))
+            weights = self.path(index)
+            if not weights.is_file() or found.get("index") != index or found.get("weights_sha256") != _checksum(weights):
+                log.warning("warning: %s is missing or damaged: this layer and later ones are pruned again", weights)
                 break
             self.reports[index] = found["report"]
 
@@ -59,7 +60,9 @@ class LayerFiles:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_atomically(self.named(index, state), self.path(index))
-            write_journal(self._report_path(index), {"report": report, "weights_sha256": _checksum(self.path(index))})
+            write_journal(
+                self._report_path(index), {"index": index, "report": report, "weights_sha256": _checksum(self.path(index))}
+            )
         except OSError as error:
             raise OSError(
                 error.errno,
