@@ -6,33 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import compose_config, save_random
-from support.engine import IDS, Failing, Interrupted, engine_of, expected_inputs, prune, prune_model, through_layers
+from support.engine import IDS, Failing, Interrupted, Witness, engine_of, expected_inputs, prune, prune_model, through_layers
 from support.families import FAMILIES, VOCAB_SIZE
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
 
 from nnprune.model.decoder import run_layer
 from nnprune.model.weight_views import LinearView
 from nnprune.patterns import NM, Unstructured
-from nnprune.pruners.base import Pruner
 from nnprune.pruners.sparsegpt import SparseGPT
 from nnprune.pruners.wanda import Wanda
 from nnprune.run import run
 from nnprune.runtime import Runtime
 from nnprune.solvers.layer_error import relative_error
-from nnprune.statistics import Hessian
-
-
-class Witness(Pruner):
-    """SparseGPT's mask, and a memory of the Hessians it was given."""
-
-    statistic = Hessian
-
-    def __init__(self):
-        self.seen = {}
-
-    def prune_linear(self, W, module_name, pattern):
-        self.seen[module_name] = self.statistics[module_name].mean()
-        return torch.where(pattern.mask(W.abs()), W, 0)
 
 
 @pytest.mark.parametrize("propagate", ["pruned", "dense", "sequential"])

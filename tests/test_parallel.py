@@ -7,12 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from support.engine import engine_of, prune, random_ids
+from support.engine import Witness, engine_of, prune, random_ids
 from support.families import FAMILIES
 
 from nnprune.engine import parallel
 from nnprune.patterns import NM
-from nnprune.pruners.base import Pruner
 from nnprune.statistics import Hessian, Moments, SquaredNorm
 
 X = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
@@ -61,19 +60,6 @@ def test_statistics_merge(kind):
     torch.testing.assert_close(empty.mean(), whole.mean())
     whole.add(X)
     torch.testing.assert_close(empty.mean(), first.mean())  # a merged sum is its own
-
-
-class Witness(Pruner):
-    """Keeps the Hessians that it was given."""
-
-    statistic = Hessian
-
-    def __init__(self):
-        self.seen = {}
-
-    def prune_linear(self, W, module_name, pattern):
-        self.seen[module_name] = self.statistics[module_name].mean()
-        return torch.where(pattern.mask(W.abs()), W, 0)
 
 
 def hessians(ids, folder):

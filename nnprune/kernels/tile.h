@@ -13,12 +13,6 @@
 /* Packed factors are [panel][pair of terms][feature of the panel]; what is beyond the last feature or term is zero. */
 static inline long panels_of(long features) { return (features + PANEL - 1) / PANEL; }
 
-/* Where pair `pair` of 16 features from `feature` on stands among `pairs`. */
-static inline uint32_t *packed_at(uint32_t *packed, long pairs, long pair, long feature)
-{
-    return packed + (feature / PANEL * pairs + pair) * PANEL + feature % PANEL;
-}
-
 #define TILE static inline __attribute__((always_inline)) void
 
 /* In all of these `sum` is (rows, 16 x parts); `rows` and `parts` are constants, small enough for it to stay in registers. */

@@ -11,10 +11,12 @@ from nnprune.engine.pruning_pass import PruneTask, PruningPass
 from nnprune.method import Method
 from nnprune.model.decoder import Decoder
 from nnprune.patterns import NM
+from nnprune.pruners.base import Pruner
 from nnprune.pruners.sparsegpt import SparseGPT
 from nnprune.pruners.wanda import Wanda
 from nnprune.recovery import Reconstruction
 from nnprune.runtime import Runtime
+from nnprune.statistics import Hessian
 from support.families import FAMILIES, VOCAB_SIZE
 
 
@@ -108,3 +110,16 @@ class Failing(Wanda):
 
 def recover(before, after, lr=1e-2):
     return Reconstruction(before, after, lr=lr, batch_tokens=32, holdout=0.2)
+
+
+class Witness(Pruner):
+    """Prunes by magnitude, and keeps the Hessians that it was given."""
+
+    statistic = Hessian
+
+    def __init__(self):
+        self.seen = {}
+
+    def prune_linear(self, W, module_name, pattern):
+        self.seen[module_name] = self.statistics[module_name].mean()
+        return torch.where(pattern.mask(W.abs()), W, 0)
