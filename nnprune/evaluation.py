@@ -32,7 +32,7 @@ class Evaluator(ABC):
         """Raise ValueError for settings that can be refused before anything is read."""
 
     def identity(self) -> dict[str, Any]:
-        """The settings that are part of the fingerprint."""
+        """The settings that its fingerprint is made of."""
         return dict(vars(self))
 
     @abstractmethod
@@ -65,7 +65,7 @@ class Perplexity(Evaluator):
         self.source.check()
 
     def identity(self) -> dict[str, Any]:
-        return {"source": self.source.identity(), "max_windows": self.max_windows}
+        return {"source": self.source.identity(), "seq_len": self.seq_len, "max_windows": self.max_windows}
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """The windows (N, T), int64. Raises ValueError for a text shorter than one window."""

@@ -15,8 +15,8 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-NOT_SCIENCE = ("runtime", "label", "outputs", "overwrite", "save", "plan", "grid")
-"""Settings that are not part of the fingerprint."""
+NOT_SCIENCE = ("evaluation", "runtime", "label", "outputs", "overwrite", "save", "plan", "grid")
+"""Settings that are no part of what names a pruned model."""
 
 SCHEMA_VERSION = 1
 RESULT_FILE = "result.json"
@@ -33,7 +33,9 @@ class RunRecord:
     Keys of `metrics` (of the pruned model) and `dense_metrics` are `<evaluation>_perplexity`; sparsities are fractions of zeros;
     times are seconds; sizes are bytes; `dtype` is the computing dtype. `per_linear` holds a dict per linear: name, pattern,
     sparsity, relative_error, seconds. `recovered` holds a dict per tuned decoder layer: the reports of `Recovery.tune`, `before`
-    and `after` pruning.
+    and `after` pruning. `evaluations` maps the fingerprint of each evaluation to its name, settings, hash of token ids (tokens),
+    figures (metrics, dense_metrics) and time (finished); the last one of each metric is in `metrics`. Commits are those on the hub,
+    hashes those of files; `code` maps each of nnprune's files that the method uses to a hash.
     """
 
     status: str
@@ -52,6 +54,11 @@ class RunRecord:
     peak_device_bytes: int | None = None
     calibration_hash: str | None = None
     evaluation_hashes: dict[str, str] = field(default_factory=dict)
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    model_hash: str | None = None
+    saved_hash: str | None = None
+    commits: dict[str, str] = field(default_factory=dict)
+    code: dict[str, str] = field(default_factory=dict)
     dtype: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -61,6 +68,14 @@ class RunRecord:
     error: str | None = None
     notes: list[str] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
+
+    def add_evaluations(self, added: dict[str, dict[str, Any]]) -> None:
+        """Add evaluations by fingerprint, and show their figures in place of earlier ones of the same metrics."""
+        self.evaluations = {key: entry for key, entry in self.evaluations.items() if key not in added} | added
+        for entry in self.evaluations.values():
+            self.metrics.update(entry["metrics"])
+            self.dense_metrics.update(entry["dense_metrics"])
+            self.evaluation_hashes[entry["name"]] = entry["tokens"]
 
     def write(self, folder: Path) -> Path:
         """Write `folder`/result.json atomically and return its path."""

@@ -41,15 +41,18 @@ def run(cfg: DictConfig, pruner: Any = None, keep_layers: bool = False) -> RunRe
     from nnprune.experiment.build import build
     from nnprune.experiment.folder import locked, logged
     from nnprune.experiment.job import Job
-    from nnprune.experiment.outcome import finished_record, record_failure, summary
+    from nnprune.experiment.outcome import record_failure, summary
+    from nnprune.experiment.reuse import add_evaluations, reusable_record
 
     experiment = None
     try:
         experiment = build(cfg, pruner)
         with locked(experiment.folder), logged(experiment.folder):
-            record = finished_record(experiment, keep_layers)
+            record = reusable_record(experiment, keep_layers)
             if record is None:
                 record = Job(experiment).run()
+                log.info(summary(record))
+            elif add_evaluations(experiment, record):
                 log.info(summary(record))
             else:
                 log.info("finished already, nothing to do (overwrite=true runs it again): %s", summary(record))
@@ -68,7 +71,8 @@ def run_grid(cfgs: Sequence[DictConfig]) -> list[RunRecord]:
     from nnprune.experiment.build import build
     from nnprune.experiment.folder import locked
     from nnprune.experiment.grid import check_grid, prune_grid
-    from nnprune.experiment.outcome import finished_record, one_line
+    from nnprune.experiment.outcome import one_line
+    from nnprune.experiment.reuse import reusable_record
 
     check_grid(cfgs)
     unfinished = []
@@ -78,7 +82,7 @@ def run_grid(cfgs: Sequence[DictConfig]) -> list[RunRecord]:
         except ValueError:  # reported and recorded by its own run below
             continue
         with locked(experiment.folder):
-            if not experiment.is_dense and finished_record(experiment) is None:
+            if not experiment.is_dense and reusable_record(experiment) is None:
                 unfinished.append(experiment)
     if unfinished:
         prune_grid(unfinished)

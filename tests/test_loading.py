@@ -10,7 +10,7 @@ from support.runs import failure
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nnprune.experiment.build import build
-from nnprune.experiment.job import skeleton
+from nnprune.experiment.preparation import skeleton
 from nnprune.model.loading import ModelSource
 
 CONFIG = {"vocab_size": 264, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 32}

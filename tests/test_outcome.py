@@ -47,7 +47,7 @@ def test_a_damaged_dense_record_is_measured_again(tiny_config, caplog):
     dense.write_text("{")
     second = run(tiny_config("pruner=magnitude"))
     assert second.dense_metrics == first.dense_metrics
-    assert "the dense model is measured again" in caplog.text
+    assert "its figures are measured again" in caplog.text
 
 
 def test_an_unresolvable_outputs_leaves_no_folder(tiny_config, tmp_path, monkeypatch):

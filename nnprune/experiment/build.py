@@ -16,7 +16,7 @@ from nnprune.calibration import Calibration
 from nnprune.checks import check_count
 from nnprune.engine.propagation import PROPAGATE
 from nnprune.evaluation import Evaluation
-from nnprune.experiment.identity import science
+from nnprune.experiment.identity import evaluation_fingerprints, science
 from nnprune.method import Method
 from nnprune.model.loading import ModelSource
 from nnprune.patterns import SparsityPattern, Unstructured, parse_pattern
@@ -33,7 +33,11 @@ SETTINGS = ("seed", "propagate", "label", "outputs", "overwrite", "save", "plan"
 
 @dataclass
 class Experiment:
-    """Everything one run needs, built and validated, without weights."""
+    """Everything one run needs, built and validated, without weights.
+
+    `evaluations` maps the name of each evaluator that is to be measured to its fingerprint; `home` is the folder where it is not
+    the usual one.
+    """
 
     config: dict[str, Any]
     pattern: SparsityPattern
@@ -44,6 +48,8 @@ class Experiment:
     source: ModelSource
     runtime: Runtime
     label: str
+    evaluations: dict[str, str]
+    home: Path | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -63,10 +69,16 @@ class Experiment:
     @property
     def folder(self) -> Path:
         """outputs/<model>/<pattern>/<pruner>-<fingerprint>."""
-        return run_folder(self.config["outputs"], self.source.name, str(self.pattern), self.label, self.fingerprint)
+        return self.home or run_folder(
+            self.config["outputs"], self.source.name, str(self.pattern), self.label, self.fingerprint
+        )
+
+    def saved_source(self) -> ModelSource:
+        """The pruned model that `save=true` has left."""
+        return replace(self.source, path=str(self.folder / "model"), revision=None)
 
     def dense(self) -> "Experiment":
-        """The same model and evaluation with nothing pruned."""
+        """The same model and evaluations with nothing pruned."""
         config = {**self.config, "save": False, "overwrite": False}
         return replace(self, config=config, pattern=Unstructured(0.0), label="dense")
 
@@ -94,20 +106,23 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
         raise ValueError(
             f"propagate=dense: hands on what {key} compares pruned layers with; set propagate=pruned or sequential, or leave {key} out"
         )
+    evaluation = _instantiate("evaluation", config, Evaluation)
+    calibration = _instantiate("calibration", config, Calibration)
+    for part in (*evaluation.evaluators.values(), calibration.source):
+        if part:
+            part.check()
     experiment = Experiment(
         config=config,
         pattern=pattern,
         method=method,
         allocation=_instantiate("allocation", config, Allocation),
-        calibration=_instantiate("calibration", config, Calibration),
-        evaluation=_instantiate("evaluation", config, Evaluation),
+        calibration=calibration,
+        evaluation=evaluation,
         source=_make("model", ModelSource, config),
         runtime=runtime,
         label="dense" if pattern == Unstructured(0.0) else str(config["label"] or type(pruner).__name__),
+        evaluations=evaluation_fingerprints(evaluation.evaluators),
     )
-    for part in (*experiment.evaluation.evaluators.values(), experiment.calibration.source):
-        if part:
-            part.check()
     _ = experiment.fingerprint  # computed, or refused, before anything is written under that name
     return experiment
 

@@ -19,7 +19,7 @@ from nnprune.engine.layer_store import LayerStore
 from nnprune.engine.pruning_pass import PruneTask, PruningPass
 from nnprune.engine.stopwatch import Stopwatch
 from nnprune.experiment.build import Experiment
-from nnprune.experiment.job import check_shapes, skeleton, token_ids
+from nnprune.experiment.preparation import check_shapes, skeleton, token_ids
 from nnprune.model.decoder import Decoder
 from nnprune.model.loading import quieten_transformers
 from nnprune.records import read_completed

@@ -15,8 +15,9 @@ from nnprune.engine.layer_files import LayerFiles
 from nnprune.engine.pruning_pass import PruneTask, PruningPass
 from nnprune.experiment.build import Experiment
 from nnprune.experiment.folder import locked
-from nnprune.experiment.job import SCRATCH, Job, check_shapes, skeleton
+from nnprune.experiment.job import Job
 from nnprune.experiment.plans import PlanRequest, make_plans
+from nnprune.experiment.preparation import SCRATCH, check_shapes, skeleton
 
 log = logging.getLogger(__name__)
 

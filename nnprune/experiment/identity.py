@@ -1,17 +1,23 @@
-"""The scientific content of an experiment, of which its fingerprint is a hash.
+"""What names a pruned model: the scientific content of an experiment, of which its fingerprint is a hash.
 
-A local text or model counts by its content, not its path. The code of a method from outside this package counts too.
+A local text or model counts by its content, not its path. The code of a method from outside this package counts too. Evaluations
+do not: each has a fingerprint of its own.
 """
 
 import hashlib
 import inspect
 import logging
+import sys
 import uuid
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnprune.evaluation import Evaluator
+from nnprune.method import Method
 from nnprune.model.dtypes import name_of
-from nnprune.records import NOT_SCIENCE
+from nnprune.records import NOT_SCIENCE, fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +30,8 @@ def science(experiment: "Experiment") -> dict[str, Any]:
     config, source, method = experiment.config, experiment.source, experiment.method
     model = {**config["model"], "path": source.digest() or source.path, "revision": source.commit, "name": None}
     model["dtype"] = {"stored": name_of(source.stored_dtype), "computing": name_of(experiment.computing_dtype)}
-    evaluation = {**config["evaluation"], "path": None}
-    evaluation["datasets"] = {
-        name: one.identity() | _code_entry(type(one)) for name, one in experiment.evaluation.evaluators.items()
-    }
     if experiment.is_dense:
-        return {"model": model, "evaluation": evaluation}
+        return {"model": model}
     text = experiment.calibration.source
     settings = {key: value for key, value in config.items() if key not in NOT_SCIENCE}
     parts = {"allocation": experiment.allocation, "target": method.target, "update": method.update, "recover": method.recovery}
@@ -37,11 +39,43 @@ def science(experiment: "Experiment") -> dict[str, Any]:
     settings |= {key: settings[key] | _code_entry(type(part)) for key, part in parts.items()}
     return settings | {
         "model": model,
-        "evaluation": evaluation,
         "calibration": {**config["calibration"], "path": None, "dataset": text and text.identity()},
         "sparsity": str(experiment.pattern),
         "pruner_code": _code_of(type(method.pruner)),
     }
+
+
+def evaluation_fingerprints(evaluators: Mapping[str, Evaluator]) -> dict[str, str]:
+    """Name of an evaluator -> the hash of its settings, texts and code."""
+    return {
+        name: fingerprint({"name": name, **one.identity(), "code": _code_of(type(one))}) for name, one in evaluators.items()
+    }
+
+
+def own_code(method: Method, allocation: Any) -> dict[str, str]:
+    """Each file of nnprune that a method's classes are in or use, with a hash of it.
+
+    It is no part of a fingerprint, since nnprune's versions should agree, but a record that other code made is worth a line.
+    """
+    parts = (method.pruner, method.target, method.update, method.recovery, allocation)
+    found: set[str] = set()
+    todo = {kind.__module__ for part in parts for kind in type(part).__mro__}
+    while todo := {name for name in todo if name.startswith("nnprune.")} - found:
+        found |= todo
+        todo = {_module_of(value) for name in todo for value in vars(sys.modules[name]).values()}
+    root = Path(__file__).parent.parent
+    files = sorted(Path(sys.modules[name].__file__ or "") for name in found)
+    return {file.relative_to(root).as_posix(): _hash(file) for file in files}
+
+
+@cache  # an edit while this process runs does not change what it runs
+def _hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def _module_of(value: Any) -> str:
+    """The name of the module that a module's global is, or comes from."""
+    return str(value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", ""))
 
 
 def _code_entry(method: type) -> dict[str, str]:

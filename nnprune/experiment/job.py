@@ -1,23 +1,16 @@
 """One run after its settings are checked: token ids, model, one pass over the layers, record."""
 
+import json
 import logging
 import shutil
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from nnprune.allocations.base import Plan
-from nnprune.allocations.uniform import Uniform
 from nnprune.calibration import token_hash
 from nnprune.engine.consistency_check import check_consistency
-from nnprune.engine.engine import LayerwiseEngine
-from nnprune.engine.layer_files import LayerFiles
-from nnprune.engine.layer_store import LayerStore
 from nnprune.engine.prune_linears import fractions_of_zeros
 from nnprune.engine.pruning_pass import PruneTask, PruningPass
 from nnprune.engine.stopwatch import Stopwatch
@@ -25,10 +18,16 @@ from nnprune.experiment.build import Experiment
 from nnprune.experiment.folder import locked
 from nnprune.experiment.measurement import Measurement
 from nnprune.experiment.plans import PlanRequest, make_plans
-from nnprune.experiment.provenance import new_record
-from nnprune.model.attention import use_kernel
-from nnprune.model.decoder import Decoder
-from nnprune.model.dtypes import name_of
+from nnprune.experiment.preparation import (
+    SCRATCH,
+    check_shapes,
+    log_computing_dtype,
+    open_engine,
+    skeleton,
+    token_ids,
+    warn_of_demo_texts,
+)
+from nnprune.experiment.provenance import new_record, now
 from nnprune.model.export import save_model
 from nnprune.model.loading import quieten_transformers
 from nnprune.records import RecordError, RunRecord, read_completed
@@ -36,8 +35,8 @@ from nnprune.runtime import peak_device_bytes, peak_host_bytes
 
 log = logging.getLogger(__name__)
 
-SCRATCH = "unfinished"
-"""Subfolder of a run's folder for what a resumed run needs, such as layer files; removed once the record is written."""
+Metrics = dict[str, dict[str, float]]
+"""Metric -> value, by fingerprint of the evaluation."""
 
 
 class Job:
@@ -48,15 +47,16 @@ class Job:
         self.experiment = experiment
         self.stopwatch = Stopwatch()
         experiment.runtime.start(experiment.config["seed"])
-        _warn_of_demo_texts(experiment)
-        _log_computing_dtype(experiment)
+        warn_of_demo_texts(experiment)
+        log_computing_dtype(experiment)
         with self.stopwatch.stage("data"):
             self.config = experiment.source.config()
             check_shapes(experiment, skeleton(experiment, self.config))  # before the texts are read
             self.tokenizer = experiment.source.tokenizer()
             self.calibration_ids, self.evaluation_ids = token_ids(experiment, self.config, self.tokenizer)
+            self.evaluation_hashes = {key: token_hash(ids) for key, ids in self.evaluation_ids.items()}
         with self.stopwatch.stage("load"):
-            self.engine = _engine(experiment, self.config)
+            self.engine = open_engine(experiment, self.config)
             check_consistency(self.engine)
 
     @cached_property
@@ -66,14 +66,19 @@ class Job:
         return make_plans(self.engine, self.calibration_ids, [request], self.stopwatch)[0]
 
     def run(self) -> RunRecord:
-        """Prune and measure, write the record and return it."""
+        """Prune and measure, or measure what an earlier record of the dense model lacks, write the record and return it."""
         experiment = self.experiment
         record = new_record(experiment)
+        old = None if experiment.config["overwrite"] else _read(experiment.folder)
         if experiment.is_dense:
-            self._run_pass(None, record)
+            record.add_evaluations(old.evaluations if old else {})
+            _, metrics = self._run_pass(None, record, self._unmeasured(old))
+            record.add_evaluations(self.entries(metrics, metrics))
         else:
             record.calibration_hash = token_hash(self.calibration_ids)
-            record.dense_metrics = self._prune(record).metrics
+            if old and old.code == record.code:
+                record.add_evaluations(old.evaluations)  # those not asked for now are kept
+            self._prune(record)
         if experiment.config["save"]:
             with self.stopwatch.stage("save"):
                 self._save(record)
@@ -82,41 +87,74 @@ class Job:
         self._finish(record, experiment)
         return record
 
-    def _prune(self, record: RunRecord) -> RunRecord:
-        """Prune, and measure the pruned model for its `record`. Returns the record of the dense model: the existing one, or a new
-        one measured in the same pass."""
+    def measure(self) -> dict[str, dict[str, float]]:
+        """Fingerprint -> metrics of the model as it is."""
+        return self._run_pass(None, new_record(self.experiment), list(self.evaluation_ids))[1]
+
+    def entries(self, metrics: Metrics, dense_metrics: Metrics) -> dict[str, dict[str, Any]]:
+        """What a record's `evaluations` holds of these metrics, by fingerprint."""
+        found = {}
+        for name, key in self.experiment.evaluations.items():
+            if key in metrics:
+                settings = json.loads(json.dumps(self.experiment.evaluation.evaluators[name].identity(), default=str))
+                found[key] = {
+                    "name": name,
+                    "settings": settings,
+                    "tokens": self.evaluation_hashes[key],
+                    "metrics": metrics[key],
+                    "dense_metrics": dense_metrics[key],
+                    "finished": now(),
+                }
+        return found
+
+    def _unmeasured(self, dense: RunRecord | None) -> list[str]:
+        """Fingerprints of the evaluations that a dense record lacks, or has of other tokens."""
+        known = dense.evaluations if dense else {}
+        return [key for key, tokens in self.evaluation_hashes.items() if key not in known or known[key]["tokens"] != tokens]
+
+    def _prune(self, record: RunRecord) -> None:
+        """Prune, and measure the pruned model for its `record` and, in the same pass, what the dense model's record lacks."""
         dense = self.experiment.dense()
         # If another process measures the same dense model, as in a parallel sweep, its record is read afterwards.
         with locked(dense.folder, wait=False) as is_locked:
-            dense_record = _read_dense(dense.folder)
-            new = new_record(dense) if is_locked and dense_record is None else None
-            self._run_pass(record, new)
+            dense_record = _read(dense.folder)
+            unmeasured = self._unmeasured(dense_record)
+            new = new_record(dense) if is_locked and (unmeasured or dense_record is None) else None
+            metrics, dense_metrics = self._run_pass(record, new, unmeasured)
             if new:
+                new.add_evaluations(dense_record.evaluations if dense_record else {})
+                new.add_evaluations(self.entries(dense_metrics, dense_metrics))
                 self._finish(new, dense)
-        if dense_record or new:
-            return dense_record or new
-        with locked(dense.folder):
-            dense_record = _read_dense(dense.folder)
-            if dense_record is None:  # the other process failed
-                self.engine = _engine(self.experiment, self.config)  # dense weights may no longer be in memory
-                dense_record = new_record(dense)
-                self._run_pass(None, dense_record)
-                self._finish(dense_record, dense)
-            return dense_record
+        dense_record = new or (self._await(dense) if unmeasured else dense_record)
+        figures = {key: entry["metrics"] for key, entry in dense_record.evaluations.items()} if dense_record else {}
+        record.add_evaluations(self.entries(metrics, figures))
 
-    def _run_pass(self, pruned: RunRecord | None, dense: RunRecord | None) -> None:
-        """One pass over the layers that fills in the metrics and sparsities of one or both records."""
+    def _await(self, dense: Experiment) -> RunRecord | None:
+        """The dense model's record once another process has measured it."""
+        with locked(dense.folder):
+            record = _read(dense.folder)
+        if self._unmeasured(record):  # it failed
+            del self.engine  # two models may not fit
+            record = dense_record_of(self.experiment)
+            self.engine = open_engine(self.experiment, self.config)
+        return record
+
+    def _run_pass(self, pruned: RunRecord | None, dense: RunRecord | None, dense_keys: list[str]) -> tuple[Metrics, Metrics]:
+        """One pass over the layers that fills in the sparsities of one or both records. Returns the metrics of the pruned and the
+        dense model by fingerprint, those of the latter for `dense_keys`."""
         tasks, layer_files = [], self.engine.store.layer_files
-        evaluators, ids = self.experiment.evaluation.evaluators, self.evaluation_ids
+        by_name = self.experiment.evaluation.evaluators
+        evaluators = {key: by_name[name] for name, key in self.experiment.evaluations.items()}
         if pruned:
             tasks.append(PruneTask(self.experiment.method, self.plan, layer_files))
         with ExitStack() as stack:
+            ids = self.evaluation_ids
             with self.stopwatch.stage("evaluation"):
                 measured = Measurement("pruned", evaluators if pruned else {}, ids, self.experiment.folder / SCRATCH)
                 states = stack.enter_context(measured.hidden_states(self.engine))
             with self.stopwatch.stage("dense_evaluation"):
-                folder = self.experiment.dense().folder / SCRATCH
-                measured_dense = Measurement("dense", evaluators if dense else {}, ids, folder)
+                dense_evaluators = {key: evaluators[key] for key in dense_keys} if dense else {}
+                measured_dense = Measurement("dense", dense_evaluators, ids, self.experiment.dense().folder / SCRATCH)
                 dense_states = stack.enter_context(measured_dense.hidden_states(self.engine))
             pruning = PruningPass(self.engine, tasks, self.experiment.config["propagate"], self.stopwatch)
             counts = pruning.run(self.calibration_ids, dense_states if dense else None, states)
@@ -125,28 +163,27 @@ class Job:
             with self.stopwatch.stage("evaluation"):
                 metrics = measured.finish()
         if dense:
-            dense.metrics = dense.dense_metrics = dense_metrics
             dense.linear_sparsity, dense.model_sparsity = fractions_of_zeros(self.engine.decoder, counts)
         if pruned:
-            pruned.metrics = metrics
             reports = [layer_files.reports[index] for index in range(self.engine.num_layers)]
             pruned.per_linear = [linear for report in reports for linear in report["linears"]]
             pruned.recovered = [report["recovered"] for report in reports if "recovered" in report]
             pruned.linear_sparsity, pruned.model_sparsity = fractions_of_zeros(self.engine.decoder, reports)
             if (num_cells := max(report["num_cells"] for report in reports)) > 1:
                 pruned.notes.append(f"pruned in one pass with {num_cells - 1} other cells; `seconds` leaves that pass out")
+        return metrics, dense_metrics
 
     def _save(self, record: RunRecord) -> None:
         keys = ("model", "pruner", "sparsity", "fingerprint", "metrics", "dense_metrics")
         summary = {key: getattr(record, key) for key in keys}
         target = self.experiment.folder / "model"
         save_model(self.engine.store, self.tokenizer, self.experiment.source.generation_config(), summary, target)
+        record.saved_hash = self.experiment.saved_source().digest()
         log.info("model: %s", target)
 
     def _finish(self, record: RunRecord, experiment: Experiment) -> None:
         """Write a record, and remove what only a resumed run would need."""
         runtime = self.experiment.runtime
-        record.evaluation_hashes = {name: token_hash(ids) for name, ids in self.evaluation_ids.items()}
         if experiment is self.experiment:
             record.seconds = self.stopwatch.total()
         else:  # the dense model, measured in the same pass
@@ -155,76 +192,25 @@ class Job:
         record.peak_device_bytes = peak_device_bytes()
         if runtime.batch_tokens != self.experiment.config["runtime"]["batch_tokens"]:
             record.notes.append(f"out of device memory: went on with runtime.batch_tokens={runtime.batch_tokens}")
-        record.finished = datetime.now(UTC).isoformat(timespec="seconds")
+        record.finished = now()
         record.write(experiment.folder)
         shutil.rmtree(experiment.folder / SCRATCH, ignore_errors=True)
 
 
-def _read_dense(folder: Path) -> RunRecord | None:
-    """The dense model's record; None, with a warning, if it is damaged."""
+def dense_record_of(experiment: Experiment) -> RunRecord:
+    """The record of the dense model with all evaluations of `experiment`; what it lacks is measured."""
+    dense = experiment.dense()
+    with locked(dense.folder):
+        record = _read(dense.folder)
+        if record is None or any(key not in record.evaluations for key in dense.evaluations.values()):
+            record = Job(dense).run()
+        return record
+
+
+def _read(folder: Path) -> RunRecord | None:
+    """The completed record in a folder; None, with a warning, if it is damaged."""
     try:
         return read_completed(folder)
     except RecordError as error:
-        log.warning("warning: %s; the dense model is measured again", error)
+        log.warning("warning: %s; its figures are measured again", error)
         return None
-
-
-def _warn_of_demo_texts(experiment: Experiment) -> None:
-    """Warn of a real model on the demo's texts, which `model.path=org/name` without `model=hub` gets by default."""
-    if experiment.source.path != "demo" and "demo" in experiment.evaluation.evaluators:
-        log.warning(
-            "warning: evaluation=demo measures a real model on the demo's text; model=hub or model=local has better defaults"
-        )
-
-
-def _log_computing_dtype(experiment: Experiment) -> None:
-    """Log the computing dtype if it is not the checkpoint's."""
-    stored, computing = name_of(experiment.source.stored_dtype), name_of(experiment.computing_dtype)
-    if computing != stored:
-        device = experiment.runtime.torch_device.type.replace("cpu", "CPU").replace("cuda", "CUDA device")
-        log.info("computing in %s: this %s has no units for the checkpoint's %s", computing, device, stored)
-
-
-def skeleton(experiment: Experiment, config: Any) -> Decoder:
-    """The model without its weights. Raises ValueError if its files do not suit `runtime.layers`."""
-    source = experiment.source
-    model = source.skeleton(config)
-    source.check(model, experiment.runtime.layers)
-    return Decoder(model, source.layers_path)
-
-
-def check_shapes(experiment: Experiment, decoder: Decoder) -> None:
-    """Raise ValueError for sequences longer than the model's positions, and for patterns that do not fit its linears or the pruner."""
-    positions = getattr(decoder.text_config, "max_position_embeddings", None)
-    lengths = {"calibration": 0 if experiment.is_dense else experiment.calibration.seq_len}
-    lengths["evaluation"] = max((one.seq_len for one in experiment.evaluation.evaluators.values()), default=0)
-    for key, seq_len in lengths.items():
-        if positions and seq_len > positions:
-            raise ValueError(
-                f"{key}.seq_len={seq_len}: {experiment.source.name} has {positions} positions; lower {key}.seq_len"
-            )
-    allocation = Uniform() if experiment.is_dense else experiment.allocation
-    for pattern in sorted(allocation.check(experiment.pattern, decoder.shapes_by_layer()), key=str):
-        experiment.method.pruner.validate(pattern)
-
-
-def token_ids(experiment: Experiment, config: Any, tokenizer: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Calibration ids (N, T), with N = 0 for a dense run, and evaluator name -> windows (N, T); int64."""
-    vocab_size = config.get_text_config().vocab_size
-    evaluation = experiment.evaluation.token_ids(tokenizer)
-    if experiment.is_dense:
-        return torch.empty(0, experiment.calibration.seq_len, dtype=torch.int64), evaluation
-    return experiment.calibration.token_ids(tokenizer, vocab_size), evaluation
-
-
-def _engine(experiment: Experiment, config: Any) -> LayerwiseEngine:
-    """The model, loaded or with its layers offloaded to disk, as the runtime says."""
-    source, runtime = experiment.source, experiment.runtime
-    lazy = runtime.layers == "disk"
-    model = source.skeleton(config) if lazy else source.load(config)
-    use_kernel(model, runtime.torch_device)
-    decoder = Decoder(model, source.layers_path)
-    checkpoint = source.checkpoint(decoder.model) if lazy else None
-    layer_files = LayerFiles(experiment.folder / SCRATCH, decoder.path)
-    store = LayerStore(decoder, runtime.torch_device, runtime.layers, layer_files, checkpoint, experiment.computing_dtype)
-    return LayerwiseEngine(decoder, store, runtime, experiment.folder)

@@ -17,33 +17,33 @@ class Measurement:
 
     Args:
         kind: "dense" or "pruned", for messages.
-        evaluators: name -> evaluator.
-        ids: evaluator name -> its rows (N, T).
+        evaluators: by fingerprint.
+        ids: fingerprint -> rows (N, T).
         folder: holds the metrics until the record is written.
     """
 
-    def __init__(self, kind: str, evaluators: Mapping[str, Evaluator], ids: dict[str, Tensor], folder: Path) -> None:
+    def __init__(self, kind: str, evaluators: Mapping[str, Evaluator], ids: Mapping[str, Tensor], folder: Path) -> None:
         self.kind, self.evaluators, self.ids = kind, evaluators, ids
         self.journal = folder / f"{kind}_metrics.json"
-        self.metrics: dict[str, dict[str, float]] = read_journal(self.journal) or {}  # by evaluator
+        self.metrics: dict[str, dict[str, float]] = read_journal(self.journal) or {}  # by fingerprint
         self._states: dict[str, HiddenStates] = {}
 
     @contextmanager
     def hidden_states(self, engine: LayerwiseEngine) -> Iterator[list[HiddenStates]]:
         """Hidden states at the input of the first layer, for every evaluator without metrics."""
         with ExitStack() as stack:
-            for name in self.evaluators:
-                if name not in self.metrics:
-                    self._states[name] = stack.enter_context(engine.hidden_states(self.ids[name], f"{self.kind}-{name}"))
+            for key in self.evaluators:
+                if key not in self.metrics:
+                    self._states[key] = stack.enter_context(engine.hidden_states(self.ids[key], f"{self.kind}-{key}"))
             yield list(self._states.values())
             self._states.clear()
 
-    def finish(self) -> dict[str, float]:
-        """Metric -> value. Call it when all rows have passed through all layers. Each evaluator's metrics are saved at once."""
-        for name, states in self._states.items():
+    def finish(self) -> dict[str, dict[str, float]]:
+        """Fingerprint -> metrics. Call it when all rows have passed through all layers. Each evaluator's metrics are saved at once."""
+        for key, states in self._states.items():
             try:
-                self.metrics[name] = self.evaluators[name].measure(states.ids, states.logits())
+                self.metrics[key] = self.evaluators[key].measure(states.ids, states.logits())
             except ValueError as error:
                 raise ValueError(f"{self.kind} {error}") from error
             write_journal(self.journal, self.metrics)
-        return {metric: value for name in self.evaluators for metric, value in self.metrics[name].items()}
+        return {key: self.metrics[key] for key in self.evaluators}

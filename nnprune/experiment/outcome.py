@@ -1,7 +1,6 @@
-"""The outcome of a run: the record of a finished run, the record of a failure, and a one-line summary."""
+"""The outcome of a run: the record of a failure, and one line about either."""
 
 import logging
-import shutil
 import traceback
 from contextlib import suppress
 from pathlib import Path
@@ -10,28 +9,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nnprune.experiment.build import Experiment, run_folder
-from nnprune.experiment.job import SCRATCH
-from nnprune.records import RecordError, RunRecord, fingerprint, read, read_completed
+from nnprune.records import RecordError, RunRecord, fingerprint, read
 
 log = logging.getLogger(__name__)
-
-
-def finished_record(experiment: Experiment, keep_layers: bool = False) -> RunRecord | None:
-    """The record of this experiment if it is completed and has everything that was asked for; None if there is work to do.
-
-    `overwrite=true` returns None and deletes old layer files, unless `keep_layers` says that they are new. The old record stays
-    until the new one is written.
-    """
-    folder, config = experiment.folder, experiment.config
-    if config["overwrite"]:
-        if not keep_layers:
-            shutil.rmtree(folder / SCRATCH, ignore_errors=True)
-        return None
-    record = read_completed(folder)
-    if record is None or (config["save"] and not (folder / "model").is_dir()):
-        return None
-    shutil.rmtree(folder / SCRATCH, ignore_errors=True)  # of a run that was killed after writing its record, before removing it
-    return record
 
 
 def record_failure(cfg: DictConfig, experiment: Experiment | None, error: Exception) -> None:

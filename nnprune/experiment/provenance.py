@@ -2,10 +2,12 @@
 
 import platform
 import subprocess
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from nnprune.experiment.build import Experiment
+from nnprune.experiment.identity import own_code
 from nnprune.kernels import sweep_triton
 from nnprune.kernels.library import library
 from nnprune.model.dtypes import name_of
@@ -18,18 +20,28 @@ REPOSITORY = Path(__file__).parent.parent.parent
 def new_record(experiment: Experiment) -> RunRecord:
     """The record of a run that is about to complete, without its results."""
     head, dirty = commit()
+    source, calibration = experiment.source, experiment.calibration.source
+    commits = {"model": source.commit, "calibration": calibration and not experiment.is_dense and calibration.commit}
     return RunRecord(
         status="completed",
         fingerprint=experiment.fingerprint,
-        model=experiment.source.name,
+        model=source.name,
         pruner=experiment.label,
         sparsity=str(experiment.pattern),
         dtype=name_of(experiment.computing_dtype),
         config=experiment.config,
+        model_hash=source.digest(),
+        commits={key: found for key, found in commits.items() if found},
+        code=own_code(experiment.method, experiment.allocation),
         versions=versions(experiment.runtime.torch_device.type),
         commit=head,
         dirty=dirty,
     )
+
+
+def now() -> str:
+    """The time, in UTC, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions(device_type: str) -> dict[str, str]:

@@ -110,7 +110,6 @@ def _with_seed_statistics(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _record_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
-    experiment, seed = _experiment_and_seed(record)
     return [
         {
             "model": record["model"],
@@ -125,24 +124,25 @@ def _record_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
             "fingerprint": record["fingerprint"],
             "finished": record["finished"] or "",
             "path": record["path"],
-            "experiment": experiment,
-            "seed": seed,
+            **_experiment_and_seed(record, metric),
         }
         for metric, value in record["metrics"].items()
     ]
 
 
-def _experiment_and_seed(record: dict[str, Any]) -> tuple[str, str]:
-    """12 digits that name the config and the evaluated tokens without the seeds, and the seeds as text, "" for none."""
+def _experiment_and_seed(record: dict[str, Any], metric: str) -> dict[str, str]:
+    """12 digits that name the config and the evaluation of a metric without the seeds, and the seeds as text, "" for none."""
     config = {key: value for key, value in record["config"].items() if key not in SAME_EXPERIMENT}
     seeds = [record["config"].get("seed")]
     if isinstance(config.get("calibration"), dict):
         config["calibration"] = dict(config["calibration"])
         seeds.append(config["calibration"].pop("seed", None))
-    name = records.fingerprint({**config, "tokens": record["evaluation_hashes"]})
+    measured = [key for key, entry in record["evaluations"].items() if metric in entry["metrics"]]
+    config["evaluation"] = measured[-1] if measured else [record["config"].get("evaluation"), record["evaluation_hashes"]]
     if record["pruner"] == DENSE and normal_sparsity(record["sparsity"]) == DENSE:
-        return name, ""  # nothing random in evaluating the dense model
-    return name, "/".join(dict.fromkeys(str(seed) for seed in seeds if seed is not None))
+        seeds = []  # nothing random in evaluating the dense model
+    seed = "/".join(dict.fromkeys(str(seed) for seed in seeds if seed is not None))
+    return {"experiment": records.fingerprint(config), "seed": seed}
 
 
 def is_dense(rows: pd.DataFrame) -> pd.Series:

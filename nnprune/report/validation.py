@@ -28,6 +28,8 @@ def find_fault(record: dict[str, Any]) -> str | None:
         if not _is_of_type(value, entry.type):
             kind = entry.type.__name__ if isinstance(entry.type, type) and not get_args(entry.type) else entry.type
             return f"{entry.name}={_excerpt(value)} is not of type {kind}"
+    if not all(isinstance(entry.get("metrics"), dict) for entry in record["evaluations"].values()):
+        return "evaluations has one without metrics"
     if not record["fingerprint"]:
         return "has an empty fingerprint"
     if sparsity_key(normal_sparsity(record["sparsity"]))[0] == UNKNOWN:

@@ -1,0 +1,83 @@
+"""What a run is prepared from its checked settings: skeleton, token ids and engine."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnprune.allocations.uniform import Uniform
+from nnprune.engine.engine import LayerwiseEngine
+from nnprune.engine.layer_files import LayerFiles
+from nnprune.engine.layer_store import LayerStore
+from nnprune.experiment.build import Experiment
+from nnprune.model.attention import use_kernel
+from nnprune.model.decoder import Decoder
+from nnprune.model.dtypes import name_of
+
+log = logging.getLogger(__name__)
+
+SCRATCH = "unfinished"
+"""Subfolder of a run's folder for what a resumed run needs, such as layer files; removed once the record is written."""
+
+
+def warn_of_demo_texts(experiment: Experiment) -> None:
+    """Warn of a real model on the demo's texts, which `model.path=org/name` without `model=hub` gets by default."""
+    if experiment.config["model"]["path"] != "demo" and "demo" in experiment.evaluation.evaluators:
+        log.warning(
+            "warning: evaluation=demo measures a real model on the demo's text; model=hub or model=local has better defaults"
+        )
+
+
+def log_computing_dtype(experiment: Experiment) -> None:
+    """Log the computing dtype if it is not the checkpoint's."""
+    stored, computing = name_of(experiment.source.stored_dtype), name_of(experiment.computing_dtype)
+    if computing != stored:
+        device = experiment.runtime.torch_device.type.replace("cpu", "CPU").replace("cuda", "CUDA device")
+        log.info("computing in %s: this %s has no units for the checkpoint's %s", computing, device, stored)
+
+
+def skeleton(experiment: Experiment, config: Any) -> Decoder:
+    """The model without its weights. Raises ValueError if its files do not suit `runtime.layers`."""
+    source = experiment.source
+    model = source.skeleton(config)
+    source.check(model, experiment.runtime.layers)
+    return Decoder(model, source.layers_path)
+
+
+def check_shapes(experiment: Experiment, decoder: Decoder) -> None:
+    """Raise ValueError for sequences longer than the model's positions, and for patterns that do not fit its linears or the pruner."""
+    positions = getattr(decoder.text_config, "max_position_embeddings", None)
+    lengths = {"calibration": 0 if experiment.is_dense else experiment.calibration.seq_len}
+    lengths["evaluation"] = max((one.seq_len for one in experiment.evaluation.evaluators.values()), default=0)
+    for key, seq_len in lengths.items():
+        if positions and seq_len > positions:
+            raise ValueError(
+                f"{key}.seq_len={seq_len}: {experiment.source.name} has {positions} positions; lower {key}.seq_len"
+            )
+    allocation = Uniform() if experiment.is_dense else experiment.allocation
+    for pattern in sorted(allocation.check(experiment.pattern, decoder.shapes_by_layer()), key=str):
+        experiment.method.pruner.validate(pattern)
+
+
+def token_ids(experiment: Experiment, config: Any, tokenizer: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Calibration ids (N, T), with N = 0 for a dense run, and rows (N, T) by fingerprint of the evaluation; int64."""
+    vocab_size = config.get_text_config().vocab_size
+    evaluators = experiment.evaluation.evaluators
+    evaluation = {key: evaluators[name].prepare(tokenizer) for name, key in experiment.evaluations.items()}
+    if experiment.is_dense:
+        return torch.empty(0, experiment.calibration.seq_len, dtype=torch.int64), evaluation
+    return experiment.calibration.token_ids(tokenizer, vocab_size), evaluation
+
+
+def open_engine(experiment: Experiment, config: Any) -> LayerwiseEngine:
+    """The model, loaded or with its layers offloaded to disk, as the runtime says."""
+    source, runtime = experiment.source, experiment.runtime
+    lazy = runtime.layers == "disk"
+    model = source.skeleton(config) if lazy else source.load(config)
+    use_kernel(model, runtime.torch_device)
+    decoder = Decoder(model, source.layers_path)
+    checkpoint = source.checkpoint(decoder.model) if lazy else None
+    layer_files = LayerFiles(experiment.folder / SCRATCH, decoder.path)
+    store = LayerStore(decoder, runtime.torch_device, runtime.layers, layer_files, checkpoint, experiment.computing_dtype)
+    return LayerwiseEngine(decoder, store, runtime, experiment.folder)

@@ -1,0 +1,112 @@
+"""What an earlier run has left for this one: its record, to which evaluations may be added, its model and its layer files."""
+
+import logging
+import shutil
+from dataclasses import replace
+
+from nnprune.experiment.build import Experiment
+from nnprune.experiment.identity import own_code
+from nnprune.experiment.job import Job, dense_record_of
+from nnprune.experiment.preparation import SCRATCH
+from nnprune.experiment.provenance import now
+from nnprune.patterns import Unstructured
+from nnprune.records import RunRecord, read_completed, read_journal, write_journal
+
+log = logging.getLogger(__name__)
+
+CODE_JOURNAL = "code.json"
+
+
+def reusable_record(experiment: Experiment, keep_layers: bool = False) -> RunRecord | None:
+    """The completed record of this experiment, if nothing has to be pruned for what was asked; else None.
+
+    `overwrite=true` returns None and deletes old layer files, unless `keep_layers` says that they are new. The old record stays
+    until the new one is written.
+    """
+    folder, config = experiment.folder, experiment.config
+    code = own_code(experiment.method, experiment.allocation)
+    if config["overwrite"]:
+        record = None
+        if not keep_layers:
+            shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+    elif record := read_completed(folder):
+        _report_other_code(record, code)
+        if problem := _unmet(experiment, record):
+            log.info("finished already, but %s: running again", problem)
+            record = None
+        else:  # a run may have been killed after writing its record, before removing this
+            shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+    if record is None and not experiment.is_dense:
+        _drop_layers_of_other_code(experiment, code)
+    return record
+
+
+def add_evaluations(experiment: Experiment, record: RunRecord) -> bool:
+    """Add to a reusable record the evaluations that it lacks, measured on the saved model. Returns whether any was measured."""
+    missing = _missing(experiment, record)
+    before = dict(record.metrics)
+    if missing:
+        log.info("finished already: measuring the saved model with %s", ", ".join(missing))
+        wanted = replace(experiment, evaluations=missing)
+        job = Job(
+            replace(
+                wanted,
+                source=experiment.saved_source(),
+                pattern=Unstructured(0.0),
+                label="saved",
+                home=experiment.folder / SCRATCH,
+            )
+        )
+        metrics = job.measure()
+        dense = dense_record_of(wanted).evaluations
+        record.add_evaluations(job.entries(metrics, {key: dense[key]["metrics"] for key in metrics}))
+    record.add_evaluations({key: record.evaluations[key] for key in experiment.evaluations.values()})  # the last ones are shown
+    if missing or record.metrics != before:
+        record.config["evaluation"], record.finished = experiment.config["evaluation"], now()
+        record.write(experiment.folder)
+        shutil.rmtree(experiment.folder / SCRATCH, ignore_errors=True)
+    return bool(missing)
+
+
+def _missing(experiment: Experiment, record: RunRecord) -> dict[str, str]:
+    """Name -> fingerprint of the evaluations that a record lacks."""
+    return {name: key for name, key in experiment.evaluations.items() if key not in record.evaluations}
+
+
+def _unmet(experiment: Experiment, record: RunRecord) -> str | None:
+    """Why a finished run has to start again for what was asked; None if it has not."""
+    is_saved = (experiment.folder / "model").is_dir()
+    if experiment.config["save"] and not is_saved:
+        return "its model was not saved"
+    missing = _missing(experiment, record)
+    if not missing:
+        return None
+    reason = f"not measured with {', '.join(missing)}"
+    if experiment.is_dense:
+        return reason
+    if not is_saved:
+        return f"{reason}, and its model was not saved (save=true keeps it)"
+    if experiment.saved_source().digest() != record.saved_hash:
+        return f"{reason}, and its saved model has changed"
+    return None
+
+
+def _report_other_code(record: RunRecord, code: dict[str, str]) -> None:
+    """Say in one line that a finished record was made by other code of nnprune."""
+    if record.code and (changed := _changed(record.code, code)):
+        log.warning("warning: other code made the record of this finished run (%s); overwrite=true runs it again", changed)
+
+
+def _drop_layers_of_other_code(experiment: Experiment, code: dict[str, str]) -> None:
+    """Remove the layer files of an unfinished run that other code of nnprune made: no model is pruned by two versions."""
+    scratch = experiment.folder / SCRATCH
+    journal = scratch / CODE_JOURNAL
+    if scratch.is_dir() and (changed := _changed(read_journal(journal) or {}, code)):
+        log.warning("warning: other code made the layer files of this unfinished run (%s): starting afresh", changed)
+        shutil.rmtree(scratch)
+    write_journal(journal, code)
+
+
+def _changed(old: dict[str, str], new: dict[str, str]) -> str:
+    """The files that differ, as text; empty if none does."""
+    return ", ".join(f"nnprune/{file}" for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file))
