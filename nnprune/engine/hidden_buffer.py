@@ -32,6 +32,7 @@ class HiddenBuffer:
         self.device = device
         self.shape = shape
         self.path = path if offload == "disk" else None
+        self._arrived: torch.cuda.Event | None = None  # all that was put, where the host may read it before it has arrived
         size = math.prod(shape)
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,11 +49,15 @@ class HiddenBuffer:
 
     def pick(self, rows: Tensor) -> Tensor:
         """The hidden states (B, T, D) of `rows` (B,), in that order, on the device."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
         return self.tensor[rows.to(self.tensor.device)].to(self.device)
 
     def put(self, rows: slice, hidden: Tensor) -> None:
-        """Overwrite `rows`. A later `get` on the same CUDA stream waits for it; the host must synchronise before it reads."""
+        """Overwrite `rows`. A later `get` on the same CUDA stream waits for it, and so does `pick`, where the host reads."""
         self.tensor[rows].copy_(hidden, non_blocking=True)
+        if self.device.type == "cuda" and not self.is_on_device:
+            self._arrived = torch.cuda.current_stream(self.device).record_event()
 
     @property
     def is_on_device(self) -> bool:
