@@ -33,7 +33,7 @@ class RunRecord:
     Keys of `metrics` (of the pruned model) and `dense_metrics` are `<evaluation>_perplexity`; sparsities are fractions of zeros;
     times are seconds; sizes are bytes; `dtype` is the computing dtype. `per_linear` holds a dict per linear: name, pattern,
     sparsity, relative_error, seconds. `recovered` holds a dict per tuned decoder layer: the reports of `Recovery.tune`, `before`
-    and `after` pruning.
+    and `after` pruning. `command` is the command line of the run, None if it was called from Python.
     """
 
     status: str
@@ -54,6 +54,7 @@ class RunRecord:
     evaluation_hashes: dict[str, str] = field(default_factory=dict)
     dtype: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    command: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     commit: str | None = None
     dirty: bool | None = None
@@ -64,7 +65,11 @@ class RunRecord:
 
     def write(self, folder: Path) -> Path:
         """Write `folder`/result.json atomically and return its path."""
-        return write_atomically(folder / RESULT_FILE, json.dumps(_finite(asdict(self)), indent=1, allow_nan=False) + "\n")
+        return write_atomically(folder / RESULT_FILE, self.as_json())
+
+    def as_json(self) -> str:
+        """The text of a `result.json`."""
+        return json.dumps(_finite(asdict(self)), indent=1, allow_nan=False) + "\n"
 
 
 def fingerprint(science: dict[str, Any]) -> str:

@@ -137,10 +137,9 @@ class Job:
                 pruned.notes.append(f"pruned in one pass with {num_cells - 1} other cells; `seconds` leaves that pass out")
 
     def _save(self, record: RunRecord) -> None:
-        keys = ("model", "pruner", "sparsity", "fingerprint", "metrics", "dense_metrics")
-        summary = {key: getattr(record, key) for key in keys}
-        target = self.experiment.folder / "model"
-        save_model(self.engine.store, self.tokenizer, self.experiment.source.generation_config(), summary, target)
+        target, layer_files = self.experiment.folder / "model", self.engine.store.layer_files
+        layers = [layer_files.path(index) for index in layer_files.reports]
+        save_model(self.experiment.source, self.engine.decoder.model, layers, record, target)
         log.info("model: %s", target)
 
     def _finish(self, record: RunRecord, experiment: Experiment) -> None:

@@ -1,9 +1,12 @@
 """The provenance of a record: settings, package versions and the commit of this checkout."""
 
 import platform
+import shlex
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
 
 from nnprune.experiment.build import Experiment
 from nnprune.kernels import sweep_triton
@@ -26,10 +29,20 @@ def new_record(experiment: Experiment) -> RunRecord:
         sparsity=str(experiment.pattern),
         dtype=name_of(experiment.computing_dtype),
         config=experiment.config,
+        command=command(experiment),
         versions=versions(experiment.runtime.torch_device.type),
         commit=head,
         dirty=dirty,
     )
+
+
+def command(experiment: Experiment) -> str | None:
+    """The command line of this run alone, also where it is one of a sweep; None if it was called from Python."""
+    if not HydraConfig.initialized():
+        return None
+    pattern = f"sparsity={experiment.pattern}"  # in place of the option that was made of it
+    overrides = HydraConfig.get().overrides.task
+    return shlex.join(["nnprune", *(pattern if one.startswith("sparsity=") else one for one in overrides)])
 
 
 def versions(device_type: str) -> dict[str, str]:
