@@ -41,8 +41,11 @@ class SavedModel:
         self.summary = read_json(folder / SUMMARY, str(folder))
         try:
             settings = self.summary["config"]["model"]
-            self.linears = {one["name"]: (parse_pattern(one["pattern"]), one["sparsity"]) for one in self.summary["per_linear"]}
+            self.linears = {
+                one["name"]: (parse_pattern(one["pattern"]), float(one["sparsity"])) for one in self.summary["per_linear"]
+            }
             self.base_model = (self.summary["base_model"]["path"], self.summary["base_model"]["commit"])
+            self.linear_sparsity = float(self.summary["linear_sparsity"])
             self.is_tuned = bool(self.summary["recovered"])
             layers_path = settings["layers_path"]
         except (KeyError, TypeError, AttributeError) as error:
@@ -73,10 +76,11 @@ class SavedModel:
         yield from (f"{key} is in {number} files" for key, number in used.items() if number > 1)
         for path in sorted(self.folder.glob("*.safetensors")):
             if path.name not in found.values():
-                yield f"{path.name} belongs to no index"
+                yield f"{path.name} is no part of the checkpoint"
         if (self.folder / SAFETENSORS_INDEX).is_file():
             index = read_json(self.folder / SAFETENSORS_INDEX, str(self.folder))
-            placed, size = index["weight_map"], (index.get("metadata") or {}).get("total_size")
+            placed, metadata = index["weight_map"], index.get("metadata")
+            size = metadata.get("total_size") if isinstance(metadata, dict) else None
             for key in sorted(key for key in found.keys() | placed.keys() if found.get(key) != placed.get(key)):
                 yield f"{key} is in {found.get(key, 'no file')}, by the index in {placed.get(key, 'none')}"
             if size != (total := sum(header.num_bytes for header in self.checkpoint.headers.values())):
@@ -103,8 +107,8 @@ class SavedModel:
             else:
                 if found < counted or (found > counted and not self.is_tuned):
                     yield f"{name} has {found} zeros, by the record {counted}"
-        if size and zeros / size != self.summary["linear_sparsity"]:
-            yield f"the linears have {zeros / size:.6%} zeros, by the record {self.summary['linear_sparsity']:.6%}"
+        if size and zeros / size != self.linear_sparsity:
+            yield f"the linears have {zeros / size:.6%} zeros, by the record {self.linear_sparsity:.6%}"
 
     def faults_of_values(self) -> Iterator[str]:
         """NaN and infinities."""

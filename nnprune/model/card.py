@@ -16,7 +16,9 @@ def model_card(summary: Mapping[str, Any]) -> str:
         front |= {"base_model": name, "base_model_revision": base["commit"]}
     if dataset and not Path(dataset).exists():
         front["datasets"] = [dataset]
-    calibration = ", ".join(f"{key} {value}" for key, value in config["calibration"].items() if value is not None)
+    calibration = ", ".join(
+        f"{key} {value}" for key, value in config["calibration"].items() if value is not None and key != "_target_"
+    )
     facts = {
         "Base model": f"{name}, " + (f"commit {base['commit']}" if base["commit"] else f"digest {base['digest']}"),
         "Command": f"`{summary['command']}`" if summary["command"] else "none, called from Python",
@@ -34,9 +36,9 @@ def model_card(summary: Mapping[str, Any]) -> str:
     lines = [
         *("---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""),
         *(f"# {name}, pruned to {summary['sparsity']}", ""),
-        *(f"[{name}](https://huggingface.co/{name})" if base["commit"] else name,),
-        "after pruning by nnprune. Names, files and settings are those of the base model. Zeros are stored dense: the files are as large",
-        "as the base model's, and nothing is faster unless a program makes use of the zeros.",
+        f"{f'[{name}](https://huggingface.co/{name})' if base['commit'] else name} after pruning by nnprune.",
+        "Names, files and settings are those of the base model. Zeros are stored dense: the files are as large as the base model's,",
+        "and nothing is faster unless a program makes use of the zeros.",
         *("", *(f"- {fact}: {value}" for fact, value in facts.items()), ""),
         *(("| metric | base model | this model |", "| :--- | ---: | ---: |", *figures, "") if figures else ()),
         *("Load it:", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""),
