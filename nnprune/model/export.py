@@ -45,9 +45,10 @@ def save_model(source: ModelSource, model: PreTrainedModel, layers: Sequence[Pat
     base = {"path": source.origin, "commit": source.commit, "digest": source.digest()}
     summary = {"base_model": base, **json.loads(record.as_json())}
     try:
-        unfinished.mkdir(parents=True)
         checkpoint = Checkpoint(source.files.weights(), model, source.label)
-        _write_weights(checkpoint, _places(checkpoint, layers, summary), unfinished)
+        places = _places(checkpoint, layers, summary)
+        unfinished.mkdir(parents=True)
+        _write_weights(checkpoint, places, unfinished)
         for path in source.files.companions():
             copy = unfinished / path.relative_to(source.files.folder)
             copy.parent.mkdir(exist_ok=True, parents=True)
@@ -89,7 +90,7 @@ def _places(checkpoint: Checkpoint, layers: Sequence[Path], summary: Mapping[str
             )
     places = {}
     for key, header in checkpoint.headers.items():
-        if (name := checkpoint.names[key]) in changed:
+        if (name := checkpoint.names[key]) in changed and header.dtype in FLOATS:
             both = torch.promote_types(FLOATS[header.dtype], FLOATS[pruned[name].dtype])
             dtype = next(known for known, one in FLOATS.items() if one == both)
             header = pruned[name]._replace(dtype=dtype, num_bytes=math.prod(header.shape) * both.itemsize)
