@@ -35,7 +35,8 @@ class RunRecord:
     sparsity, relative_error, seconds. `recovered` holds a dict per tuned decoder layer: the reports of `Recovery.tune`, `before`
     and `after` pruning. `evaluations` maps the fingerprint of each evaluation to its name, settings, hash of token ids (tokens),
     figures (metrics, dense_metrics) and time (finished); the last one of each metric is in `metrics`. Commits are those on the hub,
-    hashes those of files; `code` maps each of nnprune's files that the method uses to a hash.
+    hashes those of files; `code` maps each of nnprune's files that the method uses to a hash; `command` is None if the run was
+    called from Python.
     """
 
     status: str
@@ -61,6 +62,7 @@ class RunRecord:
     code: dict[str, str] = field(default_factory=dict)
     dtype: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    command: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     commit: str | None = None
     dirty: bool | None = None
@@ -79,7 +81,11 @@ class RunRecord:
 
     def write(self, folder: Path) -> Path:
         """Write `folder`/result.json atomically and return its path."""
-        return write_atomically(folder / RESULT_FILE, json.dumps(_finite(asdict(self)), indent=1, allow_nan=False) + "\n")
+        return write_atomically(folder / RESULT_FILE, self.as_json())
+
+    def as_json(self) -> str:
+        """The text of a `result.json`."""
+        return json.dumps(_finite(asdict(self)), indent=1, allow_nan=False) + "\n"
 
 
 def fingerprint(science: dict[str, Any]) -> str:

@@ -1,22 +1,19 @@
 """The tools of benchmarks/memory, and solvers.py."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import HANGS, ROOT, compose_config
-from safetensors.torch import load_file, save_file
+from conftest import HANGS, ROOT
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from nnprune.run import run
 
 sys.path.insert(0, str(ROOT))  # `benchmarks` is no part of the installed package
 
-from benchmarks.memory import check_saved, make_random_checkpoint
+from benchmarks.memory import make_random_checkpoint
 
 SHAPE = ["--hidden=32", "--layers=3", "--heads=4", "--ffn=64", "--vocab=4096", "--positions=64"]
 HOG = "blocks = [bytearray(b'x' * 2**20) for _ in range({})]; print('survived')"
@@ -87,79 +84,6 @@ def test_a_random_checkpoint_that_cannot_be_made_says_why(checkpoint, tmp_path, 
     assert make_random_checkpoint.main([str(target), *SHAPE, *arguments]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
-
-
-@pytest.fixture(scope="module")
-def pruned(checkpoint, tmp_path_factory) -> Path:
-    """`checkpoint` pruned to 2:4, as a run of nnprune saves it."""
-    outputs = tmp_path_factory.mktemp("outputs")
-    data = ["calibration=random", "calibration.num_samples=4", "calibration.seq_len=32", "evaluation=none"]
-    method = ["pruner=wanda", "sparsity=2:4", "runtime=low_memory", "save=true"]
-    run(compose_config("model=local", f"model.path={checkpoint}", *data, *method, f"outputs={outputs}"))
-    [folder] = outputs.rglob("model")
-    return folder
-
-
-def check(folder: Path, dense: Path) -> int:
-    return check_saved.main([str(folder), "--dense", str(dense), "--pattern", "2:4"])
-
-
-def test_check_saved_accepts_what_was_pruned_and_refuses_what_was_not(checkpoint, pruned, capsys):
-    assert check(pruned, checkpoint) == 0
-    assert "18 linears have 2:4 (50.0000% zeros), 34 other tensors equal the dense model's" in capsys.readouterr().out
-    assert check(checkpoint, checkpoint) == 1
-    assert capsys.readouterr().out.count("more than 2:4 allows") == 18
-    assert check(checkpoint.parent, checkpoint) == 1
-    assert "has no safetensors files" in capsys.readouterr().err
-
-
-LAYER = "model.decoder.layers.1"
-
-
-def negative_zero(state):  # equal by value, another bit
-    state[f"{LAYER}.fc1.bias"][3] = -0.0
-
-
-def one_more_weight(state):
-    state[f"{LAYER}.fc1.weight"][5, :4] = 1
-
-
-def not_a_number(state):
-    state[f"{LAYER}.fc2.weight"][0, 0] = float("nan")
-
-
-def another_dtype(state):
-    state[f"{LAYER}.fc2.bias"] = state[f"{LAYER}.fc2.bias"].float()
-
-
-def missing(state):
-    del state[f"{LAYER}.fc2.bias"]
-
-
-def another_name(state):
-    state[f"{LAYER}.fc3.bias"] = torch.zeros(3)
-
-
-@pytest.mark.parametrize(
-    ("tamper", "name", "message"),
-    [
-        (negative_zero, "fc1.bias", "differs from the dense model's"),
-        (one_more_weight, "fc1.weight", "keeps 4 weights in a group of 4"),
-        (not_a_number, "fc2.weight", "holds NaN or infinite values"),
-        (another_dtype, "fc2.bias", "torch.float32, in the dense model (32,) torch.bfloat16"),
-        (missing, "fc2.bias", "missing"),
-        (another_name, "fc3.bias", "the dense model has no such weight"),
-    ],
-)
-def test_check_saved_refuses_a_tampered_model(checkpoint, pruned, tmp_path, capsys, tamper, name, message):
-    tampered = shutil.copytree(pruned, tmp_path / "model")
-    path = tampered / "model-00003-of-00004.safetensors"
-    state = load_file(path)
-    tamper(state)
-    save_file(state, path, {"format": "pt"})
-    assert check(tampered, checkpoint) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith(f"{LAYER}.{name}: ") and message in line for line in lines), lines
 
 
 def test_memory_limit_kills_what_passes_it_and_nothing_else(tmp_path):

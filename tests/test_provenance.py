@@ -6,9 +6,15 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
+from conftest import compose_config
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 
 from nnprune.experiment import provenance
-from nnprune.experiment.provenance import PACKAGES, commit, versions
+from nnprune.experiment.build import build
+from nnprune.experiment.command_line import rewrite_sparsity
+from nnprune.experiment.provenance import PACKAGES, command, commit, versions
+from nnprune.run import CONF
 
 
 def git(folder, *arguments) -> str:
@@ -65,3 +71,13 @@ def test_a_checkout_that_is_not_installed_says_so(monkeypatch):
 
     monkeypatch.setattr(provenance, "version", missing)
     assert {versions("cpu")[package] for package in PACKAGES} == {"not installed"}
+
+
+def test_the_command_is_that_of_one_run(monkeypatch):
+    overrides = ["pruner=wanda", "sparsity=0.7", "label=a b"]
+    experiment = build(compose_config(*overrides))
+    assert command(experiment) is None
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", rewrite_sparsity(overrides), return_hydra_config=True)
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", cfg)
+    assert command(experiment) == "nnprune pruner=wanda sparsity=0.7 'label=a b'"

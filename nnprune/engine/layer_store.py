@@ -5,7 +5,6 @@ device.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -98,17 +97,6 @@ class LayerStore:
         """Name within the layer -> current tensor of decoder layer `index`, in its stored dtype."""
         prefix = f"{self.decoder.path}.{index}."
         return {name: self.as_stored(prefix + name, tensor) for name, tensor in self.decoder.layers[index].state_dict().items()}
-
-    def file_of(self, index: int) -> Path | None:
-        """The file of decoder layer `index` if it is finished."""
-        return self.layer_files.path(index) if index in self.layer_files else None
-
-    def read_dense(self, index: int) -> dict[str, Tensor]:
-        """Full name -> dense tensor of decoder layer `index`, in its stored dtype."""
-        self.fetch(index, pruned=False)
-        state = self.layer_files.named(index, self.stored_state(index))
-        self.release(index)
-        return state
 
     def as_stored(self, name: str, tensor: Tensor) -> Tensor:
         """`tensor`, by its full name in the model, in its stored dtype."""

@@ -124,7 +124,7 @@ class CostEstimate:
         offloaded = layers * (1.5 if self.on_cuda else 1) * (runtime.layers == "host" and is_copied)  # pinned: in powers of two
         loading = (layers + others) * is_copied * (runtime.layers != "disk")  # the mapped checkpoint, while it is copied
         num_saved = len(self.cells) * self.first.config["save"]
-        disk = layers * max(len(self.pruned), num_saved) + others * num_saved + hidden * (runtime.activations == "disk")
+        disk = layers * (len(self.pruned) + (num_saved > 0)) + others * num_saved + hidden * (runtime.activations == "disk")
         if not self.on_cuda:
             return int(base + offloaded + max(near + hidden, loading)), 0, int(disk)
         on_device = runtime.activations == "device" or (runtime.activations == "auto" and near + hidden < self.free_device)

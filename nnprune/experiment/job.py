@@ -174,10 +174,9 @@ class Job:
         return metrics, dense_metrics
 
     def _save(self, record: RunRecord) -> None:
-        keys = ("model", "pruner", "sparsity", "fingerprint", "metrics", "dense_metrics")
-        summary = {key: getattr(record, key) for key in keys}
-        target = self.experiment.folder / "model"
-        save_model(self.engine.store, self.tokenizer, self.experiment.source.generation_config(), summary, target)
+        target, layer_files = self.experiment.folder / "model", self.engine.store.layer_files
+        layers = [layer_files.path(index) for index in layer_files.reports]
+        save_model(self.experiment.source, self.engine.decoder.model, layers, record, target)
         record.saved_hash = self.experiment.saved_source().digest()
         log.info("model: %s", target)
 

@@ -1,10 +1,13 @@
 """The provenance of a record: settings, package versions and the commit of this checkout."""
 
 import platform
+import shlex
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
 
 from nnprune.experiment.build import Experiment
 from nnprune.experiment.identity import own_code
@@ -33,6 +36,7 @@ def new_record(experiment: Experiment) -> RunRecord:
         model_hash=source.digest(),
         commits={key: found for key, found in commits.items() if found},
         code=own_code(experiment.method, experiment.allocation),
+        command=command(experiment),
         versions=versions(experiment.runtime.torch_device.type),
         commit=head,
         dirty=dirty,
@@ -42,6 +46,15 @@ def new_record(experiment: Experiment) -> RunRecord:
 def now() -> str:
     """The time, in UTC, as ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def command(experiment: Experiment) -> str | None:
+    """The command line of this run alone, also where it is one of a sweep; None if it was called from Python."""
+    if not HydraConfig.initialized():
+        return None
+    pattern = f"sparsity={experiment.pattern}"  # in place of the option that was made of it
+    overrides = HydraConfig.get().overrides.task
+    return shlex.join(["nnprune", *(pattern if one.startswith("sparsity=") else one for one in overrides)])
 
 
 def versions(device_type: str) -> dict[str, str]:

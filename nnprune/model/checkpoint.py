@@ -8,7 +8,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +21,10 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 LOADED_BY_TRANSFORMERS = {"format": "pt"}
 
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What safetensors calls the dtypes of weights that are what they seem."""
+
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 PACKED = re.compile("qweight|qzeros|packed|scale|absmax|quant|SCB|blocks|code")
 """What the parts of a quantised weight are called."""
@@ -32,12 +33,13 @@ QUANTISED = "is quantised, and only dense weights can be pruned; choose the chec
 
 
 class Header(NamedTuple):
-    """Of a tensor in a file."""
+    """Of a tensor in a file; `dtype` is safetensors' name for it."""
 
     path: Path
     key: str
     dtype: str
     shape: tuple[int, ...]
+    num_bytes: int
 
 
 class Checkpoint:
@@ -53,9 +55,11 @@ class Checkpoint:
         self.label = label
         self._model = model
         self._state = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
-        headers = {header.key: header for path in paths for header in read_headers(path, label)}
+        self.headers = {header.key: header for path in paths for header in read_headers(path, label)}
         rename, self._converts = _renaming(model)
-        self.places = {rename(key): header for key, header in headers.items()}
+        self.names = {key: rename(key) for key in self.headers}
+        self.places = {name: self.headers[key] for key, name in self.names.items()}
+        self._open: tuple[Path, dict[str, Tensor]] | None = None  # the .bin file that was read last
 
     def check(self) -> None:
         """Raise ValueError when these are no dense weights, or not this model's."""
@@ -103,6 +107,15 @@ class Checkpoint:
                         tensors[name] = file.get_tensor(self.places[name].key).to(self._state[name][0])
         return tensors
 
+    def tensor(self, header: Header) -> Tensor:
+        """A tensor as it is stored. Those of safetensors are mapped: they take memory while they are used."""
+        if header.path.suffix == ".safetensors":
+            with safe_open(header.path, "pt") as file:
+                return file.get_tensor(header.key)
+        if self._open is None or self._open[0] != header.path:
+            self._open = header.path, _load_bin(header.path, "cpu")
+        return self._open[1][header.key].detach()
+
     def load_shell(self, names: Sequence[str]) -> None:
         """Give the model the weights `names`, all those outside its decoder layers, and tie what transformers ties: a head
         of its own stays, and of two tied weights the one that is stored counts for both."""
@@ -125,7 +138,9 @@ def read_headers(path: Path, label: str) -> list[Header]:
             pass
         with path.open("rb") as file:
             told = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        return [Header(path, key, one["dtype"], tuple(one["shape"])) for key, one in told.items() if key != "__metadata__"]
+        told.pop("__metadata__", None)
+        sizes = {key: one["data_offsets"][1] - one["data_offsets"][0] for key, one in told.items()}
+        return [Header(path, key, one["dtype"], tuple(one["shape"]), sizes[key]) for key, one in told.items()]
     except MemoryError:
         raise
     except Exception as error:  # torch.load has no end of them
@@ -134,17 +149,18 @@ def read_headers(path: Path, label: str) -> list[Header]:
 
 
 def _headers_of_bin(path: Path) -> list[Header]:
-    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    names = dict(zip(dtypes, FLOATS, strict=True))
-    options: dict[str, Any] = {"map_location": "meta", "weights_only": True}
-    with suppress(RuntimeError):  # files of before torch 1.6 can't be mapped
-        return _as_headers(path, torch.load(path, mmap=True, **options), names)
-    return _as_headers(path, torch.load(path, **options), names)
+    names = {dtype: name for name, dtype in (FLOATS | INTEGERS).items()}
+    tensors = _load_bin(path, "meta").items()
+    return [Header(path, key, names.get(one.dtype, str(one.dtype)), tuple(one.shape), one.nbytes) for key, one in tensors]
 
 
-def _as_headers(path: Path, state: dict[str, Any], names: dict[torch.dtype, str]) -> list[Header]:
-    tensors = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
-    return [Header(path, key, names.get(one.dtype, str(one.dtype)), tuple(one.shape)) for key, one in tensors.items()]
+def _load_bin(path: Path, device: str) -> dict[str, Tensor]:
+    options: dict[str, Any] = {"map_location": device, "weights_only": True}
+    try:
+        state = torch.load(path, mmap=True, **options)
+    except RuntimeError:  # files of before torch 1.6 can't be mapped
+        state = torch.load(path, **options)
+    return {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
 def _renaming(model: PreTrainedModel) -> tuple[Callable[[str], str], set[str]]:

@@ -1,95 +1,154 @@
-"""Writes a pruned model as an ordinary Hugging Face directory, one decoder layer at a time.
+"""Writes a pruned model as an ordinary Hugging Face directory: the base checkpoint with the pruned tensors replaced.
 
-Zeros are stored dense and the configuration does not mention sparsity, so whatever loads the dense model loads this one.
+Names, files and settings are those of the base checkpoint and zeros are stored dense, so whatever loads the base loads this one.
 """
 
 import json
+import math
 import os
 import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from safetensors import safe_open
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from nnprune.model.checkpoint import save_atomically
-from nnprune.model.decoder import Decoder
-from nnprune.records import write_atomically
+from nnprune.model.card import model_card
+from nnprune.model.checkpoint import FLOATS, LOADED_BY_TRANSFORMERS, Checkpoint, Header, read_headers
+from nnprune.model.loading import ModelSource
+from nnprune.model.model_files import SAFETENSORS, SAFETENSORS_INDEX, read_json
+from nnprune.records import RunRecord
 
+SUMMARY = "pruning.json"
+"""The record of a saved model, and where its base model is."""
 
-class Layers(Protocol):
-    """The decoder layers of a pruned model, as the engine keeps them."""
-
-    decoder: Decoder
-
-    def file_of(self, index: int) -> Path | None:
-        """The safetensors file of a pruned layer, with full names; None if the layer was not pruned."""
-
-    def read_dense(self, index: int) -> dict[str, Tensor]:
-        """Full name -> tensor of a layer that was not pruned."""
-
-    def as_stored(self, name: str, tensor: Tensor) -> Tensor:
-        """`tensor`, by its full name in the model, in its stored dtype."""
+MAX_SHARD_BYTES = 5 * 10**9
 
 
-def save_model(layers: Layers, tokenizer: Any, generation_config: Any, summary: dict[str, Any], target: Path) -> None:
-    """Write model, tokenizer and `pruning.json` (the `summary`) to `target`, which appears only when complete.
+def save_model(source: ModelSource, model: PreTrainedModel, layers: Sequence[Path], record: RunRecord, target: Path) -> None:
+    """Write weights, configuration, tokenizer, model card and record to `target`, which appears only when complete.
 
-    `generation_config` is the dense model's, if it has one. The first shard holds embeddings and head; each other one is a decoder
-    layer, linked from its layer file if possible. Raises OSError if the folder cannot be written.
+    Args:
+        source: the base model.
+        model: tells what the weights are called in memory; its own are not read.
+        layers: the files of pruned decoder layers, with the names in memory.
+        record: as far as it is known.
+
+    Raises:
+        OSError: the folder cannot be written.
+        ValueError: the checkpoint does not hold the pruned weights as they are in memory.
     """
-    decoder = layers.decoder
     unfinished = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    num_files = 1 + len(decoder.layers)
-    names = [f"model-{number:05d}-of-{num_files:05d}.safetensors" for number in range(1, num_files + 1)]
-    save_atomically(_embeddings_and_head(layers), unfinished / names[0])
-    for index, name in enumerate(names[1:]):
-        if (source := layers.file_of(index)) is not None:
-            _link_or_copy(source, unfinished / name)
-        else:
-            save_atomically(layers.read_dense(index), unfinished / name)
-    write_atomically(unfinished / "model.safetensors.index.json", json.dumps(_index(unfinished, names), indent=1) + "\n")
-    decoder.model.config.save_pretrained(unfinished)
-    if generation_config is not None:
-        generation_config.to_json_file(
-            unfinished / "generation_config.json"
-        )  # as it is: save_pretrained validates it and may raise
-    tokenizer.save_pretrained(unfinished)
-    write_atomically(unfinished / "pruning.json", json.dumps(summary, indent=1) + "\n")
-    if target.exists():
-        shutil.rmtree(target)
-    unfinished.replace(target)
-
-
-def _index(folder: Path, names: list[str]) -> dict[str, Any]:
-    """The index of a sharded checkpoint."""
-    weight_map: dict[str, str] = {}
-    total_size = 0
-    for name in names:
-        with safe_open(folder / name, "pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                weight_map[key] = name
-                total_size += file.get_tensor(key).nbytes
-    return {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link a file, or copy it if the file system has no hard links."""
+    base = {"path": source.origin, "commit": source.commit, "digest": source.digest()}
+    summary = {"base_model": base, **json.loads(record.as_json())}
     try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy(source, target)
+        checkpoint = Checkpoint(source.files.weights(), model, source.label)
+        places = _places(checkpoint, layers, summary)
+        unfinished.mkdir(parents=True)
+        _write_weights(checkpoint, places, unfinished)
+        for path in source.files.companions():
+            copy = unfinished / path.relative_to(source.files.folder)
+            copy.parent.mkdir(exist_ok=True, parents=True)
+            shutil.copyfile(path, copy)
+        _adapt_config(unfinished / "config.json", source)
+        (unfinished / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        (unfinished / "README.md").write_text(model_card(summary), encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target)
+        unfinished.replace(target)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(
+            error.errno,
+            f"save=true: {target} cannot be written ({error.strerror or error}); make room or set outputs to another disk, then "
+            "run again: finished layers are kept",
+        ) from error
 
 
-def _embeddings_and_head(layers: Layers) -> dict[str, Tensor]:
-    """All weights outside the decoder layers; tied ones under one name only."""
-    decoder = layers.decoder
-    seen: set[int] = set()
-    state: dict[str, Tensor] = {}
-    for name, tensor in decoder.model.state_dict().items():
-        if not name.startswith(f"{decoder.path}.") and tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            state[name] = layers.as_stored(name, tensor)
-    return state
+def changed_names(names: Iterable[str], summary: Mapping[str, Any]) -> set[str]:
+    """Of the `names` in memory of tensors of decoder layers, those that the run may have changed: pruned weights, or all if the layers
+    were tuned."""
+    pruned = {f"{linear['name']}.weight" for linear in summary["per_linear"]}
+    return {name for name in names if summary["recovered"] or name in pruned}
+
+
+def _places(checkpoint: Checkpoint, layers: Sequence[Path], summary: Mapping[str, Any]) -> dict[str, Header]:
+    """Key of the base checkpoint -> the tensor to be saved under it.
+
+    A changed tensor gets a dtype that holds the values of both its base's and its own.
+    """
+    pruned = {header.key: header for path in layers for header in read_headers(path, "outputs")}
+    changed = changed_names(pruned, summary)
+    for linear in summary["per_linear"]:
+        if f"{linear['name']}.weight" not in checkpoint.places:
+            raise ValueError(
+                f"save=true: transformers computes {linear['name']} from other tensors of {checkpoint.label}, and it can't be saved "
+                "under their names; run again without save: finished layers are kept"
+            )
+    places = {}
+    for key, header in checkpoint.headers.items():
+        if (name := checkpoint.names[key]) in changed and header.dtype in FLOATS:
+            both = torch.promote_types(FLOATS[header.dtype], FLOATS[pruned[name].dtype])
+            dtype = next(known for known, one in FLOATS.items() if one == both)
+            header = pruned[name]._replace(dtype=dtype, num_bytes=math.prod(header.shape) * both.itemsize)
+        places[key] = header
+    return places
+
+
+def _write_weights(checkpoint: Checkpoint, places: dict[str, Header], folder: Path) -> None:
+    """Write shards of at most `MAX_SHARD_BYTES`, or of one tensor, and their index, which a single file has too for whoever reads it."""
+    shards: list[list[str]] = []
+    room = 0
+    for key, header in places.items():
+        if not shards or header.num_bytes > room:
+            shards.append([])
+            room = MAX_SHARD_BYTES
+        shards[-1].append(key)
+        room -= header.num_bytes
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(names) == 1:
+        names = [SAFETENSORS]
+    for name, keys in zip(names, shards, strict=True):
+        _write_shard(checkpoint, {key: places[key] for key in keys}, folder / name)
+    total_size = sum(header.num_bytes for header in places.values())
+    weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shard(checkpoint: Checkpoint, places: dict[str, Header], path: Path) -> None:
+    """Write a safetensors file a tensor at a time: the library's `save_file` wants them all in memory, or mapped, at once."""
+    order = sorted(places, key=lambda key: -places[key].num_bytes // max(math.prod(places[key].shape), 1))  # for alignment
+    told: dict[str, Any] = {"__metadata__": LOADED_BY_TRANSFORMERS}
+    end = 0
+    for key in order:
+        start, end = end, end + places[key].num_bytes
+        told[key] = {"dtype": places[key].dtype, "shape": list(places[key].shape), "data_offsets": [start, end]}
+    header = json.dumps(told).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for key in order:
+            file.write(_bytes(checkpoint, places[key]))
+        file.flush()
+        os.fsync(file.fileno())
+    read_headers(path, "save=true")  # raises if the library does not accept it
+
+
+def _bytes(checkpoint: Checkpoint, header: Header) -> memoryview:
+    tensor: Tensor = checkpoint.tensor(header)
+    tensor = tensor.to(FLOATS.get(header.dtype, tensor.dtype)).contiguous()
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _adapt_config(path: Path, source: ModelSource) -> None:
+    """Let config.json name the dtype that was asked for, and no file of weights; otherwise it stays as it is."""
+    config = read_json(path, source.label)
+    adapted = {key: value for key, value in config.items() if key != "transformers_weights"}
+    if source.dtype != "auto":
+        adapted["torch_dtype" if "torch_dtype" in config else "dtype"] = source.dtype
+    if adapted != config:
+        path.write_text(json.dumps(adapted, indent=2) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
@@ -85,9 +85,9 @@ class ModelSource:
         return f"model.path={self.path}"
 
     @property
-    def _origin(self) -> str:
-        """What saved files may say that they come from: never a folder of the hub's cache."""
-        return str(self.directory or self.path)
+    def origin(self) -> str:
+        """Where it comes from, whatever the current folder: a hub id, the full path of a local directory, or "demo"."""
+        return self.path if self.path == "demo" or not self.directory else str(self.directory.resolve())
 
     @property
     def commit(self) -> str | None:
@@ -113,7 +113,6 @@ class ModelSource:
         self._refuse_quantised(read_json(folder / "config.json", self.label))
         with self._explained():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
-        config.name_or_path = self._origin
         known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         named = config.architectures or []
         is_known = type(config) in AutoModelForCausalLM._model_mapping and (not named or known & set(named))
@@ -130,7 +129,6 @@ class ModelSource:
         """The model's tokenizer. Raises ValueError when it gives ids that the model has no embeddings for."""
         with self._explained():
             tokenizer = AutoTokenizer.from_pretrained(self.files.folder, trust_remote_code=self.trust_remote_code)
-        tokenizer.name_or_path = self._origin
         size = getattr(self._config.get_text_config(), "vocab_size", None)
         # A special token beyond the embeddings, for padding say, does no harm until it is put in.
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -142,13 +140,6 @@ class ModelSource:
                 "tokenizer that the model was trained with"
             )
         return tokenizer
-
-    def generation_config(self) -> GenerationConfig | None:
-        """The model's settings for generating text, where it has any."""
-        try:
-            return GenerationConfig.from_pretrained(self.files.folder)
-        except (OSError, ValueError):
-            return None
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -203,7 +194,6 @@ class ModelSource:
             )
         if info["missing_keys"]:
             raise ValueError(f"{self.label}: the checkpoint lacks {min(info['missing_keys'])}; is it complete?")
-        model.config.name_or_path = self._origin
         return model.eval()
 
     def checkpoint(self, model: PreTrainedModel) -> Checkpoint:

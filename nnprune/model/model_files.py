@@ -79,6 +79,14 @@ class ModelFiles:
         """Whether `weights` need not fetch anything."""
         return self.repository is None or all((self.folder / name).is_file() for name in self._shards())
 
+    def companions(self) -> list[Path]:
+        """What belongs in a copy of the model besides its weights, of the files that are here: configuration, tokenizer, processor,
+        code and licence."""
+        beside = [path for path in self.folder.iterdir() if self._is_small(path.name) or fnmatchcase(path.name, "LICENSE*")]
+        return sorted(
+            {path for path in (*beside, *self.folder.glob("**/*.py" if self.runs_code else "*.py")) if path.is_file()}
+        )
+
     def digest(self) -> str:
         """A short hash of all bytes of configuration, tokenizer, weights and, where it is run, code."""
         small = {path for path in self.folder.iterdir() if path.is_file() and self._is_small(path.name)}
