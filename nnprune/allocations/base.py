@@ -21,20 +21,11 @@ from nnprune.patterns import NM, PatternError, SparsityPattern, Unstructured
 
 log = logging.getLogger(__name__)
 
-Shapes = Sequence[dict[str, tuple[int, int]]]
-"""For each decoder layer: linear name -> (O, I)."""
-
-Plan = dict[str, SparsityPattern]
-"""Linear name -> pattern."""
-
-MAX_SPARSITY = 0.99
-"""Upper bound of a decoder layer's sparsity, unless s is higher: a layer without weights passes nothing on."""
-
-DECIMALS = 12
-"""Digits of a sparsity. Rounding noise beyond them would turn 0.55 of 100 weights into 56."""
-
-MAX_PARTIAL = 4096
-"""Partial roundings that `mixed_nm` keeps; only decoder layers of many sizes give as many."""
+Shapes = Sequence[dict[str, tuple[int, int]]]  # for each decoder layer: linear name -> (O, I)
+Plan = dict[str, SparsityPattern]  # linear name -> pattern
+MAX_SPARSITY = 0.99  # of a decoder layer, unless s is higher: a layer without weights passes nothing on
+DECIMALS = 12  # of a sparsity: rounding noise beyond them would turn 0.55 of 100 weights into 56
+MAX_PARTIAL = 4096  # partial roundings that `mixed_nm` keeps; only decoder layers of many sizes give as many
 
 
 @dataclass

@@ -26,15 +26,13 @@ class ALPS(StackedPruner):
 
     Its refit takes a fixed number of steps: it starts so close to the solution that three times as many lower the layer error by
     half a per cent at most (docs/methods.md). `notes` has the largest relative residual of an output as `refit_residual`.
+    Raises ValueError for a setting out of range; in `prune_stack` for a hessian that cannot be factorised.
 
     Args:
         first_rho, last_rho: first and last rho, relative to the diagonal of A; first_rho <= last_rho < 4 first_rho.
         num_iterations: of ADMM; rho grows geometrically from one to the next.
         num_refit_steps: of conjugate gradients.
         damping: lambda, a fraction of the scaled hessian's diagonal.
-
-    Raises:
-        ValueError: a setting out of range; in `prune_stack` a hessian that cannot be factorised.
     """
 
     def __init__(
