@@ -33,7 +33,7 @@ def quieten_transformers() -> None:
 
 @dataclass
 class ModelSource:
-    """Where a model comes from.
+    """Where a model comes from. Raises ValueError for no path, an unknown dtype, or a local path that is no directory.
 
     Args:
         path: a hub id, a local directory, or "demo".
@@ -43,9 +43,6 @@ class ModelSource:
         revision: branch, tag or commit on the hub.
         trust_remote_code: whether Python code that comes with the model may run.
         layers_path: the module that lists the decoder layers, where it cannot be found without help.
-
-    Raises:
-        ValueError: no path, an unknown dtype, or a local path that is no directory.
     """
 
     path: str
@@ -95,8 +92,7 @@ class ModelSource:
         return self.files.repository.commit() if self.files.repository else None
 
     def digest(self) -> str | None:
-        """A short hash of all bytes of a local model's configuration, tokenizer and weights; None on the hub, where `commit`
-        tells."""
+        """A short hash of all bytes of a local model's configuration, tokenizer and weights; None on the hub, which has `commit`."""
         return self.files.digest() if self.directory else None
 
     def config(self) -> Any:
@@ -105,18 +101,17 @@ class ModelSource:
 
     @cached_property
     def _config(self) -> Any:
-        if self.directory and not (self.directory / "config.json").is_file():
-            raise ValueError(f"model.path={self.path}: has no config.json; give a directory made by save_pretrained")
         folder = self.files.folder
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{self.label}: has no config.json; choose a model in Hugging Face's format")
+            remedy = "give a directory made by save_pretrained" if self.directory else "choose a model in Hugging Face's format"
+            raise ValueError(f"{self.label}: has no config.json; {remedy}")
         self._refuse_quantised(read_json(folder / "config.json", self.label))
         with self._explained():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
         config.name_or_path = self._origin
-        known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         named = config.architectures or []
-        is_known = type(config) in AutoModelForCausalLM._model_mapping and (not named or known & set(named))
+        is_named = not named or set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) & set(named)
+        is_known = type(config) in AutoModelForCausalLM._model_mapping and is_named
         if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
             if not is_known and not self.trust_remote_code:
                 raise ValueError(self._needs_code)
@@ -209,10 +204,9 @@ class ModelSource:
     def checkpoint(self, model: PreTrainedModel) -> Checkpoint:
         """The model's safetensors files, for reading a layer at a time."""
         self.check(model, "disk")
-        checkpoint = Checkpoint(self.files.weights(), model, self.label)
-        if not self._is_checked:
-            checkpoint.check()
-        return checkpoint
+        paths = self.files.weights()
+        self.check(model)  # those of the hub are here now
+        return Checkpoint(paths, model, self.label)
 
     def _refuse_quantised(self, config: dict[str, Any]) -> None:
         for part in (config, *(value for value in config.values() if isinstance(value, dict))):
