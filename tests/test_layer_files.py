@@ -1,4 +1,4 @@
-"""Layer files and journals: what is damaged is done again, with one line, to the same figures."""
+"""Layer files: what is damaged is done again, with one line, to the same figures."""
 
 import json
 
@@ -9,7 +9,6 @@ from support.runs import stripped
 from nnprune.engine.layer_files import LayerFiles
 from nnprune.evaluation import Perplexity
 from nnprune.experiment.build import build
-from nnprune.records import read_journal, write_journal
 from nnprune.run import run
 
 REPORT = {"linears": [], "zeros": 1}
@@ -67,15 +66,6 @@ def test_two_layers_whose_files_changed_places_are_pruned_again(tmp_path):
     for kind in ("safetensors", "json"):
         swap(tmp_path / f"layer-0001.{kind}")
     assert list(LayerFiles(tmp_path, "layers").reports) == [0]
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"sha256": "0", "content": {}}', "[" * 100_000])
-def test_a_damaged_journal_is_none(content, tmp_path, caplog):
-    (tmp_path / "a.json").write_text(content)
-    assert read_journal(tmp_path / "a.json") is None
-    assert "is damaged" in caplog.text
-    write_journal(tmp_path / "a.json", {"x": [1.5, None]})
-    assert read_journal(tmp_path / "a.json") == {"x": [1.5, None]}
 
 
 @pytest.mark.parametrize("name", ["layer-0000.safetensors", "layer-0000.json", "allocation.json", "dense_metrics.json"])
