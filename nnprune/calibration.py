@@ -26,9 +26,9 @@ class Calibration:
     source: TextSource | None = None
 
     def __init__(self, num_samples: int, seq_len: int, seed: int) -> None:
-        check_count("calibration.num_samples", num_samples, 1)
-        check_count("calibration.seq_len", seq_len, 2)
-        check_count("calibration.seed", seed, 0)
+        self.num_samples = check_count("calibration.num_samples", num_samples, 1)
+        self.seq_len = check_count("calibration.seq_len", seq_len, 2)
+        self.seed = check_count("calibration.seed", seed, 0)
         most = int(MEMORY_SHARE * available_host_bytes()) // ID_BYTES
         if num_samples * seq_len > most:
             key, value = ("seq_len", seq_len) if seq_len > most else ("num_samples", num_samples)
@@ -36,9 +36,6 @@ class Calibration:
                 f"calibration.{key}={value}: {num_samples} samples of {seq_len} tokens are more than the {most} token ids that fit "
                 f"into {MEMORY_SHARE:.0%} of this machine's memory; lower calibration.{key}"
             )
-        self.num_samples = num_samples
-        self.seq_len = seq_len
-        self.seed = seed
 
     def token_ids(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
         """The ids (N, T), int64, each below `vocab_size`."""

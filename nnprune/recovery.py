@@ -67,14 +67,12 @@ class Reconstruction(Recovery):
     def __init__(
         self, epochs_before: int, epochs_after: int, lr: float = 0.01, batch_tokens: int = 1024, holdout: float = 0.125
     ) -> None:
-        check_count("recover.epochs_before", epochs_before, 0)
-        check_count("recover.epochs_after", epochs_after, 0)
-        check_count("recover.batch_tokens", batch_tokens, 1)
-        self.epochs_before, self.epochs_after = epochs_before, epochs_after
+        self.epochs_before = check_count("recover.epochs_before", epochs_before, 0)
+        self.epochs_after = check_count("recover.epochs_after", epochs_after, 0)
         if not self.is_on:
             raise ValueError("recover.epochs_before=0, recover.epochs_after=0: nothing to do; set one of them, or recover=none")
         self.lr = check_positive("recover.lr", lr)
-        self.batch_tokens = batch_tokens
+        self.batch_tokens = check_count("recover.batch_tokens", batch_tokens, 1)
         self.holdout = check_positive("recover.holdout", holdout, below=1)
 
     def tune(self, index: int, layer: nn.Module, run: Run, inputs: Rows, targets: Rows, num_epochs: int) -> dict[str, Any]:

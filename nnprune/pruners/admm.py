@@ -30,14 +30,12 @@ class ADMM(StackedPruner):
     """
 
     def __init__(self, num_iterations: int = 20, num_mask_iterations: int = 15, rho: float = 1.0, damping: float = 0.1) -> None:
-        check_count("pruner.num_iterations", num_iterations, 1, MAX_ITERATIONS)
-        check_count("pruner.num_mask_iterations", num_mask_iterations, 0)
+        self.num_iterations = check_count("pruner.num_iterations", num_iterations, 1, MAX_ITERATIONS)
+        self.num_mask_iterations = check_count("pruner.num_mask_iterations", num_mask_iterations, 0)
         if num_mask_iterations > num_iterations:
             raise ValueError(
                 f"pruner.num_mask_iterations={num_mask_iterations}: must not exceed pruner.num_iterations={num_iterations}"
             )
-        self.num_iterations = num_iterations
-        self.num_mask_iterations = num_mask_iterations
         self.rho = check_positive("pruner.rho", rho)
         self.damping = check_positive("pruner.damping", damping)
 

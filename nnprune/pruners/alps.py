@@ -44,7 +44,6 @@ class ALPS(StackedPruner):
         damping: float = 0.01,
     ) -> None:
         check_count("pruner.num_iterations", num_iterations, 1, MAX_ITERATIONS)
-        check_count("pruner.num_refit_steps", num_refit_steps, 1, MAX_ITERATIONS)
         check_positive("pruner.first_rho", first_rho)
         check_positive("pruner.last_rho", last_rho)
         if not first_rho <= last_rho < 4 * first_rho:
@@ -55,7 +54,7 @@ class ALPS(StackedPruner):
         growth = (last_rho / first_rho) ** (1 / max(num_iterations - 1, 1))
         self.rhos = [first_rho * growth**iteration for iteration in range(num_iterations)]
         self.alpha = (first_rho * last_rho) ** 0.5
-        self.num_refit_steps = num_refit_steps
+        self.num_refit_steps = check_count("pruner.num_refit_steps", num_refit_steps, 1, MAX_ITERATIONS)
         self.damping = check_positive("pruner.damping", damping)
 
     def prune_stack(self, weight_IO: Tensor, sizes: list[int], pattern: SparsityPattern, names: list[str]) -> Tensor:

@@ -48,14 +48,11 @@ class DSnoT(Pruner):
     def __init__(
         self, max_cycles: int = 50, threshold: float = 0.1, variance_power: float = 1.0, skip: Sequence[str] = ()
     ) -> None:
-        check_count("pruner.max_cycles", max_cycles, 1)
-        check_number("pruner.threshold", threshold, 0)
-        check_number("pruner.variance_power", variance_power, 0)
         if not isinstance(skip, list | tuple) or not all(isinstance(part, str) and part for part in skip):
             raise ValueError(f"pruner.skip={quoted(skip)}: must be a list of parts of names, such as [mlp]")
-        self.max_cycles = max_cycles
-        self.threshold = threshold
-        self.variance_power = variance_power
+        self.max_cycles = check_count("pruner.max_cycles", max_cycles, 1)
+        self.threshold = check_number("pruner.threshold", threshold, 0)
+        self.variance_power = check_number("pruner.variance_power", variance_power, 0)
         self.skip = skip
 
     def prune_linear(self, W: Tensor, module_name: str, pattern: SparsityPattern) -> Tensor:

@@ -31,10 +31,9 @@ class RIA(ScorePruner):
     statistic = SquaredNorm
 
     def __init__(self, activation_power: float = 0.5, comparison_group: ComparisonGroup = "row") -> None:
-        check_number("pruner.activation_power", activation_power, 0)
         if comparison_group not in ("row", "matrix"):
             raise ValueError(f"pruner.comparison_group={quoted(comparison_group)}: must be row or matrix")
-        self.activation_power = activation_power
+        self.activation_power = check_number("pruner.activation_power", activation_power, 0)
         self.comparison_group = comparison_group
 
     def score(self, W: Tensor, module_name: str) -> Tensor:

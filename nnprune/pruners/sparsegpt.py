@@ -50,14 +50,13 @@ class SparseGPT(StackedPruner):
     ) -> None:
         if comparison_group not in ("block", "row"):
             raise ValueError(f"pruner.comparison_group={quoted(comparison_group)}: must be block or row")
-        check_count("pruner.block_size", block_size, 1, MAX_BLOCK_SIZE)
+        self.block_size = check_count("pruner.block_size", block_size, 1, MAX_BLOCK_SIZE)
         if not isinstance(damp_inverse, bool):
             raise ValueError(f"pruner.damp_inverse={quoted(damp_inverse)}: must be true or false")
         if mask_columns is not None:
             check_count("pruner.mask_columns", mask_columns, 1)
             if block_size % mask_columns:
                 raise ValueError(f"pruner.mask_columns={mask_columns}: must divide pruner.block_size={block_size}")
-        self.block_size = block_size
         self.damping = check_positive("pruner.damping", damping)
         self.comparison_group = comparison_group
         self.mask_columns = mask_columns

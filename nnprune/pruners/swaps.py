@@ -44,11 +44,9 @@ class Swaps(Pruner):
     def __init__(self, start: str = "wanda", max_swaps: int = 100, num_candidates: int = 64) -> None:
         if start not in ("wanda", "magnitude"):
             raise ValueError(f"pruner.start={quoted(start)}: must be wanda or magnitude")
-        check_count("pruner.max_swaps", max_swaps, 1)
-        check_count("pruner.num_candidates", num_candidates, 1)
         self.start = start
-        self.max_swaps = max_swaps
-        self.num_candidates = num_candidates
+        self.max_swaps = check_count("pruner.max_swaps", max_swaps, 1)
+        self.num_candidates = check_count("pruner.num_candidates", num_candidates, 1)
 
     def prune_linear(self, W: Tensor, module_name: str, pattern: SparsityPattern) -> Tensor:
         hessian = self.statistics[module_name].mean()
