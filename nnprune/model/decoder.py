@@ -42,6 +42,7 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, layers_path: str | None = None) -> None:
         self.model = model.eval()
+        self.text_config = model.config.get_text_config()
         self.path, self.layers = _find_layers(model, layers_path)
         self._tuple_classes: dict[type[nn.Module], bool] = {}
         for name, parameter in self.layers.named_parameters():
@@ -51,11 +52,6 @@ class Decoder:
                     "and convolutional layers are not supported yet; choose a dense decoder-only model"
                 )
         self._weights = [weight_views(layer, f"{self.path}.{index}") for index, layer in enumerate(self.layers)]
-
-    @property
-    def text_config(self) -> Any:
-        """The configuration of the text model."""
-        return self.model.config.get_text_config()
 
     @property
     def vocab_size(self) -> int:

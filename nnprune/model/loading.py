@@ -58,6 +58,7 @@ class ModelSource:
         if self.path is None:
             raise ValueError("model.path=null: has no value; add model.path=DIR, or a hub id, to the command line")
         self.path = str(self.path)  # the command line makes numbers of some names
+        self.label = f"model.path={self.path}"
         if self.dtype not in ("auto", *DTYPES):
             raise ValueError(f"model.dtype={self.dtype}: must be auto, {', '.join(DTYPES)}")
         if not isinstance(self.trust_remote_code, bool):
@@ -68,23 +69,14 @@ class ModelSource:
         if local.is_dir():
             self.directory = local
         elif not re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", self.path):
-            raise ValueError(f"model.path={self.path}: no such directory; give a directory or a hub id like facebook/opt-125m")
+            raise ValueError(f"{self.label}: no such directory; give a directory or a hub id like facebook/opt-125m")
+        self._origin = str(self.directory or self.path)  # what saved files may name: never a folder of the hub's cache
 
     @cached_property
     def files(self) -> ModelFiles:
         """Where configuration, tokenizer and weights lie."""
         repository = None if self.directory else Repository("model.path", self.path, "model", self.revision)
         return ModelFiles(self.label, self.directory, repository, self.trust_remote_code)
-
-    @property
-    def label(self) -> str:
-        """Key and value, for error messages."""
-        return f"model.path={self.path}"
-
-    @property
-    def _origin(self) -> str:
-        """What saved files may say that they come from: never a folder of the hub's cache."""
-        return str(self.directory or self.path)
 
     @property
     def commit(self) -> str | None:
@@ -118,7 +110,7 @@ class ModelSource:
             is_known = True
         if getattr(config, "is_encoder_decoder", False) or not is_known:
             kind = ", ".join(named) or config.model_type
-            raise ValueError(f"model.path={self.path}: {kind} is no causal language model; choose a decoder-only model")
+            raise ValueError(f"{self.label}: {kind} is no causal language model; choose a decoder-only model")
         return config
 
     def tokenizer(self) -> Any:
