@@ -30,17 +30,11 @@ MAX_PARTIAL = 4096  # partial roundings that `mixed_nm` keeps; only decoder laye
 
 @dataclass
 class DenseLayer:
-    """What an allocation sees of one dense decoder layer; all dicts are by linear name.
+    """What an allocation sees of one dense decoder layer, by linear name; no inputs if it does not look at them."""
 
-    Args:
-        weights: (O, I), in the model's dtype.
-        squared_norms: E[x_i^2] of the inputs (I,), float32; empty if the allocation does not look at inputs.
-        samples: a sample of the inputs (tokens, I), float32; likewise.
-    """
-
-    weights: dict[str, Tensor]
-    squared_norms: dict[str, Tensor]
-    samples: dict[str, Tensor]
+    weights: dict[str, Tensor]  # (O, I), in the model's dtype
+    squared_norms: dict[str, Tensor]  # E[x_i^2] of the inputs (I,), float32
+    samples: dict[str, Tensor]  # a sample of the inputs (tokens, I), float32
 
     @property
     def num_weights(self) -> int:

@@ -35,22 +35,16 @@ def quieten_transformers() -> None:
 class ModelSource:
     """Where a model comes from. Raises ValueError for no path, an unknown dtype, or a local path that is no directory.
 
-    Args:
-        path: a hub id, a local directory, or "demo".
-        name: what the model is called in folders and tables; None: the last part of `path`.
-        dtype: bfloat16, float16 or float32: what the model is loaded, computed and saved in. auto: the checkpoint's is stored
-            and saved, and computes where the hardware has units for it, else float32.
-        revision: branch, tag or commit on the hub.
-        trust_remote_code: whether Python code that comes with the model may run.
-        layers_path: the module that lists the decoder layers, where it cannot be found without help.
+    The model is loaded, computed and saved in `dtype`, bfloat16, float16 or float32. auto: the checkpoint's dtype is stored and saved,
+    and computes where the hardware has units for it, else float32.
     """
 
-    path: str
-    name: str | None = None
+    path: str  # a hub id, a local directory, or "demo"
+    name: str | None = None  # in folders and tables; None: the last part of `path`
     dtype: str = "auto"
-    revision: str | None = None
-    layers_path: str | None = None
-    trust_remote_code: bool = False
+    revision: str | None = None  # branch, tag or commit on the hub
+    layers_path: str | None = None  # the module that lists the decoder layers, where it cannot be found without help
+    trust_remote_code: bool = False  # whether Python code that comes with the model may run
     directory: Path | None = field(init=False, default=None)
     _is_checked: bool = field(init=False, default=False, repr=False, compare=False)  # whether the weights fit
 
