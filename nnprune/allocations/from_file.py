@@ -141,7 +141,7 @@ def _entries(content: Any) -> dict[str, Any]:
     if isinstance(content, dict) and "per_linear" in content:
         content = content["per_linear"]
     if isinstance(content, list) and all(isinstance(entry, dict) and {"name", "pattern"} <= entry.keys() for entry in content):
-        content = {entry["name"]: entry["pattern"] for entry in content}
-    if not isinstance(content, dict):
-        return {}
-    return {key if isinstance(key, str) else quoted(key): value for key, value in content.items()}
+        pairs = [(entry["name"], entry["pattern"]) for entry in content]
+    else:
+        pairs = content.items() if isinstance(content, dict) else []
+    return {key if isinstance(key, str) else quoted(key): value for key, value in pairs}
