@@ -16,26 +16,19 @@ from nnprune.checks import check_count, quoted
 from nnprune.runtime import available_host_bytes
 from nnprune.texts import TextSource
 
-ID_BYTES = 8
-"""Of a token id, int64."""
-
-MEMORY_SHARE = 0.25
-"""Share of the memory that the ids may fill. The hidden states of as many tokens need far more."""
+ID_BYTES = 8  # int64
+MEMORY_SHARE = 0.25  # that the ids may fill: the hidden states of as many tokens need far more
 
 
 class Calibration:
-    """What all calibrations share: N samples of T tokens, drawn with a seed.
-
-    Raises:
-        ValueError: a setting out of range, or more token ids than fit into memory.
-    """
+    """N samples of T tokens, drawn with a seed. Raises ValueError for a setting out of range, or more ids than fit into memory."""
 
     source: TextSource | None = None
 
     def __init__(self, num_samples: int, seq_len: int, seed: int) -> None:
-        check_count("calibration.num_samples", num_samples, 1)
-        check_count("calibration.seq_len", seq_len, 2)
-        check_count("calibration.seed", seed, 0)
+        self.num_samples = check_count("calibration.num_samples", num_samples, 1)
+        self.seq_len = check_count("calibration.seq_len", seq_len, 2)
+        self.seed = check_count("calibration.seed", seed, 0)
         most = int(MEMORY_SHARE * available_host_bytes()) // ID_BYTES
         if num_samples * seq_len > most:
             key, value = ("seq_len", seq_len) if seq_len > most else ("num_samples", num_samples)
@@ -43,9 +36,6 @@ class Calibration:
                 f"calibration.{key}={value}: {num_samples} samples of {seq_len} tokens are more than the {most} token ids that fit "
                 f"into {MEMORY_SHARE:.0%} of this machine's memory; lower calibration.{key}"
             )
-        self.num_samples = num_samples
-        self.seq_len = seq_len
-        self.seed = seed
 
     def token_ids(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
         """The ids (N, T), int64, each below `vocab_size`."""
@@ -65,10 +55,8 @@ class TextCalibration(Calibration):
 
     mode "documents": each window lies within one document that is long enough, drawn anew for each sample, as in the C4 loader of
     SparseGPT and Wanda. "packed": windows at random places of the joined text, as in their WikiText-2 loader. The draws are those
-    loaders' draws: the same seed gives the same windows. The other arguments are those of TextSource.
-
-    Raises:
-        ValueError: an unknown mode; in `token_ids` a text with no window of `seq_len` tokens.
+    loaders' draws: the same seed gives the same windows. The other arguments are those of TextSource. Raises ValueError for an
+    unknown mode; in `token_ids` for a text with no window of `seq_len` tokens.
     """
 
     def __init__(self, num_samples: int, seq_len: int, seed: int, mode: str = "packed", **source: Any) -> None:
@@ -79,9 +67,8 @@ class TextCalibration(Calibration):
         self.source = TextSource(key="calibration", **source)
 
     def token_ids(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
-        rng = random.Random(self.seed)
         draw = self._packed if self.mode == "packed" else self._documents
-        return draw(tokenizer, rng)
+        return draw(tokenizer, random.Random(self.seed))
 
     def _packed(self, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Tensor:
         ids = _tokenise(tokenizer, self.source.joined())

@@ -24,26 +24,23 @@ def quoted(value: Any) -> str:
     return text if len(text) <= QUOTED else f"{text[: QUOTED - 3]}..."
 
 
-def check_count(key: str, value: object, least: int, most: int = 2**63 - 1, why_most: str = "") -> None:
-    """Check that a setting is an integer, `least` <= value <= `most`.
+def check_count(key: str, value: object, least: int, most: int = 2**63 - 1, why_most: str = "") -> int:
+    """The setting `key`, such as "runtime.threads". Raises ValueError unless it is an integer, `least` <= value <= `most`.
 
-    Args:
-        key: of the setting, such as "runtime.threads".
-        why_most: what `most` stands for, for the error message.
-
-    Raises:
-        ValueError: it is not.
+    `why_most` says what `most` stands for, for the error message.
     """
     if type(value) is not int or not least <= value <= most:
         upper = f" and at most {most}" if most < 2**63 - 1 or (type(value) is int and value > most) else ""
         reason = f" ({why_most})" if upper and why_most else ""
         raise ValueError(f"{key}={quoted(value)}: must be a whole number, at least {least}{upper}{reason}")
+    return value
 
 
-def check_number(key: str, value: object, least: float) -> None:
-    """Raise ValueError unless the setting `key` is a finite number of at least `least`."""
+def check_number(key: str, value: object, least: float) -> float:
+    """The setting `key`. Raises ValueError unless it is a finite number of at least `least`."""
     if type(value) not in (int, float) or not _is_finite_number(value) or value < least:
         raise ValueError(f"{key}={quoted(value)}: must be a number, at least {least}")
+    return value
 
 
 def check_positive(key: str, value: object, below: float = math.inf) -> float:

@@ -22,8 +22,6 @@ and peak memory, and `relative=sparsegpt` shows ln(perplexity / dense perplexity
 seed.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from contextlib import suppress

@@ -11,19 +11,12 @@ from nnprune.updates import Update
 
 @dataclass
 class Method:
-    """A pruner and the steps around it.
+    """A pruner and the steps around it."""
 
-    Args:
-        pruner: chooses the mask.
-        target: the weights to approximate, by default the dense ones.
-        update: changes the kept weights afterwards.
-        recovery: tunes whole decoder layers.
-    """
-
-    pruner: Pruner
-    target: Target = field(default_factory=Target)
-    update: Update = field(default_factory=Update)
-    recovery: Recovery = field(default_factory=Recovery)
+    pruner: Pruner  # chooses the mask
+    target: Target = field(default_factory=Target)  # the weights to approximate, by default the dense ones
+    update: Update = field(default_factory=Update)  # changes the kept weights afterwards
+    recovery: Recovery = field(default_factory=Recovery)  # tunes whole decoder layers
 
     @property
     def statistics(self) -> set[type[InputStatistic]]:

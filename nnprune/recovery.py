@@ -17,8 +17,7 @@ from nnprune.checks import check_count, check_positive
 
 log = logging.getLogger(__name__)
 
-Run = Callable[[nn.Module, Tensor], Tensor]
-"""Runs a decoder layer: (layer, inputs (B, T, D)) -> outputs (B, T, D)."""
+Run = Callable[[nn.Module, Tensor], Tensor]  # runs a decoder layer: (layer, inputs (B, T, D)) -> outputs (B, T, D)
 
 
 class Rows(Protocol):
@@ -56,30 +55,24 @@ class Reconstruction(Recovery):
 
     Loss: the mean over tokens of ||y - y_dense||^2 / ||y_dense||^2. It is normalised because the norms of a few tokens are a
     thousand times larger, which the next layer's norm undoes. The weights of the epoch with the lowest loss on held-out sequences
-    are kept, or the initial ones.
+    are kept, or the initial ones. Raises ValueError for a setting out of range; in `tune` for fewer than two sequences.
 
     Args:
         epochs_before, epochs_after: passes over the calibration.
         lr: learning rate, relative to the root mean square of each tensor's nonzeros; it decays to zero along a cosine.
         batch_tokens: tokens per step; at least one sequence.
         holdout: fraction of the sequences that is held out.
-
-    Raises:
-        ValueError: a setting out of range; in `tune`, fewer than two sequences.
     """
 
     def __init__(
         self, epochs_before: int, epochs_after: int, lr: float = 0.01, batch_tokens: int = 1024, holdout: float = 0.125
     ) -> None:
-        check_count("recover.epochs_before", epochs_before, 0)
-        check_count("recover.epochs_after", epochs_after, 0)
-        if epochs_before + epochs_after == 0:
+        self.epochs_before = check_count("recover.epochs_before", epochs_before, 0)
+        self.epochs_after = check_count("recover.epochs_after", epochs_after, 0)
+        if not self.is_on:
             raise ValueError("recover.epochs_before=0, recover.epochs_after=0: nothing to do; set one of them, or recover=none")
-        check_count("recover.batch_tokens", batch_tokens, 1)
-        self.epochs_before = epochs_before
-        self.epochs_after = epochs_after
         self.lr = check_positive("recover.lr", lr)
-        self.batch_tokens = batch_tokens
+        self.batch_tokens = check_count("recover.batch_tokens", batch_tokens, 1)
         self.holdout = check_positive("recover.holdout", holdout, below=1)
 
     def tune(self, index: int, layer: nn.Module, run: Run, inputs: Rows, targets: Rows, num_epochs: int) -> dict[str, Any]:
@@ -106,9 +99,7 @@ class Reconstruction(Recovery):
         epoch_kept, step, num_steps = 0, 0, num_epochs * -(-len(used) // batch)
         scales = [_rms(parameter) for parameter in parameters]
         smallest = min(filter(None, scales), default=1.0)  # for tensors of zeros, such as the biases of an untrained model
-        groups = [
-            {"params": [parameter], "scale": scale or smallest} for parameter, scale in zip(parameters, scales, strict=True)
-        ]
+        groups = [{"params": [one], "scale": scale or smallest} for one, scale in zip(parameters, scales, strict=True)]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
         with torch.enable_grad():
             for epoch in range(1, num_epochs + 1):

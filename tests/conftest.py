@@ -6,9 +6,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: threads on busy cores only wait for each other
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -85,7 +87,7 @@ def tiny_config(tiny_model_dir: Path, small_text: Path, tmp_path: Path) -> Calla
     """`tiny_config("pruner=wanda", ...)`: the config of a run of well under a second, with records in `tmp_path`."""
 
     def make(*overrides: str) -> DictConfig:
-        return compose_config(
+        cfg = compose_config(
             "model=local",
             f"model.path={tiny_model_dir}",
             "calibration=text",
@@ -97,15 +99,22 @@ def tiny_config(tiny_model_dir: Path, small_text: Path, tmp_path: Path) -> Calla
             "evaluation.seq_len=32",
             "evaluation.max_windows=5",
             "runtime.batch_tokens=128",
-            f"outputs={tmp_path / 'outputs'}",
             *overrides,
         )
+        if cfg.outputs == "outputs":  # set afterwards: configs that differ in nothing else are composed once
+            cfg.outputs = str(tmp_path / "outputs")
+        return cfg
 
     return make
 
 
 def compose_config(*overrides: str) -> DictConfig:
     """The config of a command line."""
+    return copy.deepcopy(_compose(overrides))
+
+
+@cache
+def _compose(overrides: tuple[str, ...]) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", rewrite_sparsity(list(overrides)))
 

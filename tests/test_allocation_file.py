@@ -103,6 +103,7 @@ HOSTILE_FILES = [
     ("plan.yaml", '"*": 0.5\n"a": *b', "line 2 has the anchor or alias b"),
     ("plan.yaml", "[" * 5000, "is no JSON or YAML"),
     ("plan.json", "[" * 100_000, "is no JSON or YAML"),
+    ("plan.json", '[{"name": [1], "pattern": 0.5}]', "no key fits"),
     ("plan.json", '{"*": ' + "1" * 5000 + "}", "is no JSON or YAML"),
     ("plan.yaml", f'"*": "{"x" * 100_000}"', "not a pattern"),
     ("plan.yaml", f'"*": 0.5\n"{"x" * 1000}": 0.5', "decides nothing"),

@@ -121,7 +121,7 @@ def test_csv_and_json_parse_back(runs):
     rows = list(csv.DictReader(io.StringIO(collect(runs, "--format", "csv")[1])))
     objects = json.loads(collect(runs, "--format", "json")[1])
     assert len(rows) == len(objects) == 15
-    assert list(rows[0]) == list(objects[0]) == frame_module.COLUMNS
+    assert list(rows[0]) == list(objects[0]) == [*frame_module.COLUMNS, "num_seeds", "mean", "std"]
     for row, item in zip(rows, objects, strict=True):
         assert row["path"] == item["path"] and float(row["value"]) == item["value"]
     one = next(item for item in objects if (item["pruner"], item["model"]) == ("alps", "opt-125m"))

@@ -109,7 +109,7 @@ def test_dead_inputs_with_every_target_and_update(name, target, update, dead, sp
 @given(
     name=st.sampled_from(NAMES),
     rows=st.integers(1, 9),
-    groups=st.integers(1, 40),
+    groups=st.integers(1, 20),
     n=st.integers(1, 7),
     m=st.integers(2, 8),
     seed=st.integers(0, 99),

@@ -11,7 +11,7 @@ from support.families import FAMILIES, VOCAB_SIZE
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
 
 from nnprune.model.decoder import run_layer
-from nnprune.model.weight_views import LinearView
+from nnprune.model.weight_views import WeightView
 from nnprune.patterns import NM, Unstructured
 from nnprune.pruners.sparsegpt import SparseGPT
 from nnprune.pruners.wanda import Wanda
@@ -58,7 +58,7 @@ def test_reports(tmp_path):
     module.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
     with torch.no_grad():
         dense(IDS)
-    W, pruned = (LinearView(linear["name"], one).read() for one in (module, model.get_submodule(linear["name"])))
+    W, pruned = (WeightView(one).read() for one in (module, model.get_submodule(linear["name"])))
     expected = relative_error(W, pruned, captured[0].reshape(-1, 32).float())
     assert linear["relative_error"] == pytest.approx(expected, rel=1e-3)
 

@@ -1,16 +1,10 @@
-"""Layer files and journals: what is damaged is done again, with one line, to the same figures."""
-
-import json
+"""Layer files: what is damaged is as good as absent, and said in one line. test_resume.py has whole runs."""
 
 import pytest
 import torch
-from support.runs import stripped
+from support.damages import cut, flip, remove, swap
 
 from nnprune.engine.layer_files import LayerFiles
-from nnprune.evaluation import Perplexity
-from nnprune.experiment.build import build
-from nnprune.records import read_journal, write_journal
-from nnprune.run import run
 
 REPORT = {"linears": [], "zeros": 1}
 
@@ -20,27 +14,6 @@ def written(folder, count=3):
     for index in range(count):
         files.write(index, {"w": torch.full((4, 4), float(index))}, {**REPORT, "zeros": index})
     return files
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-5])
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-
-
-def remove(path):
-    path.unlink()
-
-
-def swap(path):
-    other = path.with_name(path.name.replace("0001", "0002"))
-    content = path.read_bytes()
-    path.write_bytes(other.read_bytes())
-    other.write_bytes(content)
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -67,39 +40,3 @@ def test_two_layers_whose_files_changed_places_are_pruned_again(tmp_path):
     for kind in ("safetensors", "json"):
         swap(tmp_path / f"layer-0001.{kind}")
     assert list(LayerFiles(tmp_path, "layers").reports) == [0]
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"sha256": "0", "content": {}}', "[" * 100_000])
-def test_a_damaged_journal_is_none(content, tmp_path, caplog):
-    (tmp_path / "a.json").write_text(content)
-    assert read_journal(tmp_path / "a.json") is None
-    assert "is damaged" in caplog.text
-    write_journal(tmp_path / "a.json", {"x": [1.5, None]})
-    assert read_journal(tmp_path / "a.json") == {"x": [1.5, None]}
-
-
-@pytest.mark.parametrize("name", ["layer-0000.safetensors", "layer-0000.json", "allocation.json", "dense_metrics.json"])
-def test_a_resumed_run_with_a_damaged_file_has_the_same_figures(name, tiny_config, tmp_path, monkeypatch):
-    settings = ("pruner=sparsegpt", "allocation=owl")
-    whole = run(tiny_config(*settings, f"outputs={tmp_path / 'whole'}"))
-    cfg, measured = tiny_config(*settings), []
-    measure = Perplexity.measure
-
-    def stop_at_the_pruned_model(self, *arguments):
-        measured.append(self)
-        if len(measured) == 2:
-            raise RuntimeError("stopped")
-        return measure(self, *arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
-        patch.setattr(Perplexity, "measure", stop_at_the_pruned_model)
-        run(cfg)
-    [path] = (build(cfg).folder.parent.parent).rglob(f"unfinished/{name}")
-    if name.endswith(".json"):
-        path.write_text(json.dumps({"sha256": "0" * 64, "content": {"OWL": 1}}))
-    else:
-        flip(path)
-    resumed = run(cfg)
-    assert resumed.metrics == whole.metrics
-    assert resumed.dense_metrics == whole.dense_metrics
-    assert stripped(resumed.per_linear) == stripped(whole.per_linear)

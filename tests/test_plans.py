@@ -17,7 +17,7 @@ from nnprune.allocations.base import mean
 from nnprune.allocations.owl import OWL
 from nnprune.experiment.build import build
 from nnprune.model.loading import ModelSource
-from nnprune.model.weight_views import LinearView
+from nnprune.model.weight_views import WeightView
 from nnprune.patterns import NM
 from nnprune.records import read_all, read_journal
 from nnprune.run import run, run_grid, show_estimate
@@ -49,7 +49,7 @@ def test_the_survey_shows_the_dense_model(tmp_path):
     assert [name for layer in look.seen for name in layer.weights] == names
     for layer in look.seen:
         for name, W in layer.weights.items():
-            assert torch.equal(W, LinearView(name, model.get_submodule(name)).read())
+            assert torch.equal(W, WeightView(model.get_submodule(name)).read())
             X = expected[name]
             torch.testing.assert_close(layer.squared_norms[name], X.square().mean(0))
             torch.testing.assert_close(layer.samples[name], X)

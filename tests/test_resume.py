@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 from conftest import compose_config
 from safetensors.torch import save_file
+from support.damages import cut, flip, remove, swap
 from support.runs import stripped, watch_measurements
 
 import nnprune.experiment.job
@@ -145,27 +146,6 @@ def test_a_dense_model_that_another_process_failed_to_measure(runtime, tiny_conf
     assert record.dense_metrics == expected.dense_metrics
     [dense] = tmp_path.glob("outputs/*/dense/*/result.json")
     assert json.loads(dense.read_text())["metrics"] == record.dense_metrics
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def remove(path):
-    path.unlink()
-
-
-def swap(path):
-    other = path.with_name(f"layer-0001{path.suffix}")
-    one, two = path.read_bytes(), other.read_bytes()
-    path.write_bytes(two)
-    other.write_bytes(one)
 
 
 JOURNALS = ("allocation.json", "pruned_metrics.json", "dense_metrics.json")

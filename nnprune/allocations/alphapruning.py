@@ -9,8 +9,7 @@ from nnprune.allocations.base import DenseLayer, LayerwiseAllocation, mean
 from nnprune.checks import check_positive
 from nnprune.patterns import SparsityPattern
 
-NUM_BINS = 100
-"""Of the histogram of log eigenvalues, as in the paper."""
+NUM_BINS = 100  # of the histogram of log eigenvalues, as in the paper
 
 
 class AlphaPruning(LayerwiseAllocation):
@@ -21,13 +20,11 @@ class AlphaPruning(LayerwiseAllocation):
         phi_l = 1 - epsilon + 2 epsilon (alpha_l - min alpha) / (max alpha - min alpha)
         s_l   = s phi_l / mean(phi)
 
-    A smaller alpha means a heavier tail: a layer that learned more and is hurt more by pruning.
+    A smaller alpha means a heavier tail: a layer that learned more and is hurt more by pruning. Raises ValueError in `measure` for a
+    weight whose spectrum cannot be fitted.
 
     Args:
-        strength: epsilon; 0.3 at 70 % sparsity.
-
-    Raises:
-        ValueError: a strength outside (0, 1); in `measure` a weight whose spectrum cannot be fitted.
+        strength: epsilon, in (0, 1); 0.3 at 70 % sparsity.
     """
 
     looks_at = "weights"

@@ -21,35 +21,20 @@ from nnprune.patterns import NM, PatternError, SparsityPattern, Unstructured
 
 log = logging.getLogger(__name__)
 
-Shapes = Sequence[dict[str, tuple[int, int]]]
-"""For each decoder layer: linear name -> (O, I)."""
-
-Plan = dict[str, SparsityPattern]
-"""Linear name -> pattern."""
-
-MAX_SPARSITY = 0.99
-"""Upper bound of a decoder layer's sparsity, unless s is higher: a layer without weights passes nothing on."""
-
-DECIMALS = 12
-"""Digits of a sparsity. Rounding noise beyond them would turn 0.55 of 100 weights into 56."""
-
-MAX_PARTIAL = 4096
-"""Partial roundings that `mixed_nm` keeps; only decoder layers of many sizes give as many."""
+Shapes = Sequence[dict[str, tuple[int, int]]]  # for each decoder layer: linear name -> (O, I)
+Plan = dict[str, SparsityPattern]  # linear name -> pattern
+MAX_SPARSITY = 0.99  # of a decoder layer, unless s is higher: a layer without weights passes nothing on
+DECIMALS = 12  # of a sparsity: rounding noise beyond them would turn 0.55 of 100 weights into 56
+MAX_PARTIAL = 4096  # partial roundings that `mixed_nm` keeps; only decoder layers of many sizes give as many
 
 
 @dataclass
 class DenseLayer:
-    """What an allocation sees of one dense decoder layer; all dicts are by linear name.
+    """What an allocation sees of one dense decoder layer, by linear name; no inputs if it does not look at them."""
 
-    Args:
-        weights: (O, I), in the model's dtype.
-        squared_norms: E[x_i^2] of the inputs (I,), float32; empty if the allocation does not look at inputs.
-        samples: a sample of the inputs (tokens, I), float32; likewise.
-    """
-
-    weights: dict[str, Tensor]
-    squared_norms: dict[str, Tensor]
-    samples: dict[str, Tensor]
+    weights: dict[str, Tensor]  # (O, I), in the model's dtype
+    squared_norms: dict[str, Tensor]  # E[x_i^2] of the inputs (I,), float32
+    samples: dict[str, Tensor]  # a sample of the inputs (tokens, I), float32
 
     @property
     def num_weights(self) -> int:

@@ -8,8 +8,7 @@ from nnprune.checks import check_positive
 from nnprune.patterns import SparsityPattern
 from nnprune.solvers.layer_error import relative_error
 
-MIN_ERROR = 1e-12
-"""Lower bound of the errors: a layer that loses nothing must not stretch the scale of all others."""
+MIN_ERROR = 1e-12  # a layer that loses nothing must not stretch the scale of all others
 
 
 class ByError(LayerwiseAllocation):
@@ -23,10 +22,7 @@ class ByError(LayerwiseAllocation):
     Errors of layers differ by factors, hence the logarithm. The mapping to sparsities is OWL's (arXiv:2310.05175).
 
     Args:
-        strength: half the largest difference between the sparsities of two layers.
-
-    Raises:
-        ValueError: a strength outside (0, 1).
+        strength: in (0, 1), half the largest difference between the sparsities of two layers.
     """
 
     def __init__(self, strength: float = 0.08) -> None:

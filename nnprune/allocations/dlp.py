@@ -21,10 +21,7 @@ class DLP(LayerwiseAllocation):
     number of scores is the lower of the two in the middle.
 
     Args:
-        strength: alpha; the paper tunes it for each sparsity (appendix G).
-
-    Raises:
-        ValueError: a strength outside (0, 1).
+        strength: alpha, in (0, 1); the paper tunes it for each sparsity (appendix G).
     """
 
     def __init__(self, strength: float = 0.15) -> None:

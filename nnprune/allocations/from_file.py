@@ -13,11 +13,9 @@ from nnprune.allocations.base import Allocation, Plan, Shapes, check_widths, mea
 from nnprune.checks import quoted
 from nnprune.patterns import NM, SparsityPattern, parse_pattern
 
-TOLERANCE = 0.0005
-"""Allowed difference between the plan's mean sparsity and the sparsity it is listed under: tables have three digits."""
-
-MAX_BYTES = {".json": 64 << 20, "": 4 << 20}
-"""Largest file by suffix; "" is YAML, which is slow to parse. A record of 100,000 linears takes 25 MB."""
+TOLERANCE = 0.0005  # between the plan's mean sparsity and the sparsity it is listed under: tables have three digits
+MAX_JSON_BYTES = 64 << 20  # a record of 100,000 linears takes 25 MB
+MAX_YAML_BYTES = 4 << 20  # which is slow to parse
 
 
 class _Loader(yaml.SafeLoader):
@@ -34,8 +32,8 @@ class _Loader(yaml.SafeLoader):
 class FromFile(Allocation):
     """The patterns in a JSON or YAML file.
 
-    The file holds one of two things. Either a mapping from linear names, numbers of decoder layers or glob patterns for linear names
-    to sparsities, N:M or dense; the last key that matches a linear counts:
+    Either a mapping from linear names, numbers of decoder layers or glob patterns for linear names to sparsities, N:M or dense, in
+    which the last key that matches a linear counts:
 
         "*": 0.5
         0: 0.4
@@ -53,12 +51,11 @@ class FromFile(Allocation):
 
     def __init__(self, path: str) -> None:
         self.path = str(path)
+        self._where = f"allocation.path={quoted(self.path)}"
         self.entries = {key: self._pattern(key, value) for key, value in _entries(self._read()).items()}
         if not self.entries:
             raise self._error("tells of no linear; give a mapping or the record of a completed run")
-        order = {key: place for place, key in enumerate(self.entries)}
-        self._order = order
-        self._globs = [key for key in order if any(letter in key for letter in "*?[")]
+        self._globs = [key for key in self.entries if any(letter in key for letter in "*?[")]
 
     def identity(self) -> dict[str, Any]:
         """A hash of the patterns: neither the path nor anything else in the file counts."""
@@ -71,17 +68,21 @@ class FromFile(Allocation):
 
     def plan(self, pattern: SparsityPattern, shapes: Shapes, measured: Sequence[float] = ()) -> Plan:
         plan: Plan = {}
+        order = {key: place for place, key in enumerate(self.entries)}
         unused = set(self.entries)
         for index, layer in enumerate(shapes):
             for name, (_, num_inputs) in layer.items():
-                key = self._key_of(name, index)
-                plan[name] = self.entries[key]
-                unused.discard(key)
+                keys = {name, str(index)} & self.entries.keys() | {key for key in self._globs if fnmatchcase(name, key)}
+                if not keys:
+                    raise self._error(f'no key fits {name}; add one, or a first line for all others such as "*": 0.5')
+                last = max(keys, key=order.__getitem__)
+                plan[name] = self.entries[last]
+                unused.discard(last)
                 self._check_linear(name, num_inputs, plan[name], pattern)
         if unused:
-            key = next(key for key in self.entries if key in unused)
+            first = min(unused, key=order.__getitem__)
             raise self._error(
-                f"{quoted(key)} decides nothing: it fits no linear of the model, or later keys fit all of its linears; correct it "
+                f"{quoted(first)} decides nothing: it fits no linear of the model, or later keys fit all of its linears; correct it "
                 "or take it out"
             )
         sizes = [num_outputs * num_inputs for layer in shapes for num_outputs, num_inputs in layer.values()]
@@ -93,20 +94,8 @@ class FromFile(Allocation):
             )
         return plan
 
-    @property
-    def _where(self) -> str:
-        return f"allocation.path={quoted(self.path)}"
-
     def _error(self, problem: str) -> ValueError:
         return ValueError(f"{self._where}: {problem}")
-
-    def _key_of(self, name: str, index: int) -> str:
-        """The last key that matches a linear of decoder layer `index`."""
-        keys = [key for key in (name, str(index)) if key in self.entries]
-        keys += [key for key in self._globs if fnmatchcase(name, key)]
-        if not keys:
-            raise self._error(f'no key fits {name}; add one, or a first line for all others such as "*": 0.5')
-        return max(keys, key=self._order.__getitem__)
 
     def _check_linear(self, name: str, num_inputs: int, own: SparsityPattern, pattern: SparsityPattern) -> None:
         if isinstance(pattern, NM) and not (isinstance(own, NM) and own.m == pattern.m):
@@ -122,7 +111,7 @@ class FromFile(Allocation):
     def _read(self) -> Any:
         path = Path(self.path).expanduser()
         is_json = path.suffix == ".json"
-        most = MAX_BYTES[".json" if is_json else ""]
+        most = MAX_JSON_BYTES if is_json else MAX_YAML_BYTES
         try:
             if path.exists() and not path.is_file():
                 raise self._error("is no regular file; give a JSON or YAML file")
@@ -152,11 +141,7 @@ def _entries(content: Any) -> dict[str, Any]:
     if isinstance(content, dict) and "per_linear" in content:
         content = content["per_linear"]
     if isinstance(content, list) and all(isinstance(entry, dict) and {"name", "pattern"} <= entry.keys() for entry in content):
-        return {_key(entry["name"]): entry["pattern"] for entry in content}
-    if isinstance(content, dict):
-        return {_key(key): value for key, value in content.items()}
-    return {}
-
-
-def _key(key: Any) -> str:
-    return key if isinstance(key, str) else quoted(key)
+        pairs = [(entry["name"], entry["pattern"]) for entry in content]
+    else:
+        pairs = content.items() if isinstance(content, dict) else []
+    return {key if isinstance(key, str) else quoted(key): value for key, value in pairs}

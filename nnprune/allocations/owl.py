@@ -20,11 +20,8 @@ class OWL(LayerwiseAllocation):
     so that the sparsities of two layers differ by at most 2 lambda.
 
     Args:
-        threshold: M, how many times the mean an outlier exceeds.
-        strength: lambda.
-
-    Raises:
-        ValueError: a threshold not above 0, or a strength outside (0, 1).
+        threshold: M > 0, how many times the mean an outlier exceeds.
+        strength: lambda, in (0, 1).
     """
 
     def __init__(self, threshold: float = 5.0, strength: float = 0.08) -> None:

@@ -20,8 +20,7 @@ from nnprune.engine.hidden_buffer import HiddenBuffer
 from nnprune.engine.hidden_states import HiddenStates
 from nnprune.runtime import available_host_bytes, resident_host_bytes
 
-ROOM_SHARE = 0.25
-"""Share of the free host memory that the cached outputs of one linear may take."""
+ROOM_SHARE = 0.25  # of the free host memory, which the cached outputs of one linear may take
 
 
 class Part(NamedTuple):
@@ -37,18 +36,12 @@ class CachedOutputs:
 
     For the attention, the input of its last linear is cached until that linear is pruned, then its output. Outputs are cached only
     in the device's own memory: reading them from anywhere else takes longer than computing them again.
-
-    Args:
-        modules: name -> submodule of the layer.
-        parts: name -> part, from `find_parts`.
-        states: the hidden states that pass through the layer.
-        path: prefix of the mapped files, for hidden states offloaded to disk.
     """
 
-    modules: dict[str, nn.Module]
-    parts: dict[str, Part]
-    states: HiddenStates
-    path: Path
+    modules: dict[str, nn.Module]  # name -> submodule of the layer
+    parts: dict[str, Part]  # from `find_parts`
+    states: HiddenStates  # those that pass through the layer
+    path: Path  # prefix of the mapped files, for hidden states offloaded to disk
     _final: set[str] = field(default_factory=set, init=False)  # linears that are pruned
     _inputs: dict[str, HiddenBuffer] = field(default_factory=dict, init=False)
     _outputs: dict[str, HiddenBuffer | None] = field(default_factory=dict, init=False)  # None: no room

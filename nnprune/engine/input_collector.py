@@ -18,12 +18,8 @@ from nnprune.model.weight_views import WeightView
 from nnprune.pruners.base import Pruner
 from nnprune.statistics import CrossProduct, InputStatistic
 
-SAMPLED_TOKENS = 512
-"""Tokens, from the first rows of the calibration, on which the relative error of each linear is measured."""
-
-PROBE_TOKENS = 8
-"""Tokens of the forward that shows which linears share an input."""
-
+SAMPLED_TOKENS = 512  # from the first rows of the calibration: the relative error of each linear is measured on them
+PROBE_TOKENS = 8  # of the forward that shows which linears share an input
 NONFINITE_INPUTS = "{}: its inputs hold NaN or infinite values; try model.dtype=float32 or bfloat16"
 
 
@@ -52,12 +48,9 @@ def input_groups(weights: dict[str, WeightView], forward: Callable[[], object]) 
 class InputCollector:
     """Collects the inputs of groups of linears while forwards run.
 
-    One statistic per kind and group serves all linears of the group and all pruners that ask for it. A pruner that collects its
-    own statistics is shown the input of every linear.
-
     Args:
-        statistics: the kinds to accumulate.
-        pruners: those among them that collect their own statistics are shown each input.
+        statistics: the kinds to accumulate: one of each serves all linears of a group, and all pruners that ask for it.
+        pruners: those among them that collect their own statistics are shown the input of every linear.
         groups: from `input_groups`; only these are observed.
         weights: name -> weight, for at least the names in `groups`.
         seq_len: T.
@@ -155,8 +148,6 @@ class InputCollector:
             for kind, statistic in self.statistics[name].items():
                 others = [self._reference_inputs[name]] if kind is CrossProduct else []
                 statistic.add(X, *others, until=self._rows.stop)
-            if not self.statistics[name]:
-                self._once(("total", name), lambda: self._add_total(name, X))
             self._once(("sample", name), lambda: self._add_sample(name, X.unflatten(0, (-1, self.seq_len))))
         for pruner in self._pruners:
             self._once((id(pruner), name), lambda pruner=pruner: _show(pruner, name, X.unflatten(0, (-1, self.seq_len))))
@@ -167,13 +158,13 @@ class InputCollector:
             count()
             self._counted[key] = self._rows.stop
 
-    def _add_total(self, name: str, X: Tensor) -> None:
-        self._totals[name] = self._totals.get(name, 0) + X.sum(dtype=torch.float32)
-
     def _add_sample(self, name: str, X: Tensor) -> None:
-        rows = X[: max(num_sampled_rows(self.seq_len) - self._rows.start, 0)]
+        if not self.statistics[name]:
+            self._totals[name] = self._totals.get(name, 0) + X.sum(dtype=torch.float32)
+        num_rows = num_sampled_rows(self.seq_len)
+        rows = X[: max(num_rows - self._rows.start, 0)]
         if len(rows):
-            stride = max(self.seq_len * num_sampled_rows(self.seq_len) // SAMPLED_TOKENS, 1)
+            stride = max(self.seq_len * num_rows // SAMPLED_TOKENS, 1)
             self._samples[name].append(rows[:, stride - 1 :: stride].reshape(-1, X.shape[-1]).clone())
 
 

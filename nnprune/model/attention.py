@@ -17,11 +17,8 @@ from transformers.masking_utils import sdpa_mask
 from nnprune.kernels import attention
 from nnprune.kernels.library import library
 
-NAME = "nnprune_sdpa"
-"""Name of the implementation. Because it contains "sdpa", transformers refuses it for models without sdpa support."""
-
-SHORTEST = 256
-"""Minimum sequence length; below it PyTorch's kernel is as fast."""
+NAME = "nnprune_sdpa"  # because it contains "sdpa", transformers refuses it for models without sdpa support
+SHORTEST = 256  # sequence length: below it PyTorch's kernel is as fast
 
 
 def use_kernel(model: PreTrainedModel, device: torch.device) -> None:
@@ -38,17 +35,10 @@ def use_kernel(model: PreTrainedModel, device: torch.device) -> None:
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attention of one layer, with the signature of transformers' attention functions.
+    """Attention of one layer, with the signature of transformers' attention functions, options as in `sdpa_attention_forward`.
 
-    Args:
-        module: the attention.
-        query: (B, H, T, E).
-        key, value: (B, K, T, E).
-        attention_mask: None for plain causal attention.
-        options: those of `sdpa_attention_forward`.
-
-    Returns:
-        (B, T, H, E), and None in place of the attention weights.
+    `query` is (B, H, T, E), `key` and `value` (B, K, T, E); an `attention_mask` of None means plain causal attention. Returns
+    (B, T, H, E), and None in place of the attention weights.
     """
     scaling = options.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

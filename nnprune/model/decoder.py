@@ -7,8 +7,7 @@ model's own forward, and logits come from that forward with the layers bypassed,
 Letters: B batch, T tokens, D hidden, O output features, I input features, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +42,7 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, layers_path: str | None = None) -> None:
         self.model = model.eval()
+        self.text_config = model.config.get_text_config()
         self.path, self.layers = _find_layers(model, layers_path)
         self._tuple_classes: dict[type[nn.Module], bool] = {}
         for name, parameter in self.layers.named_parameters():
@@ -52,11 +52,6 @@ class Decoder:
                     "and convolutional layers are not supported yet; choose a dense decoder-only model"
                 )
         self._weights = [weight_views(layer, f"{self.path}.{index}") for index, layer in enumerate(self.layers)]
-
-    @property
-    def text_config(self) -> Any:
-        """The configuration of the text model."""
-        return self.model.config.get_text_config()
 
     @property
     def vocab_size(self) -> int:
@@ -120,14 +115,7 @@ class Decoder:
 
     def _forward(self, ids: Tensor, replacement: Callable[[nn.Module, Tensor, LayerCall], Tensor]) -> Tensor | None:
         """The model's forward over ids with each layer's forward replaced; None if StopForward ended it."""
-        with self._replaced(replacement):
-            try:
-                return self.model(input_ids=ids, use_cache=False).logits
-            except StopForward:
-                return None
 
-    @contextmanager
-    def _replaced(self, replacement: Callable[[nn.Module, Tensor, LayerCall], Tensor]) -> Iterator[None]:
         def bind(layer: nn.Module) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden, *args = args or (kwargs.pop("hidden_states"),)
@@ -140,7 +128,9 @@ class Decoder:
         for layer in self.layers:
             layer.forward = bind(layer)  # on the instance, so that attributes of the layer stay readable
         try:
-            yield
+            return self.model(input_ids=ids, use_cache=False).logits
+        except StopForward:
+            return None
         finally:
             for layer in self.layers:
                 del layer.forward
@@ -151,9 +141,8 @@ class Decoder:
         if kind not in self._tuple_classes:
             replaced = layer.__dict__.pop("forward")
             state = dict(layer.named_parameters()) | dict(layer.named_buffers())
-            computing = hidden.dtype  # weights may be stored in another dtype
 
-            def to_meta(x: Tensor) -> Tensor:
+            def to_meta(x: Tensor, computing: torch.dtype = hidden.dtype) -> Tensor:  # weights may be stored in another dtype
                 return x.to("meta", computing if x.is_floating_point() else x.dtype)
 
             state, hidden, args, kwargs = tree_map_only(Tensor, to_meta, (state, hidden, args, kwargs))

@@ -33,27 +33,18 @@ def quieten_transformers() -> None:
 
 @dataclass
 class ModelSource:
-    """Where a model comes from.
+    """Where a model comes from. Raises ValueError for no path, an unknown dtype, or a local path that is no directory.
 
-    Args:
-        path: a hub id, a local directory, or "demo".
-        name: what the model is called in folders and tables; None: the last part of `path`.
-        dtype: bfloat16, float16 or float32: what the model is loaded, computed and saved in. auto: the checkpoint's is stored
-            and saved, and computes where the hardware has units for it, else float32.
-        revision: branch, tag or commit on the hub.
-        trust_remote_code: whether Python code that comes with the model may run.
-        layers_path: the module that lists the decoder layers, where it cannot be found without help.
-
-    Raises:
-        ValueError: no path, an unknown dtype, or a local path that is no directory.
+    The model is loaded, computed and saved in `dtype`, bfloat16, float16 or float32. auto: the checkpoint's dtype is stored and saved,
+    and computes where the hardware has units for it, else float32.
     """
 
-    path: str
-    name: str | None = None
+    path: str  # a hub id, a local directory, or "demo"
+    name: str | None = None  # in folders and tables; None: the last part of `path`
     dtype: str = "auto"
-    revision: str | None = None
-    layers_path: str | None = None
-    trust_remote_code: bool = False
+    revision: str | None = None  # branch, tag or commit on the hub
+    layers_path: str | None = None  # the module that lists the decoder layers, where it cannot be found without help
+    trust_remote_code: bool = False  # whether Python code that comes with the model may run
     directory: Path | None = field(init=False, default=None)
     _is_checked: bool = field(init=False, default=False, repr=False, compare=False)  # whether the weights fit
 
@@ -61,6 +52,7 @@ class ModelSource:
         if self.path is None:
             raise ValueError("model.path=null: has no value; add model.path=DIR, or a hub id, to the command line")
         self.path = str(self.path)  # the command line makes numbers of some names
+        self.label = f"model.path={self.path}"
         if self.dtype not in ("auto", *DTYPES):
             raise ValueError(f"model.dtype={self.dtype}: must be auto, {', '.join(DTYPES)}")
         if not isinstance(self.trust_remote_code, bool):
@@ -71,18 +63,13 @@ class ModelSource:
         if local.is_dir():
             self.directory = local
         elif not re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", self.path):
-            raise ValueError(f"model.path={self.path}: no such directory; give a directory or a hub id like facebook/opt-125m")
+            raise ValueError(f"{self.label}: no such directory; give a directory or a hub id like facebook/opt-125m")
 
     @cached_property
     def files(self) -> ModelFiles:
         """Where configuration, tokenizer and weights lie."""
         repository = None if self.directory else Repository("model.path", self.path, "model", self.revision)
         return ModelFiles(self.label, self.directory, repository, self.trust_remote_code)
-
-    @property
-    def label(self) -> str:
-        """Key and value, for error messages."""
-        return f"model.path={self.path}"
 
     @property
     def origin(self) -> str:
@@ -95,8 +82,7 @@ class ModelSource:
         return self.files.repository.commit() if self.files.repository else None
 
     def digest(self) -> str | None:
-        """A short hash of all bytes of a local model's configuration, tokenizer and weights; None on the hub, where `commit`
-        tells."""
+        """A short hash of all bytes of a local model's configuration, tokenizer and weights; None on the hub, which has `commit`."""
         return self.files.digest() if self.directory else None
 
     def config(self) -> Any:
@@ -105,24 +91,23 @@ class ModelSource:
 
     @cached_property
     def _config(self) -> Any:
-        if self.directory and not (self.directory / "config.json").is_file():
-            raise ValueError(f"model.path={self.path}: has no config.json; give a directory made by save_pretrained")
         folder = self.files.folder
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{self.label}: has no config.json; choose a model in Hugging Face's format")
+            remedy = "give a directory made by save_pretrained" if self.directory else "choose a model in Hugging Face's format"
+            raise ValueError(f"{self.label}: has no config.json; {remedy}")
         self._refuse_quantised(read_json(folder / "config.json", self.label))
         with self._explained():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
-        known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         named = config.architectures or []
-        is_known = type(config) in AutoModelForCausalLM._model_mapping and (not named or known & set(named))
+        is_named = not named or set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) & set(named)
+        is_known = type(config) in AutoModelForCausalLM._model_mapping and is_named
         if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
             if not is_known and not self.trust_remote_code:
                 raise ValueError(self._needs_code)
             is_known = True
         if getattr(config, "is_encoder_decoder", False) or not is_known:
             kind = ", ".join(named) or config.model_type
-            raise ValueError(f"model.path={self.path}: {kind} is no causal language model; choose a decoder-only model")
+            raise ValueError(f"{self.label}: {kind} is no causal language model; choose a decoder-only model")
         return config
 
     def tokenizer(self) -> Any:
@@ -199,10 +184,9 @@ class ModelSource:
     def checkpoint(self, model: PreTrainedModel) -> Checkpoint:
         """The model's safetensors files, for reading a layer at a time."""
         self.check(model, "disk")
-        checkpoint = Checkpoint(self.files.weights(), model, self.label)
-        if not self._is_checked:
-            checkpoint.check()
-        return checkpoint
+        paths = self.files.weights()
+        self.check(model)  # those of the hub are here now
+        return Checkpoint(paths, model, self.label)
 
     def _refuse_quantised(self, config: dict[str, Any]) -> None:
         for part in (config, *(value for value in config.values() if isinstance(value, dict))):

@@ -19,6 +19,7 @@ from nnprune.solvers.mask_projection import Projection
 
 class ADMM(StackedPruner):
     """Chooses a mask in scaled coordinates, unstructured over the whole matrix, and optimises the weights that it keeps.
+    Raises ValueError for a setting out of range; in `prune_stack` for a hessian that cannot be factorised.
 
     Args:
         num_iterations: of ADMM, in total.
@@ -26,20 +27,15 @@ class ADMM(StackedPruner):
             is kept, which has Wanda's scores.
         rho: penalty on the difference between B and its sparse copy.
         damping: lambda, a fraction of the scaled hessian's diagonal.
-
-    Raises:
-        ValueError: a setting out of range; in `prune_stack` a hessian that cannot be factorised.
     """
 
     def __init__(self, num_iterations: int = 20, num_mask_iterations: int = 15, rho: float = 1.0, damping: float = 0.1) -> None:
-        check_count("pruner.num_iterations", num_iterations, 1, MAX_ITERATIONS)
-        check_count("pruner.num_mask_iterations", num_mask_iterations, 0)
+        self.num_iterations = check_count("pruner.num_iterations", num_iterations, 1, MAX_ITERATIONS)
+        self.num_mask_iterations = check_count("pruner.num_mask_iterations", num_mask_iterations, 0)
         if num_mask_iterations > num_iterations:
             raise ValueError(
                 f"pruner.num_mask_iterations={num_mask_iterations}: must not exceed pruner.num_iterations={num_iterations}"
             )
-        self.num_iterations = num_iterations
-        self.num_mask_iterations = num_mask_iterations
         self.rho = check_positive("pruner.rho", rho)
         self.damping = check_positive("pruner.damping", damping)
 

@@ -26,15 +26,13 @@ class ALPS(StackedPruner):
 
     Its refit takes a fixed number of steps: it starts so close to the solution that three times as many lower the layer error by
     half a per cent at most (docs/methods.md). `notes` has the largest relative residual of an output as `refit_residual`.
+    Raises ValueError for a setting out of range; in `prune_stack` for a hessian that cannot be factorised.
 
     Args:
         first_rho, last_rho: first and last rho, relative to the diagonal of A; first_rho <= last_rho < 4 first_rho.
         num_iterations: of ADMM; rho grows geometrically from one to the next.
         num_refit_steps: of conjugate gradients.
         damping: lambda, a fraction of the scaled hessian's diagonal.
-
-    Raises:
-        ValueError: a setting out of range; in `prune_stack` a hessian that cannot be factorised.
     """
 
     def __init__(
@@ -46,7 +44,6 @@ class ALPS(StackedPruner):
         damping: float = 0.01,
     ) -> None:
         check_count("pruner.num_iterations", num_iterations, 1, MAX_ITERATIONS)
-        check_count("pruner.num_refit_steps", num_refit_steps, 1, MAX_ITERATIONS)
         check_positive("pruner.first_rho", first_rho)
         check_positive("pruner.last_rho", last_rho)
         if not first_rho <= last_rho < 4 * first_rho:
@@ -57,7 +54,7 @@ class ALPS(StackedPruner):
         growth = (last_rho / first_rho) ** (1 / max(num_iterations - 1, 1))
         self.rhos = [first_rho * growth**iteration for iteration in range(num_iterations)]
         self.alpha = (first_rho * last_rho) ** 0.5
-        self.num_refit_steps = num_refit_steps
+        self.num_refit_steps = check_count("pruner.num_refit_steps", num_refit_steps, 1, MAX_ITERATIONS)
         self.damping = check_positive("pruner.damping", damping)
 
     def prune_stack(self, weight_IO: Tensor, sizes: list[int], pattern: SparsityPattern, names: list[str]) -> Tensor:

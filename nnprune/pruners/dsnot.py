@@ -24,11 +24,8 @@ from nnprune.patterns import NM, SparsityPattern, keep_where
 from nnprune.pruners.base import Pruner
 from nnprune.statistics import Moments
 
-ROWS_AT_ONCE = 512
-"""Rows that are copied to float64 at a time."""
-
-MIN_VARIANCE = 1e-6
-"""Lower bound of Var[x], as a fraction of E[x^2]: E[x^2] - E[x]^2 has this error in float32, and is 0 for a constant input."""
+ROWS_AT_ONCE = 512  # are copied to float64
+MIN_VARIANCE = 1e-6  # as a fraction of E[x^2]: E[x^2] - E[x]^2 has this error in float32, and is 0 for a constant input
 
 
 class DSnoT(Pruner):
@@ -36,6 +33,7 @@ class DSnoT(Pruner):
 
     A pair that would increase |r| is skipped, and a weight is grown or pruned at most once. The authors keep Wanda's mask in the
     linears of the MLP. Here all linears are refined, because each architecture has its own names: list those to leave out in `skip`.
+    Raises ValueError for a setting out of range.
 
     Args:
         max_cycles: weights that a row may try to grow.
@@ -43,9 +41,6 @@ class DSnoT(Pruner):
             0.1 corresponds to a stricter 0.1 / calibration.seq_len here.
         variance_power: exponent of Var[x_i] in the choice of the weight to grow; 0: the largest |e_i|.
         skip: parts of the names of linears that keep Wanda's mask, such as [mlp], or [fc1, fc2] in OPT.
-
-    Raises:
-        ValueError: a setting out of range.
     """
 
     statistic = Moments
@@ -53,14 +48,11 @@ class DSnoT(Pruner):
     def __init__(
         self, max_cycles: int = 50, threshold: float = 0.1, variance_power: float = 1.0, skip: Sequence[str] = ()
     ) -> None:
-        check_count("pruner.max_cycles", max_cycles, 1)
-        check_number("pruner.threshold", threshold, 0)
-        check_number("pruner.variance_power", variance_power, 0)
         if not isinstance(skip, list | tuple) or not all(isinstance(part, str) and part for part in skip):
             raise ValueError(f"pruner.skip={quoted(skip)}: must be a list of parts of names, such as [mlp]")
-        self.max_cycles = max_cycles
-        self.threshold = threshold
-        self.variance_power = variance_power
+        self.max_cycles = check_count("pruner.max_cycles", max_cycles, 1)
+        self.threshold = check_number("pruner.threshold", threshold, 0)
+        self.variance_power = check_number("pruner.variance_power", variance_power, 0)
         self.skip = skip
 
     def prune_linear(self, W: Tensor, module_name: str, pattern: SparsityPattern) -> Tensor:

@@ -23,21 +23,17 @@ class RIA(ScorePruner):
     """Scores a weight by its share of its column and of its row, times the norm of its input; kept weights do not change.
 
     Args:
-        activation_power: a, the power of the input's norm; 0: weights only.
+        activation_power: a >= 0, the power of the input's norm; 0: weights only. A negative one would favour dead inputs.
         comparison_group: of an unstructured pattern. "row": within each output row, as in Wanda, so that only the scores differ;
             "matrix": over the whole matrix, the default of the authors' code.
-
-    Raises:
-        ValueError: a negative `activation_power`, which would favour dead inputs, or an unknown comparison group.
     """
 
     statistic = SquaredNorm
 
     def __init__(self, activation_power: float = 0.5, comparison_group: ComparisonGroup = "row") -> None:
-        check_number("pruner.activation_power", activation_power, 0)
         if comparison_group not in ("row", "matrix"):
             raise ValueError(f"pruner.comparison_group={quoted(comparison_group)}: must be row or matrix")
-        self.activation_power = activation_power
+        self.activation_power = check_number("pruner.activation_power", activation_power, 0)
         self.comparison_group = comparison_group
 
     def score(self, W: Tensor, module_name: str) -> Tensor:

@@ -20,20 +20,16 @@ from nnprune.pruners.stacked import StackedPruner
 from nnprune.solvers.cholesky import factor_of_inverse
 from nnprune.statistics import Hessian
 
-NUM_RETRIES = 2
-"""How often the damping is raised tenfold after a failed factorisation."""
-
-MAX_BLOCK_SIZE = 1 << 20
-"""Upper bound of `block_size`: no linear has so many inputs."""
-
-SUB_BLOCK = 16
-"""Columns of a block whose errors are applied to the block's later columns in one product."""
+NUM_RETRIES = 2  # with ten times the damping, after a failed factorisation
+MAX_BLOCK_SIZE = 1 << 20  # no linear has so many inputs
+SUB_BLOCK = 16  # columns of a block whose errors are applied to the block's later columns in one product
 
 
 class SparseGPT(StackedPruner):
     """The official algorithm by default; the options reproduce variants of its mask.
 
-    Dead inputs lose their weights, as in the official code.
+    Dead inputs lose their weights, as in the official code. Raises ValueError for a setting out of range or settings that contradict
+    each other; in `prune_stack` for a hessian that cannot be factorised.
 
     Args:
         block_size: columns whose updates to the rest of the matrix are accumulated into one product.
@@ -42,10 +38,6 @@ class SparseGPT(StackedPruner):
         mask_columns: columns of a slab. The mask of a slab is chosen when its first column is reached.
             None: the block (unstructured), or one group of M (N:M).
         damp_inverse: also damp the inverse hessian before it is factorised.
-
-    Raises:
-        ValueError: a setting out of range or settings that contradict each other; in `prune_stack` a hessian that cannot be
-            factorised.
     """
 
     def __init__(
@@ -58,14 +50,13 @@ class SparseGPT(StackedPruner):
     ) -> None:
         if comparison_group not in ("block", "row"):
             raise ValueError(f"pruner.comparison_group={quoted(comparison_group)}: must be block or row")
-        check_count("pruner.block_size", block_size, 1, MAX_BLOCK_SIZE)
+        self.block_size = check_count("pruner.block_size", block_size, 1, MAX_BLOCK_SIZE)
         if not isinstance(damp_inverse, bool):
             raise ValueError(f"pruner.damp_inverse={quoted(damp_inverse)}: must be true or false")
         if mask_columns is not None:
             check_count("pruner.mask_columns", mask_columns, 1)
             if block_size % mask_columns:
                 raise ValueError(f"pruner.mask_columns={mask_columns}: must divide pruner.block_size={block_size}")
-        self.block_size = block_size
         self.damping = check_positive("pruner.damping", damping)
         self.comparison_group = comparison_group
         self.mask_columns = mask_columns

@@ -23,27 +23,20 @@ from nnprune.patterns import NM, SparsityPattern, keep_where
 from nnprune.pruners.base import Pruner
 from nnprune.statistics import Hessian
 
-PAIRS_AT_ONCE = 1 << 21
-"""Pairs, or weights if those are more, of the rows processed together: bounds memory to about ten float32 tensors of this size."""
-
-SWAPS_PER_STEP = 16
-"""Swaps proposed for a row in one step."""
-
-MIN_GAIN = 1e-6
-"""Smallest gain of a swap, as a fraction of the row's first error if inputs were uncorrelated: less may be float32 rounding."""
+PAIRS_AT_ONCE = 1 << 21  # or weights if those are more, of the rows processed together: about ten float32 tensors of this size
+SWAPS_PER_STEP = 16  # proposed for a row
+MIN_GAIN = 1e-6  # of a swap, as a fraction of the row's first error if inputs were uncorrelated: less may be float32 rounding
 
 
 class Swaps(Pruner):
-    """Starts from a cheap mask and swaps kept for pruned weights while that lowers the row's error on the calibration tokens.
+    """Starts from a cheap mask and swaps kept for pruned weights while that lowers the row's error on the calibration tokens. Raises
+    ValueError for a setting out of range.
 
     Args:
         start: the first mask, "wanda" or "magnitude", compared within each row.
         max_swaps: upper bound of the swaps in a row.
         num_candidates: kept weights of smallest a_u, and pruned weights of smallest b_p, that are paired in a group. The result is a
             local optimum among these pairs. Groups of N:M are usually smaller, so all their pairs count.
-
-    Raises:
-        ValueError: a setting out of range.
     """
 
     statistic = Hessian
@@ -51,11 +44,9 @@ class Swaps(Pruner):
     def __init__(self, start: str = "wanda", max_swaps: int = 100, num_candidates: int = 64) -> None:
         if start not in ("wanda", "magnitude"):
             raise ValueError(f"pruner.start={quoted(start)}: must be wanda or magnitude")
-        check_count("pruner.max_swaps", max_swaps, 1)
-        check_count("pruner.num_candidates", num_candidates, 1)
         self.start = start
-        self.max_swaps = max_swaps
-        self.num_candidates = num_candidates
+        self.max_swaps = check_count("pruner.max_swaps", max_swaps, 1)
+        self.num_candidates = check_count("pruner.num_candidates", num_candidates, 1)
 
     def prune_linear(self, W: Tensor, module_name: str, pattern: SparsityPattern) -> Tensor:
         hessian = self.statistics[module_name].mean()

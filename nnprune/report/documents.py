@@ -1,7 +1,5 @@
 """Markdown files whose marked tables are compared with the records or rewritten from them."""
 
-from __future__ import annotations
-
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +29,9 @@ def build_block(frame: pd.DataFrame, block: Block, name: str) -> tables.Table:
     if block.layout == "methods":
         if block.relative:
             check_known(frame, "pruner", block.relative, f"{where}relative=")
-        options = {**block.filters, "model": block.filters["models"][0], "costs": block.costs, "relative": block.relative}
-        del options["models"]
-        return tables.build_methods_table(frame, block.metric, **options)
+        filters = {**block.filters}
+        [model] = filters.pop("models")
+        return tables.build_methods_table(frame, block.metric, model, block.costs, block.relative, **filters)
     return tables.build_table(frame, block.metric, **block.filters)
 
 
@@ -49,7 +47,7 @@ class Document:
 
 
 def render(frame: pd.DataFrame, path: Path, name: str) -> Document:
-    """The Markdown file at `path`, called `name` in messages. Raises UsageError or MarkerError for what is wrong in it."""
+    """The Markdown file at `path`, called `name` in messages. Raises UsageError for what is wrong in it."""
     try:
         with path.open(encoding="utf-8", newline="") as file:  # newline="": line ends stay as they are
             old = file.read()
@@ -71,8 +69,7 @@ def render(frame: pd.DataFrame, path: Path, name: str) -> Document:
 def render_all(frame: pd.DataFrame, readme: Path | None) -> list[Document]:
     """The file named, or the default ones. All are rendered before any is written, so that an error leaves all alone."""
     if readme is None:
-        paths = {name: Path(name) for name in DOCUMENTS}
-        documents = [render(frame, path, name) for name, path in paths.items() if name == README or path.is_file()]
+        documents = [render(frame, Path(name), name) for name in DOCUMENTS if name == README or Path(name).is_file()]
     else:
         documents = [render(frame, readme, readme.name)]
     if not documents[0].tables:

@@ -1,7 +1,5 @@
 """Names from records as text that cannot break a line, a Markdown table or a LaTeX document, and that differs where they do."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import Counter
@@ -23,7 +21,7 @@ def shorten(text: str, length: int) -> str:
 
 
 def distinct_names(labels: Iterable[str], pretty: Callable[[str], str], reserved: Iterable[str] = ()) -> dict[str, str]:
-    """Label -> `pretty(label)`, visible and unique.
+    """Label -> `pretty(label)`, visible and unique, in the order of `labels`.
 
     Labels with the same pretty name, or with a `reserved` one, are shown as they are; those that still look alike are
     numbered in sorted order.
@@ -39,7 +37,7 @@ def distinct_names(labels: Iterable[str], pretty: Callable[[str], str], reserved
             name = f"{first} ({number})"
         used.add(_appearance(name))
         unique[label] = name
-    return unique
+    return {label: unique[label] for label in names}
 
 
 def _appearance(name: str) -> str:

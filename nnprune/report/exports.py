@@ -1,7 +1,5 @@
 """The collector's frame as CSV and JSON, a row for each record and metric. Names are as in the records."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math
@@ -18,12 +16,8 @@ def to_csv(rows: pd.DataFrame) -> str:
 
 def to_json(rows: pd.DataFrame) -> str:
     """A JSON list of objects. NaN and infinities, which JSON has no numbers for, are null."""
-    plain = rows.astype(object).where(rows.notna(), None).to_dict("records")  # DataFrame.to_json rounds to 10 digits
-    return json.dumps([{key: _finite(value) for key, value in row.items()} for row in plain], indent=2) + "\n"
-
-
-def _finite(value: object) -> object:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    finite = rows.astype(object).where(rows.notna() & ~rows.isin([math.inf, -math.inf]), None)
+    return json.dumps(finite.to_dict("records"), indent=2) + "\n"  # DataFrame.to_json rounds to 10 digits
 
 
 FORMATS = {"csv": to_csv, "json": to_json}

@@ -6,8 +6,6 @@ nothing but the seed, the newest record of each seed. Where experiments compete 
 to another pruner's, is all that is computed here.
 """
 
-from __future__ import annotations
-
 import math
 from datetime import UTC, datetime
 from typing import Any
@@ -16,22 +14,23 @@ import pandas as pd
 
 from nnprune import records
 from nnprune.report.labels import DENSE, normal_sparsity
-from nnprune.report.validation import find_fault, to_float
+from nnprune.report.validation import find_fault
 
 CELL = ["model", "pruner", "sparsity"]
+FIGURES = ["value", "dense_value", "linear_sparsity", "seconds_total"]
 PEAKS = ["peak_host_bytes", "peak_device_bytes"]
-RECORD_COLUMNS = ["value", "dense_value", "linear_sparsity", "seconds_total", *PEAKS, "fingerprint", "finished", "path"]
-SEED_STATISTICS = ["num_seeds", "mean", "std"]
-COLUMNS = [*CELL, "metric", *RECORD_COLUMNS, "experiment", "seed", *SEED_STATISTICS]
-SAME_EXPERIMENT = ("seed", *records.NOT_SCIENCE)
-"""Settings in which records of one experiment may differ."""
+COLUMNS = [*CELL, "metric", *FIGURES, *PEAKS, "fingerprint", "finished", "path", "experiment", "seed"]
+SAME_EXPERIMENT = ("seed", *records.NOT_SCIENCE)  # settings in which records of one experiment may differ
 
 
 def to_frame(found: list[dict[str, Any]]) -> tuple[pd.DataFrame, list[str]]:
     """One row per completed run and metric, oldest first, and one line for each record that is not in the frame.
 
-    `found` is from `records.read_all`. Columns are `COLUMNS`: values in units of the metric, seconds, bytes; `num_seeds`,
-    `mean` and `std` are those of the row's experiment, `std` the sample standard deviation, NaN for a single seed.
+    `found` is from `records.read_all`. Columns are `COLUMNS`, in units of the metric, seconds, bytes, and `num_seeds`, `mean`
+    and `std` of the row's experiment, `std` the sample standard deviation, NaN for a single seed.
+
+    Records of one seed that differ in what no config shows, such as the text in a file, are experiments of their own:
+    the newest of each seed form one, those before them another, named by a number.
     """
     usable, problems = [], []
     for record in found:
@@ -43,9 +42,10 @@ def to_frame(found: list[dict[str, Any]]) -> tuple[pd.DataFrame, list[str]]:
     usable.sort(key=lambda record: (_instant(record["finished"]), record["path"]))
     runs, replaced = _newest_of_each_run(usable)
     rows = [row for record in runs for row in _record_rows(record)]
-    frame = pd.DataFrame(rows, columns=[column for column in COLUMNS if column not in SEED_STATISTICS])
-    frame = frame.astype({**dict.fromkeys(PEAKS, "Int64"), "value": float})
-    return _number_repeated_seeds(frame), problems + replaced
+    frame = pd.DataFrame(rows, columns=COLUMNS).astype({**dict.fromkeys(FIGURES, float), **dict.fromkeys(PEAKS, "Int64")})
+    age = frame.groupby([*CELL, "metric", "experiment", "seed"]).cumcount(ascending=False)
+    frame["experiment"] = frame["experiment"].where(age == 0, frame["experiment"] + "-" + age.astype(str))
+    return _with_seed_statistics(frame), problems + replaced
 
 
 def _instant(finished: str | None) -> float:
@@ -67,11 +67,10 @@ def _newest_of_each_run(usable: list[dict[str, Any]]) -> tuple[list[dict[str, An
     kept, lines = [], []
     for record in usable:
         shown = newest[record["fingerprint"]]
+        names, shown_names = _names(record), _names(shown)
         if record is shown:
             kept.append(record)
-            continue
-        names, shown_names = _names(record), _names(shown)
-        if names != shown_names:
+        elif names != shown_names:
             lines.append(
                 f"{record['path']}: not shown; {names} is the same run (fingerprint {record['fingerprint']}) as "
                 f"{shown_names}, which is shown: {shown['path']}"
@@ -88,20 +87,8 @@ def _names(record: dict[str, Any]) -> str:
     return " / ".join([record["model"], record["pruner"], normal_sparsity(record["sparsity"])])
 
 
-def _number_repeated_seeds(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame, oldest first, with all `COLUMNS`.
-
-    Records of one seed that differ in what no config shows, such as the text in a file, are experiments of their own:
-    the newest of each seed form one, those before them another, named by a number.
-    """
-    key = [*CELL, "metric", "experiment"]
-    age = frame.groupby([*key, "seed"]).cumcount(ascending=False)
-    frame["experiment"] = frame["experiment"].where(age == 0, frame["experiment"] + "-" + age.astype(str))
-    return _with_seed_statistics(frame)[COLUMNS]
-
-
 def _with_seed_statistics(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with `SEED_STATISTICS`, those of the experiment of each row."""
+    """The frame with the number of seeds, the mean and the standard deviation of the experiment of each row."""
     values = frame.groupby([*CELL, "metric", "experiment"])["value"]
     num_seeds = values.transform("size").astype(int)
     complete = values.transform("count") == num_seeds  # if one seed has no figure, the others' mean would mislead
@@ -116,10 +103,10 @@ def _record_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
             "pruner": record["pruner"],
             "sparsity": normal_sparsity(record["sparsity"]),
             "metric": metric,
-            "value": to_float(value),
-            "dense_value": to_float(record["dense_metrics"].get(metric)),
-            "linear_sparsity": to_float(record["linear_sparsity"]),
-            "seconds_total": to_float(record["seconds"].get("total")),
+            "value": value,
+            "dense_value": record["dense_metrics"].get(metric),
+            "linear_sparsity": record["linear_sparsity"],
+            "seconds_total": record["seconds"].get("total"),
             **{name: record[name] for name in PEAKS},
             "fingerprint": record["fingerprint"],
             "finished": record["finished"] or "",
@@ -176,11 +163,6 @@ def relative_to(rows: pd.DataFrame, pruner: str) -> pd.DataFrame:
     key = pd.MultiIndex.from_frame(rows[["model", "sparsity", "seed"]])
     reference = x.set_axis(key)[(rows["pruner"] == pruner).to_numpy()].reindex(key)
     return _with_seed_statistics(rows.assign(value=x / reference.to_numpy(), dense_value=rows["dense_value"] * 0))
-
-
-def newest_per_cell(rows: pd.DataFrame) -> pd.DataFrame:
-    """The newest row of each cell; its `mean` and `std` are those over all seeds."""
-    return rows.drop_duplicates(CELL, keep="last")
 
 
 def dense_values(rows: pd.DataFrame) -> tuple[dict[str, float], set[str]]:

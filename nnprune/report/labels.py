@@ -1,7 +1,5 @@
 """How pruners, sparsities and models are named in tables and plots, and in which order they stand."""
 
-from __future__ import annotations
-
 import re
 
 DENSE = "dense"

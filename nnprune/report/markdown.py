@@ -1,7 +1,5 @@
 """Marked tables in a Markdown file: where they are and what their markers ask for. tables.py builds and renders them."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +12,6 @@ END = re.compile(r"<!--\s*/nnprune:table\s*-->\s*")
 EXAMPLE = "<!-- nnprune:table metric=NAME --> and, on a later line, <!-- /nnprune:table -->"
 LISTS = ("models", "pruners", "sparsities")
 CHOICES = {"layout": ["models", "methods"], "costs": ["true", "false"]}
-
-
-class MarkerError(UsageError):
-    """A marker is wrong: one line that names file, line, fault and remedy."""
 
 
 @dataclass
@@ -36,7 +30,7 @@ class Block:
 def find_blocks(lines: list[str], name: str) -> list[Block]:
     """The marked tables of the file `name`. Markers inside a code fence are an example, not a table.
 
-    Raises MarkerError for a marker without its partner, or with options that are not understood.
+    Raises UsageError for a marker without its partner, or with options that are not understood.
     """
     blocks, fence, opened = [], "", None
     for i, line in enumerate(lines):
@@ -53,32 +47,32 @@ def find_blocks(lines: list[str], name: str) -> list[Block]:
             blocks.append(opened)
             opened = None
         elif start or END.fullmatch(line):
-            raise MarkerError(f"{name}:{i + 1}: marker without its partner; a table needs {EXAMPLE}")
+            raise UsageError(f"{name}:{i + 1}: marker without its partner; a table needs {EXAMPLE}")
     if opened is not None:
-        raise MarkerError(f"{name}:{opened.start + 1}: table without an end; add <!-- /nnprune:table --> below it")
+        raise UsageError(f"{name}:{opened.start + 1}: table without an end; add <!-- /nnprune:table --> below it")
     return blocks
 
 
 def parse_options(text: str, where: str) -> dict[str, Any]:
-    """The options of a marker, as the fields of `Block` other than its lines. Raises MarkerError, prefixed by `where`."""
+    """The options of a marker, as the fields of `Block` other than its lines. Raises UsageError, prefixed by `where`."""
     given = dict(item.partition("=")[::2] for item in text.split())
     for key, value in given.items():
         if key not in ("metric", "relative", *LISTS, *CHOICES) or not value or value not in CHOICES.get(key, [value]):
             choices = [f"{option}={'|'.join(values)}" for option, values in CHOICES.items()]
             usage = ", ".join(["metric=NAME", *(f"{option}=A,B" for option in LISTS), *choices, "relative=PRUNER"])
-            raise MarkerError(f"{where}: '{key}={value}' is not understood; use {usage}")
+            raise UsageError(f"{where}: '{key}={value}' is not understood; use {usage}")
     if "metric" not in given:
-        raise MarkerError(f"{where}: the marker names no metric; write <!-- nnprune:table metric=NAME -->")
+        raise UsageError(f"{where}: the marker names no metric; write <!-- nnprune:table metric=NAME -->")
     filters = {key: list(dict.fromkeys(given[key].split(","))) for key in LISTS if key in given}
     if "sparsities" in filters:
         filters["sparsities"] = [normal_sparsity(value) for value in filters["sparsities"]]
     layout, costs, relative = given.get("layout", "models"), given.get("costs") == "true", given.get("relative")
     if layout == "methods" and len(filters.get("models", [])) != 1:
-        raise MarkerError(f"{where}: layout=methods shows one model; name it with models=NAME")
+        raise UsageError(f"{where}: layout=methods shows one model; name it with models=NAME")
     if layout != "methods" and costs:
-        raise MarkerError(f"{where}: costs=true adds columns to layout=methods; add that, or leave it out")
+        raise UsageError(f"{where}: costs=true adds columns to layout=methods; add that, or leave it out")
     if layout != "methods" and relative:
-        raise MarkerError(f"{where}: relative={relative} is for layout=methods; add that, or leave it out")
+        raise UsageError(f"{where}: relative={relative} is for layout=methods; add that, or leave it out")
     if relative and not given["metric"].endswith("perplexity"):
-        raise MarkerError(f"{where}: relative={relative} compares logarithms of perplexities; {given['metric']} is none")
+        raise UsageError(f"{where}: relative={relative} compares logarithms of perplexities; {given['metric']} is none")
     return {"metric": given["metric"], "filters": filters, "layout": layout, "costs": costs, "relative": relative}

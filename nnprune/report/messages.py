@@ -1,7 +1,5 @@
 """What the collector says: errors, warnings on stderr, tables on stdout."""
 
-from __future__ import annotations
-
 import sys
 
 from nnprune.report.escaping import visible

@@ -10,12 +10,11 @@ import pandas as pd
 
 from nnprune.report import labels
 from nnprune.report.escaping import distinct_names, shorten, visible
-from nnprune.report.frame import dense_values, is_dense, newest_experiments, newest_per_cell
+from nnprune.report.frame import CELL, dense_values, is_dense, newest_experiments
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
 SUFFIXES = (".png", ".pdf", ".svg")
 # Okabe and Ito's palette, which colour-blind readers can tell apart too.
@@ -34,10 +33,12 @@ def plot_sparsity(frame: pd.DataFrame, metric: str, path: Path) -> list[str]:
     Points are means over seeds, bars their standard deviation. N:M patterns are hollow markers at their fraction of zeros,
     1 - N/M; dense is a dashed line. Raises ValueError when there is nothing to draw, OSError when `path` cannot be written.
     """
+    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+
     rows, warnings = newest_experiments(frame[frame["metric"] == metric])
-    cells = newest_per_cell(rows)
+    cells = rows.drop_duplicates(CELL, keep="last")  # `mean` and `std` are those over all seeds
     can_be_drawn = cells["mean"].between(SMALLEST, LARGEST)
-    for *names, mean in cells.loc[~can_be_drawn, ["model", "pruner", "sparsity", "mean"]].itertuples(index=False):
+    for *names, mean in cells.loc[~can_be_drawn, [*CELL, "mean"]].itertuples(index=False):
         warnings.append(f"{' / '.join(names)}: not drawn, a logarithmic axis cannot show {metric} {mean:g}")
     cells = cells[can_be_drawn]
     if cells.empty:
@@ -53,14 +54,17 @@ def plot_sparsity(frame: pd.DataFrame, metric: str, path: Path) -> list[str]:
     models = sorted(cells["model"].unique(), key=labels.model_key)
     titles = distinct_names(models, _short)
     columns = 2 if len(models) == 4 else min(len(models), 3)
-    figure, panels = _make_panels(len(models), columns)
-    for axes, model in zip(panels, models, strict=True):
+    lines = math.ceil(len(models) / columns)
+    figure = Figure(figsize=(max(4.2 * columns, 5.4), 3.4 * lines + 0.7), layout="constrained")
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in panels[len(models) :]:
+        axes.set_visible(False)
+    for axes, model in zip(panels, models, strict=False):
         _draw_panel(axes, pruned[pruned["model"] == model], styles, shapes, dense.get(model))
         axes.set_title(titles[model], fontsize=11, fontweight="bold", parse_math=False)
     figure.supxlabel("sparsity", fontsize=10)
     figure.supylabel(_short(metric.replace("_", " ")), fontsize=10, parse_math=False)
-    handles = _legend_handles({names[pruner]: style for pruner, style in styles.items()}, shapes, bool(dense))
-    _add_legend(figure, handles, 3 * columns)
+    _add_legend(figure, {names[pruner]: style for pruner, style in styles.items()}, shapes, bool(dense), 3 * columns)
     figure.savefig(path, dpi=150)
     return warnings
 
@@ -71,18 +75,6 @@ def _short(name: str) -> str:
 
 def _pretty_pruner(label: str) -> str:
     return _short(labels.pretty_pruner(label))
-
-
-def _make_panels(number: int, columns: int) -> tuple[Figure, list[Axes]]:
-    """An empty figure with this number of visible panels."""
-    from matplotlib.figure import Figure  # not pyplot: no display, no global state
-
-    lines = math.ceil(number / columns)
-    figure = Figure(figsize=(max(4.2 * columns, 5.4), 3.4 * lines + 0.7), layout="constrained")
-    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axes in panels[number:]:
-        axes.set_visible(False)
-    return figure, panels[:number]
 
 
 def _draw_panel(axes: Axes, panel: pd.DataFrame, styles: dict, shapes: dict, dense: float | None) -> None:
@@ -124,8 +116,8 @@ def _format_axes(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _legend_handles(styles: dict, shapes: dict, has_dense: bool) -> dict[str, Line2D]:
-    """Name -> handle: pruners, the dense line, N:M patterns."""
+def _add_legend(figure: Figure, styles: dict, shapes: dict, has_dense: bool, columns: int) -> None:
+    """Pruners, the dense line, N:M patterns."""
     from matplotlib.lines import Line2D
 
     handles = {
@@ -134,10 +126,7 @@ def _legend_handles(styles: dict, shapes: dict, has_dense: bool) -> dict[str, Li
     }
     if has_dense:
         handles[labels.PRETTY[labels.DENSE]] = Line2D([], [], color=GREY, linestyle="--")
-    return handles | {pattern: Line2D([], [], color=GREY, marker=shape, **HOLLOW) for pattern, shape in shapes.items()}
-
-
-def _add_legend(figure: Figure, handles: dict[str, Line2D], columns: int) -> None:
+    handles |= {pattern: Line2D([], [], color=GREY, marker=shape, **HOLLOW) for pattern, shape in shapes.items()}
     # The names are set afterwards: of labels, Matplotlib omits those that begin with _ and reads $ as mathematics.
     numbers = [str(i) for i in range(len(handles))]
     columns = max(min(len(handles), columns), 1)

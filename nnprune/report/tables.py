@@ -6,32 +6,17 @@ Two layouts, both with the dense model on top and the best value of each block a
 sparsity, columns are models, one block for each sparsity. Methods: rows are pruners, columns are sparsities, for one model.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 
 import pandas as pd
 
 from nnprune.report.escaping import distinct_names, escape_latex, escape_markdown
-from nnprune.report.frame import (
-    PEAKS,
-    dense_disagreements,
-    dense_values,
-    is_dense,
-    newest_experiments,
-    newest_per_cell,
-    relative_to,
-)
+from nnprune.report.frame import PEAKS, dense_disagreements, dense_values, is_dense, newest_experiments, relative_to
 from nnprune.report.labels import DENSE, model_key, pretty_pruner, pretty_sparsity, pruner_key, sparsity_key
 
 MISSING = "--"
 GIB = 2**30
-
-
-def higher_is_better(metric: str) -> bool:
-    """True for accuracies; perplexities are better when lower."""
-    return metric.endswith(("accuracy", "acc", "acc_norm"))
 
 
 def format_value(value: float) -> str:
@@ -88,12 +73,10 @@ def build_table(frame: pd.DataFrame, metric: str, **filters: list[str] | None) -
     dense, sources = dense_values(rows)
     blocks = [[_dense_row(["0%"], [dense.get(model) for model in models])]]
     pruned = rows[~is_dense(rows)]
-    sparsities = _sorted_sparsities(pruned)
-    for sparsity, name in _sparsity_names(sparsities).items():
+    for sparsity, name in _sparsity_names(pruned).items():
         blocks.append(_block(pruned[pruned["sparsity"] == sparsity], "model", models, metric, [name], _pruner_names(pruned)))
-    columns = distinct_names(models, str)
-    num_records = len(set(pruned["path"]) | sources)
-    return Table(metric, ["Method", "Sparsity"], [columns[model] for model in models], blocks, num_records, warnings)
+    columns = list(distinct_names(models, str).values())
+    return Table(metric, ["Method", "Sparsity"], columns, blocks, len(set(pruned["path"]) | sources), warnings)
 
 
 def build_methods_table(
@@ -120,11 +103,11 @@ def build_methods_table(
         caption += f", ln(value / dense) relative to {names.get(relative, pretty_pruner(relative))}'s"
     dense, sources = dense_values(rows)
     pruned = rows[~is_dense(rows)]
-    sparsities = _sorted_sparsities(pruned)
+    sparsities = _sparsity_names(pruned)
     blocks = [[_dense_row([], [dense.get(model)] * len(sparsities))]]
     if sparsities:
-        blocks.append(_block(pruned, "sparsity", sparsities, metric, [], names))
-    columns = list(_sparsity_names(sparsities).values())
+        blocks.append(_block(pruned, "sparsity", list(sparsities), metric, [], names))
+    columns = list(sparsities.values())
     if costs:
         columns += _append_costs(blocks, pruned)
     return Table(caption, ["Method"], columns, blocks, len(set(pruned["path"]) | sources), warnings)
@@ -149,34 +132,25 @@ def _pruner_names(pruned: pd.DataFrame) -> dict[str, str]:
     return distinct_names(pruned["pruner"].unique(), pretty_pruner, reserved=[pretty_pruner(DENSE)])
 
 
-def _sparsity_names(sparsities: list[str]) -> dict[str, str]:
-    """Sparsity -> unique name, in the order given."""
-    names = distinct_names(sparsities, pretty_sparsity)
-    return {sparsity: names[sparsity] for sparsity in sparsities}
-
-
-def _sorted_sparsities(rows: pd.DataFrame) -> list[str]:
-    return sorted(rows["sparsity"].unique(), key=lambda label: (sparsity_key(label), label))
+def _sparsity_names(pruned: pd.DataFrame) -> dict[str, str]:
+    """Sparsity -> unique name, in the order of blocks or columns."""
+    sparsities = sorted(pruned["sparsity"].unique(), key=lambda label: (sparsity_key(label), label))
+    return distinct_names(sparsities, pretty_sparsity)
 
 
 def _append_costs(blocks: list[list[Row]], pruned: pd.DataFrame) -> list[str]:
-    """Add the costs of its runs to each row; returns the names of the new columns."""
-    costs = _costs(pruned)
-    of_dense = [math.nan] * len(costs.columns)  # a dense run prunes nothing
-    for row, values in zip([row for block in blocks for row in block], [of_dense, *costs.to_numpy()], strict=True):
-        row.cells += [MISSING if math.isnan(value) else f"{value:.{0 if value >= 10 else 1}f}" for value in values]
-        row.best += [False] * len(values)
-    return list(costs.columns)
-
-
-def _costs(pruned: pd.DataFrame) -> pd.DataFrame:
-    """Seconds and GiB, a row for each pruner in the order of a block's rows."""
+    """Add the seconds and GiB of its runs to each row; returns the names of the new columns."""
     groups = pruned.groupby("pruner")
     peaks = groups[PEAKS].max().astype(float).replace(0, math.nan) / GIB  # a run on a CPU uses no device memory
     costs = pd.DataFrame({"Seconds": groups["seconds_total"].mean(), "GiB": peaks["peak_host_bytes"]})
     if peaks["peak_device_bytes"].notna().any():
         costs["GiB of device"] = peaks["peak_device_bytes"]
-    return costs.reindex(sorted(costs.index, key=pruner_key))
+    costs = costs.reindex(sorted(costs.index, key=pruner_key))
+    of_dense = [math.nan] * len(costs.columns)  # a dense run prunes nothing
+    for row, values in zip([row for block in blocks for row in block], [of_dense, *costs.to_numpy()], strict=True):
+        row.cells += [MISSING if math.isnan(value) else f"{value:.{0 if value >= 10 else 1}f}" for value in values]
+        row.best += [False] * len(values)
+    return list(costs.columns)
 
 
 def _dense_row(extra_head: list[str], values: list[float | None]) -> Row:
@@ -188,9 +162,10 @@ def _block(
 ) -> list[Row]:
     """A row for each pruner, called as `names` says. Columns are values of the frame's column `across`."""
     # A pivot each: columns of both at once would be a MultiIndex, in which an empty name means something else.
-    cells = newest_per_cell(rows)
+    cells = rows.drop_duplicates(["pruner", across], keep="last")  # `mean` and `std` are those over all seeds
     means, stds = (cells.pivot(index="pruner", columns=across, values=v).reindex(columns=columns) for v in ("mean", "std"))
-    best = means.max() if higher_is_better(metric) else means.min()
+    is_accuracy = metric.endswith(("accuracy", "acc", "acc_norm"))
+    best = means.max() if is_accuracy else means.min()
     contested = means.notna().sum() > 1  # a value alone in its column is not worth a mark
     block = []
     for pruner in sorted(means.index, key=pruner_key):

@@ -1,9 +1,6 @@
 """Which records the collector can use. `records.read_all` has checked that they are JSON with the keys of a record."""
 
-from __future__ import annotations
-
 import json
-import math
 import sys
 from dataclasses import fields
 from types import NoneType, UnionType
@@ -71,11 +68,6 @@ def _is_of_type(value: Any, kind: Any) -> bool:
     if kind is int:  # integers of a table's column have 64 bits
         return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
     return value is None if kind is NoneType else isinstance(value, kind)
-
-
-def to_float(value: float | str | None) -> float:
-    """A figure of a usable record; NaN for a missing one."""
-    return math.nan if value is None else float(value)
 
 
 def _excerpt(value: Any) -> str:
