@@ -148,7 +148,7 @@ def test_no_mutation_of_a_record_stops_the_collector_or_moves_another_row(change
         frame, problems = to_frame(found)
         kept = frame[frame["path"].isin(map(str, paths))]
         assert sorted(kept["pruner"]) == ["alps", "ria"] and set(kept["mean"]) == {20.0}
-        assert (str(mutated) in set(frame["path"])) + len(broken) + len(problems) + (content.get("metrics") == {}) >= 1
+        assert (str(mutated) in set(frame["path"])) + len(broken) + len(problems) + (content.get("metrics", {}) == {}) >= 1
         status, out, err = collect(root, "--metric", "demo_perplexity")
         assert status == 0 and out.count("20.00") == 2 and all(line.startswith("warning: ") for line in err.splitlines())
         assert len(err.splitlines()) <= 2
