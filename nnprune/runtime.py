@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.distributed import is_torchelastic_launched
 
 from nnprune.checks import check_count, quoted
 from nnprune.kernels import library
@@ -71,15 +72,19 @@ class Runtime:
             raise ValueError(f"runtime.device={quoted(self.device)}: must be auto, cpu, cuda or cuda:N")
         if self.torch_device.type == "cuda" and (self.torch_device.index or 0) >= torch.cuda.device_count():
             raise ValueError(
-                f"runtime.device={self.device}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu"
+                f"runtime.device={self.torch_device}: this machine has {torch.cuda.device_count()} CUDA devices; "
+                "use cpu, another device or fewer processes"
             )
 
     @property
     def torch_device(self) -> torch.device:
-        """The device that runs the layers."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        """The device that runs the layers. Each process that torchrun starts on this machine has its own."""
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and is_torchelastic_launched():
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        return torch.device(device)
 
     def rows_per_batch(self, seq_len: int) -> int:
         """Rows of `seq_len` tokens in one forward."""

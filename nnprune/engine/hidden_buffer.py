@@ -31,8 +31,8 @@ class HiddenBuffer:
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, offload: str, path: Path) -> None:
         self.device = device
         self.shape = shape
-        self.path = path if offload == "disk" else None
         size = math.prod(shape)
+        self.path = path if offload == "disk" and size else None  # no file of no bytes can be mapped
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _reserve(path, size * dtype.itemsize)

@@ -14,6 +14,7 @@ from torch import Tensor
 from nnprune.allocations.base import Plan
 from nnprune.allocations.uniform import Uniform
 from nnprune.calibration import token_hash
+from nnprune.engine import parallel
 from nnprune.engine.consistency_check import check_consistency
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.layer_files import LayerFiles
@@ -78,7 +79,7 @@ class Job:
             with self.stopwatch.stage("save"):
                 self._save(record)
         else:  # a model that an earlier run saved is not the one that this record describes
-            shutil.rmtree(experiment.folder / "model", ignore_errors=True)
+            parallel.on_rank_0(shutil.rmtree)(experiment.folder / "model", ignore_errors=True)
         self._finish(record, experiment)
         return record
 
@@ -136,6 +137,7 @@ class Job:
             if (num_cells := max(report["num_cells"] for report in reports)) > 1:
                 pruned.notes.append(f"pruned in one pass with {num_cells - 1} other cells; `seconds` leaves that pass out")
 
+    @parallel.on_rank_0
     def _save(self, record: RunRecord) -> None:
         keys = ("model", "pruner", "sparsity", "fingerprint", "metrics", "dense_metrics")
         summary = {key: getattr(record, key) for key in keys}
@@ -143,6 +145,7 @@ class Job:
         save_model(self.engine.store, self.tokenizer, self.experiment.source.generation_config(), summary, target)
         log.info("model: %s", target)
 
+    @parallel.on_rank_0
     def _finish(self, record: RunRecord, experiment: Experiment) -> None:
         """Write a record, and remove what only a resumed run would need."""
         runtime = self.experiment.runtime
@@ -155,11 +158,14 @@ class Job:
         record.peak_device_bytes = peak_device_bytes()
         if runtime.batch_tokens != self.experiment.config["runtime"]["batch_tokens"]:
             record.notes.append(f"out of device memory: went on with runtime.batch_tokens={runtime.batch_tokens}")
+        if parallel.is_distributed():
+            record.notes.append(f"computed by {parallel.world_size()} processes; peaks of memory are those of the first")
         record.finished = datetime.now(UTC).isoformat(timespec="seconds")
         record.write(experiment.folder)
         shutil.rmtree(experiment.folder / SCRATCH, ignore_errors=True)
 
 
+@parallel.on_rank_0
 def _read_dense(folder: Path) -> RunRecord | None:
     """The dense model's record; None, with a warning, if it is damaged."""
     try:
@@ -227,4 +233,5 @@ def _engine(experiment: Experiment, config: Any) -> LayerwiseEngine:
     checkpoint = source.checkpoint(decoder.model) if lazy else None
     layer_files = LayerFiles(experiment.folder / SCRATCH, decoder.path)
     store = LayerStore(decoder, runtime.torch_device, runtime.layers, layer_files, checkpoint, experiment.computing_dtype)
-    return LayerwiseEngine(decoder, store, runtime, experiment.folder)
+    scratch = experiment.folder / SCRATCH / f"rank-{parallel.rank()}" if parallel.rank() else experiment.folder
+    return LayerwiseEngine(decoder, store, runtime, scratch)

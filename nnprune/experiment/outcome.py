@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nnprune.engine import parallel
 from nnprune.experiment.build import Experiment, run_folder
 from nnprune.experiment.job import SCRATCH
 from nnprune.records import RecordError, RunRecord, fingerprint, read, read_completed
@@ -16,6 +17,7 @@ from nnprune.records import RecordError, RunRecord, fingerprint, read, read_comp
 log = logging.getLogger(__name__)
 
 
+@parallel.on_rank_0
 def finished_record(experiment: Experiment, keep_layers: bool = False) -> RunRecord | None:
     """The record of this experiment if it is completed and has everything that was asked for; None if there is work to do.
 
