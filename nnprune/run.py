@@ -152,9 +152,6 @@ def _main(cfg: DictConfig) -> None:
     from nnprune.engine import parallel
     from nnprune.experiment.outcome import one_line
 
-    parallel.start()
-    if parallel.rank():
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 -- Hydra and libraries print there too
     failure = None
     try:
         if cfg.label is None:
@@ -185,6 +182,12 @@ def _main(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Run the command line."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # by torchrun; otherwise torch need not be imported yet
+        from nnprune.engine import parallel
+
+        parallel.start()
+        if parallel.rank():
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 -- what Hydra and libraries print
     sys.path.append(os.getcwd())  # to import a user's own pruner from the current folder; last, so that it shadows nothing
     sys.argv[1:] = rewrite_sparsity(gather_grid(sys.argv[1:]))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Slurm sends it before it preempts a job

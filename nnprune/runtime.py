@@ -70,6 +70,8 @@ class Runtime:
             raise ValueError(f"runtime.native={quoted(self.native)}: must be true or false")
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
             raise ValueError(f"runtime.device={quoted(self.device)}: must be auto, cpu, cuda or cuda:N")
+        if self.device.startswith("cuda:") and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+            raise ValueError(f"runtime.device={self.device}: each process of torchrun needs its own; set runtime.device=cuda")
         if self.torch_device.type == "cuda" and (self.torch_device.index or 0) >= torch.cuda.device_count():
             raise ValueError(
                 f"runtime.device={self.torch_device}: this machine has {torch.cuda.device_count()} CUDA devices; "

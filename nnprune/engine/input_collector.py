@@ -147,9 +147,10 @@ class InputCollector:
             weight = self.weights[leader].read()
             for kind in sorted(statistics, key=lambda kind: kind.__name__):  # in the same order on all
                 statistics[kind].all_reduce(parallel.all_reduce, weight)
-            own = [weight.new_empty(0, weight.shape[1]), *self._samples[leader]]
-            self._samples[leader] = [parallel.concatenated(torch.cat(own))]
-            self._totals[leader] = parallel.all_reduce(self._totals.get(leader, weight.new_zeros((), dtype=torch.float32)))
+            none = weight.new_zeros(0, weight.shape[1], dtype=torch.float32)
+            self._samples[leader] = [parallel.concatenated(torch.cat([none, *self._samples[leader]]))]
+            if not statistics:
+                self._totals[leader] = parallel.all_reduce(self._totals.get(leader, none.sum()))
 
     def sample(self, names: list[str]) -> Tensor:
         """Some inputs (tokens, I) of the group `names`, float32: the same tokens for every batch size and pruner."""

@@ -29,10 +29,11 @@ def prune_linears(method: Method, plan: Plan, collector: InputCollector, stored_
     Pruned weights are rounded to `stored_dtype` before they are checked and measured. Raises ValueError, naming the linear, for
     a weight that is not finite and for a pruner that breaks its contract.
 
-    Several processes prune some of the groups each. What collects its own statistics has them on rank 0 only.
+    Several processes prune some of the groups each; a pruner that collects its own statistics has them on rank 0.
     """
-    costs = [_cost(collector, names) if method.pruner.shares_statistics else 0 for names in collector.groups]
-    ranks = parallel.assign(costs)
+    ranks = [0] * len(collector.groups)
+    if method.pruner.shares_statistics:
+        ranks = parallel.assign([_cost(collector, names) for names in collector.groups])
     with parallel.together():
         own = [
             _prune_group(method, plan, collector, names, stored_dtype)
