@@ -107,12 +107,11 @@ def test_ranks_share_out_linears_and_all_end_with_the_same_weights(tmp_path):
     expected, expected_reports, expected_weights = torch.load(tmp_path / "one" / "0.pt")
     assert on_ranks(prune_llama, tmp_path) == [0, 0]
     (first, reports, weights), (second, *others) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert len(expected) == 21 and not first.keys() & second.keys()
-    assert min(len(first), len(second)) > 5
+    assert len(expected) == len(first) + len(second) == 21 and first and second
     for name, hessian in (first | second).items():
         torch.testing.assert_close(hessian, expected[name], rtol=1e-3, atol=1e-5)
-    assert reports == others[0]
-    for report, of_one in zip(reports, expected_reports, strict=True):
+    for report, of_second, of_one in zip(reports, others[0], expected_reports, strict=True):
+        assert report | {"seconds": 0} == of_second | {"seconds": 0}
         assert [linear["name"] for linear in report["linears"]] == [linear["name"] for linear in of_one["linears"]]
         for linear, one in zip(report["linears"], of_one["linears"], strict=True):
             assert linear["relative_error"] == pytest.approx(one["relative_error"], rel=1e-2)
@@ -146,7 +145,6 @@ COMBINATIONS = [
     ("pruner=sparsegpt", "calibration.num_samples=1"),
     ("pruner=sparsegpt", "target=asymmetric", "propagate=sequential", "runtime=low_memory"),
     ("pruner=wanda", "allocation=owl", "recover=next_layer", "model.dtype=float32"),
-    ("pruner=magnitude",),
 ]
 
 
@@ -162,12 +160,11 @@ def test_two_processes_prune_as_one(options, tiny_config, tmp_path):
     assert not list(two.rglob("unfinished"))
 
 
-@pytest.mark.parametrize("options", [("pruner=sparsegpt",), ("pruner=sparsegpt", "runtime=low_memory")], ids=" ".join)
-@pytest.mark.parametrize("num_ranks", [1, 3])
-def test_another_number_of_processes_resumes_after_kill_9(options, num_ranks, tiny_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("runtime", "num_ranks"), [("cpu", 1), ("low_memory", 3)])
+def test_another_number_of_processes_resumes_after_kill_9(runtime, num_ranks, tiny_config, tmp_path, monkeypatch):
     one, two = tmp_path / "one", tmp_path / "two"
-    expected = run(tiny_config(*options, "save=true", f"outputs={one}"))
-    cfg = tiny_config(*options, "save=true", f"outputs={two}")
+    expected = run(tiny_config("pruner=sparsegpt", f"runtime={runtime}", "save=true", f"outputs={one}"))
+    cfg = tiny_config("pruner=sparsegpt", f"runtime={runtime}", "save=true", f"outputs={two}")
     write = LayerFiles.write
 
     def write_first(self, index, *arguments):
@@ -227,29 +224,6 @@ def test_what_cannot_be_shared_out_is_left_to_the_first_process(tiny_config, tmp
     assert record["metrics"] == pytest.approx(expected.metrics, rel=1e-5) and record["metrics"]["rows"] == 3
 
 
-def torchrun(*arguments, cwd):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "nnprune.run"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*command, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=HANGS, check=False
-    )
-
-
-DEMO = ("calibration.num_samples=5", "calibration.seq_len=64", "evaluation.max_windows=5", "evaluation.seq_len=64")
-
-
-def test_torchrun_runs_sweeps_and_the_first_process_logs(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    found = torchrun("-m", "pruner=wanda,magnitude", *DEMO, f"outputs={two}", cwd=tmp_path)
-    assert found.returncode == 0, found.stdout + found.stderr
-    for pruner in ("wanda", "magnitude"):
-        assert found.stdout.count(f"demo  {pruner}  0.5  ") == 1
-        expected = run(compose_config(f"pruner={pruner}", *DEMO, f"outputs={one}"))
-        [path] = two.glob(f"demo/0.5/{pruner}-*/result.json")
-        assert json.loads(path.read_text())["metrics"] == pytest.approx(expected.metrics, rel=2e-3)
-    assert found.stdout.count("layer 6/6 ") == 2
-
-
 FAILING = """
 import os
 from nnprune.pruners.wanda import Wanda
@@ -263,10 +237,22 @@ class Failing(Wanda):
 """
 
 
-def test_a_process_that_fails_ends_all_with_its_error(tmp_path):
+def test_torchrun_goes_on_after_one_process_failed_and_the_first_logs(tmp_path):
     (tmp_path / "failing_on_rank_1.py").write_text(FAILING)
-    found = torchrun("pruner=custom", "pruner._target_=failing_on_rank_1.Failing", *DEMO, f"outputs={tmp_path}", cwd=tmp_path)
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings = ["pruner=custom", *(f"calibration.{key}" for key in ("num_samples=5", "seq_len=64"))]
+    settings += [f"evaluation.{key}" for key in ("max_windows=5", "seq_len=64")]
+    own, wanda = "failing_on_rank_1.Failing", "nnprune.pruners.wanda.Wanda"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "nnprune.run", "-m"]
+    command += [f"pruner._target_={own},{wanda}", *settings, f"outputs={two}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANGS, check=False)
     assert found.returncode != 0
     assert found.stdout.count("RuntimeError: rank 1: RuntimeError: cannot do it") == 1
     assert 'raise RuntimeError("cannot do it")' in found.stdout  # of its traceback
-    assert record_in(tmp_path)["error"] == "rank 1: RuntimeError: cannot do it"
+    assert [found.stdout.count(line) for line in ("layer 6/6 ", "record: ")] == [1, 1]
+    records = [json.loads(path.read_text()) for path in two.glob("demo/0.5/*/result.json")]
+    failed, completed = sorted(records, key=lambda record: record["error"] is None)
+    assert failed["error"] == "rank 1: RuntimeError: cannot do it"
+    expected = run(compose_config(*settings, f"pruner._target_={wanda}", f"outputs={one}"))
+    assert completed["metrics"] == pytest.approx(expected.metrics, rel=2e-3)
