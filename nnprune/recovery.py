@@ -21,14 +21,13 @@ Run = Callable[[nn.Module, Tensor], Tensor]
 """Runs a decoder layer: (layer, inputs (B, T, D)) -> outputs (B, T, D)."""
 
 
-Reduce = Callable[[Tensor], Tensor]
-"""Replaces a tensor by its sum over all processes, and returns it."""
-
-
 class Rows(Protocol):
-    """Hidden states (N, T, D), wherever they are offloaded. Several processes hold a share of the rows each."""
+    """Hidden states (N, T, D), wherever they are offloaded. Of several processes each holds a share of the rows."""
 
     shape: tuple[int, int, int]
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its sum over all processes, in place, and return it."""
 
     def pick(self, rows: Tensor) -> Tensor:
         """The hidden states (B, T, D) of those of `rows` that this process holds, in that order, on the device."""
@@ -45,18 +44,9 @@ class Recovery:
         """Whether any layer is tuned."""
         return self.epochs_before + self.epochs_after > 0
 
-    def tune(
-        self,
-        index: int,
-        layer: nn.Module,
-        run: Run,
-        inputs: Rows,
-        targets: Rows,
-        num_epochs: int,
-        reduce: Reduce | None = None,
-    ) -> dict[str, Any]:
+    def tune(self, index: int, layer: nn.Module, run: Run, inputs: Rows, targets: Rows, num_epochs: int) -> dict[str, Any]:
         """Tune the weights of decoder layer `index` in place, zeros excepted, from its `inputs` for the calibration towards the dense
-        model's outputs `targets`, all processes alike; `reduce` is None if there is one. Returns a report for the record."""
+        model's outputs `targets`, in all processes alike. Returns a report for the record."""
         raise NotImplementedError
 
 
@@ -95,16 +85,7 @@ class Reconstruction(Recovery):
         self.batch_tokens = batch_tokens
         self.holdout = check_positive("recover.holdout", holdout, below=1)
 
-    def tune(
-        self,
-        index: int,
-        layer: nn.Module,
-        run: Run,
-        inputs: Rows,
-        targets: Rows,
-        num_epochs: int,
-        reduce: Reduce | None = None,
-    ) -> dict[str, Any]:
+    def tune(self, index: int, layer: nn.Module, run: Run, inputs: Rows, targets: Rows, num_epochs: int) -> dict[str, Any]:
         num_rows, seq_len = inputs.shape[:2]
         if num_rows < 2:
             raise ValueError(f"calibration.num_samples={num_rows}: recover needs one sequence to tune on and one to hold out")
@@ -122,7 +103,7 @@ class Reconstruction(Recovery):
         def held_out() -> float:
             with torch.no_grad():
                 loss = sum(float(loss_of(rows)) * len(rows) for rows in held.split(batch)) / num_held
-                return float(reduce(torch.tensor(loss, dtype=torch.float64))) if reduce else loss
+                return float(inputs.total(torch.tensor(loss, dtype=torch.float64)))
 
         first = best = held_out()
         kept = [parameter.detach().clone() for parameter in parameters]
@@ -140,8 +121,10 @@ class Reconstruction(Recovery):
                         group["lr"] = self.lr * group["scale"] * _schedule(step, num_steps)
                     optimizer.zero_grad()
                     loss_of(rows).backward()
-                    if reduce:
-                        _reduce_gradients(parameters, reduce)
+                    for parameter in parameters:
+                        if parameter.grad is None:  # another process holds these rows
+                            parameter.grad = torch.zeros_like(parameter)
+                        inputs.total(parameter.grad)
                     optimizer.step()
                     with torch.no_grad():
                         for parameter, support in supports:
@@ -165,14 +148,6 @@ def _loss(run: Run, layer: nn.Module, inputs: Rows, targets: Rows, rows: Tensor)
     with torch.autocast(hidden.device.type, dtype=torch.bfloat16, enabled=hidden.dtype != torch.float32):
         output = run(layer, hidden.float())
     return ((output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean() * (len(hidden) / len(rows))
-
-
-def _reduce_gradients(parameters: list[nn.Parameter], reduce: Reduce) -> None:
-    """Replace gradients by their sums over all processes, in one exchange."""
-    own = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in parameters]
-    total = reduce(torch.cat([gradient.flatten() for gradient in own]))
-    for parameter, gradient in zip(parameters, total.split([one.numel() for one in own]), strict=True):
-        parameter.grad = gradient.view_as(parameter)
 
 
 def _rms(parameter: Tensor) -> float:

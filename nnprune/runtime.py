@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.distributed import is_torchelastic_launched
 
 from nnprune.checks import check_count, quoted
 from nnprune.kernels import library
@@ -84,7 +83,7 @@ class Runtime:
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and is_torchelastic_launched():
+        if device == "cuda" and "TORCHELASTIC_RUN_ID" in os.environ:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         return torch.device(device)
 

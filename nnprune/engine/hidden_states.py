@@ -73,6 +73,10 @@ class HiddenStates:
         held = rows[(rows >= self.share.start) & (rows < self.share.stop)]
         return self.activations.pick(held - self.share.start)
 
+    def total(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its sum over all processes, in place, and return it."""
+        return parallel.all_reduce(tensor)
+
     def each_batch(self, step: Callable[[slice, Tensor], Tensor | None]) -> None:
         """Call `step(rows, hidden)` for every batch of hidden states (B, T, D), and replace them by what it returns, if anything.
 

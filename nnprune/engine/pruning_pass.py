@@ -200,9 +200,8 @@ class PruningPass:
         """Tune layer `index` towards the reference, which has passed through the dense layer already."""
         propagation.invalidate()
         recovery, run = self.tasks[0].method.recovery, partial(propagation.calibration.run, index)
-        reduce = parallel.all_reduce if parallel.is_distributed() else None
         with self.stopwatch.stage("recover"):
-            report = recovery.tune(index, layer, run, propagation.calibration, propagation.reference, num_epochs, reduce)
+            report = recovery.tune(index, layer, run, propagation.calibration, propagation.reference, num_epochs)
             for parameter in layer.parameters():
                 parallel.broadcast(parameter.data)  # rounded otherwise where another device computed it
             return report
