@@ -5,7 +5,7 @@ Letters: N rows (windows), T tokens of a row, V vocabulary.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,9 @@ class Evaluator(ABC):
 
     seq_len: int
     """T, at most the model's number of positions."""
+
+    combine: Callable[[list[tuple[int, dict[str, float]]]], dict[str, float]] | None = None
+    """The metrics of all rows, from (number of rows, metrics) of each part that a process measured. None: one measures all."""
 
     def check(self) -> None:
         """Raise ValueError for settings that can be refused before anything is read."""
@@ -92,6 +95,11 @@ class Perplexity(Evaluator):
                 f"{self.name} perplexity: the model gives NaN or infinite logits; try model.dtype=float32 or bfloat16"
             )
         return {f"{self.name}_perplexity": math.exp(min(mean, 700))}  # above 700 a float overflows
+
+    def combine(self, parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+        metric = f"{self.name}_perplexity"
+        total = math.fsum(num_windows * math.log(metrics[metric]) for num_windows, metrics in parts)
+        return {metric: math.exp(total / sum(num_windows for num_windows, _ in parts))}
 
 
 class Evaluation:

@@ -21,12 +21,15 @@ Run = Callable[[nn.Module, Tensor], Tensor]  # runs a decoder layer: (layer, inp
 
 
 class Rows(Protocol):
-    """Hidden states (N, T, D), wherever they are offloaded."""
+    """Hidden states (N, T, D), wherever they are offloaded. Of several processes each holds a share of the rows."""
 
     shape: tuple[int, int, int]
 
+    def total(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its sum over all processes, in place, and return it."""
+
     def pick(self, rows: Tensor) -> Tensor:
-        """The hidden states (B, T, D) of `rows` (B,), in that order, on the device."""
+        """The hidden states (B, T, D) of those of `rows` that this process holds, in that order, on the device."""
 
 
 class Recovery:
@@ -42,7 +45,7 @@ class Recovery:
 
     def tune(self, index: int, layer: nn.Module, run: Run, inputs: Rows, targets: Rows, num_epochs: int) -> dict[str, Any]:
         """Tune the weights of decoder layer `index` in place, zeros excepted, from its `inputs` for the calibration towards the dense
-        model's outputs `targets`. Returns a report for the record."""
+        model's outputs `targets`, in all processes alike. Returns a report for the record."""
         raise NotImplementedError
 
 
@@ -92,7 +95,8 @@ class Reconstruction(Recovery):
 
         def held_out() -> float:
             with torch.no_grad():
-                return sum(float(loss_of(rows)) * len(rows) for rows in held.split(batch)) / num_held
+                loss = sum(float(loss_of(rows)) * len(rows) for rows in held.split(batch)) / num_held
+                return float(inputs.total(torch.tensor(loss, dtype=torch.float64)))
 
         first = best = held_out()
         kept = [parameter.detach().clone() for parameter in parameters]
@@ -108,6 +112,10 @@ class Reconstruction(Recovery):
                         group["lr"] = self.lr * group["scale"] * _schedule(step, num_steps)
                     optimizer.zero_grad()
                     loss_of(rows).backward()
+                    for parameter in parameters:
+                        if parameter.grad is None:  # another process holds these rows
+                            parameter.grad = torch.zeros_like(parameter)
+                        inputs.total(parameter.grad)
                     optimizer.step()
                     with torch.no_grad():
                         for parameter, support in supports:
@@ -123,12 +131,14 @@ class Reconstruction(Recovery):
 
 
 def _loss(run: Run, layer: nn.Module, inputs: Rows, targets: Rows, rows: Tensor) -> Tensor:
-    """The normalised squared error of a layer with float32 weights on rows (B,) of the calibration."""
+    """The normalised squared error of a layer with float32 weights on rows (B,) of the calibration: the part of this process."""
     hidden, target = inputs.pick(rows), targets.pick(rows).float()
+    if not len(hidden):
+        return torch.zeros((), requires_grad=True)
     # 16-bit models multiply in bfloat16; the weights stay float32
     with torch.autocast(hidden.device.type, dtype=torch.bfloat16, enabled=hidden.dtype != torch.float32):
         output = run(layer, hidden.float())
-    return ((output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean()
+    return ((output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean() * (len(hidden) / len(rows))
 
 
 def _rms(parameter: Tensor) -> float:

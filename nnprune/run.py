@@ -38,6 +38,7 @@ def run(cfg: DictConfig, pruner: Any = None, keep_layers: bool = False) -> RunRe
     overwrite=true. An error is recorded before it is raised.
     """
     # Imported here because torch takes seconds to import, which --help and mistyped options do not need.
+    from nnprune.engine import parallel
     from nnprune.experiment.build import build
     from nnprune.experiment.folder import locked, logged
     from nnprune.experiment.job import Job
@@ -46,8 +47,9 @@ def run(cfg: DictConfig, pruner: Any = None, keep_layers: bool = False) -> RunRe
 
     experiment = None
     try:
-        experiment = build(cfg, pruner)
-        with locked(experiment.folder), logged(experiment.folder):
+        with parallel.together():
+            experiment = build(cfg, pruner)
+        with parallel.together(), locked(experiment.folder), logged(experiment.folder):
             record = reusable_record(experiment, keep_layers)
             if record is None:
                 record = Job(experiment).run()
@@ -59,7 +61,8 @@ def run(cfg: DictConfig, pruner: Any = None, keep_layers: bool = False) -> RunRe
             log.info("record: %s", experiment.folder / RESULT_FILE)
             return record
     except Exception as error:
-        record_failure(cfg, experiment, error)
+        if parallel.rank() == 0:
+            record_failure(cfg, experiment, error)
         raise
 
 
@@ -68,6 +71,7 @@ def run_grid(cfgs: Sequence[DictConfig]) -> list[RunRecord]:
 
     `cfgs` may differ in pruner and sparsity only. The first error of a cell is raised after all cells are done.
     """
+    from nnprune.engine import parallel
     from nnprune.experiment.build import build
     from nnprune.experiment.folder import locked
     from nnprune.experiment.grid import check_grid, prune_grid
@@ -78,7 +82,8 @@ def run_grid(cfgs: Sequence[DictConfig]) -> list[RunRecord]:
     unfinished = []
     for cfg in cfgs:
         try:
-            experiment = build(cfg)
+            with parallel.together():
+                experiment = build(cfg)
         except ValueError:  # reported and recorded by its own run below
             continue
         with locked(experiment.folder):
@@ -129,6 +134,9 @@ def prune(pruner: Any, model_name: str = "demo", sparsity: float | str = 0.5, ov
     Raises:
         ValueError: an invalid setting, with the remedy.
     """
+    from nnprune.engine import parallel
+
+    parallel.start()
     is_demo = model_name == "demo"
     kind = "demo" if is_demo else "local" if Path(model_name).is_dir() else "hub"
     settings = rewrite_sparsity([f"model={kind}", "pruner=custom", *overrides])
@@ -145,6 +153,7 @@ def prune(pruner: Any, model_name: str = "demo", sparsity: float | str = 0.5, ov
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def _main(cfg: DictConfig) -> None:
+    from nnprune.engine import parallel
     from nnprune.experiment.outcome import one_line
 
     failure = None
@@ -152,12 +161,13 @@ def _main(cfg: DictConfig) -> None:
         if cfg.label is None:
             chosen = HydraConfig.get()
             cfg.label = label_of(cfg, chosen.runtime.choices, chosen.overrides.task)
+        if cfg.plan and parallel.is_distributed():
+            raise ValueError("plan=true: estimates the cost of one process; run it without torchrun")
         if cfg.plan:
             show_estimate(grid_cells(cfg) if is_grid(cfg) else [cfg])
-        elif is_grid(cfg):
-            run_grid(grid_cells(cfg))
         else:
-            run(cfg)
+            with parallel.together():
+                run_grid(grid_cells(cfg)) if is_grid(cfg) else run(cfg)
     except (ValueError, OSError) as error:  # what a user can fix
         failure = one_line(error)
         log.error("error: %s", failure)
@@ -170,11 +180,18 @@ def _main(cfg: DictConfig) -> None:
             "unexpected error\n%s", traceback.format_exc()
         )  # as text, because a log record of it would keep the model alive
     if failure:  # raised here because Hydra keeps it for the whole sweep, and a traceback would keep the model alive
+        parallel.wait()  # torchrun ends all processes when one has ended: not before the first has logged
         raise RunFailed(failure)
 
 
 def main() -> None:
     """Run the command line."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # by torchrun; otherwise torch need not be imported yet
+        from nnprune.engine import parallel
+
+        parallel.start()
+        if parallel.rank():
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 -- what Hydra and libraries print
     sys.path.append(os.getcwd())  # to import a user's own pruner from the current folder; last, so that it shadows nothing
     sys.argv[1:] = rewrite_sparsity(gather_grid(sys.argv[1:]))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Slurm sends it before it preempts a job

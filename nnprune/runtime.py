@@ -69,17 +69,23 @@ class Runtime:
             raise ValueError(f"runtime.native={quoted(self.native)}: must be true or false")
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
             raise ValueError(f"runtime.device={quoted(self.device)}: must be auto, cpu, cuda or cuda:N")
+        if self.device.startswith("cuda:") and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+            raise ValueError(f"runtime.device={self.device}: each process of torchrun needs its own; set runtime.device=cuda")
         if self.torch_device.type == "cuda" and (self.torch_device.index or 0) >= torch.cuda.device_count():
             raise ValueError(
-                f"runtime.device={self.device}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu"
+                f"runtime.device={self.torch_device}: this machine has {torch.cuda.device_count()} CUDA devices; "
+                "use cpu, another device or fewer processes"
             )
 
     @property
     def torch_device(self) -> torch.device:
-        """The device that runs the layers."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        """The device that runs the layers. Each process that torchrun starts on this machine has its own."""
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and "TORCHELASTIC_RUN_ID" in os.environ:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        return torch.device(device)
 
     def rows_per_batch(self, seq_len: int) -> int:
         """Rows of `seq_len` tokens in one forward."""

@@ -59,12 +59,15 @@ class InputStatistic(ABC):
             self.num_tokens += other.num_tokens
             self._memo.clear()
 
-    def all_reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Sum over all processes; `reduce` replaces a tensor by its sum over them and returns it."""
-        if self._sum is not None:
-            count = reduce(torch.tensor(self.num_tokens, dtype=torch.int64, device=self._sum.device))
-            self._sum, self.num_tokens = reduce(self._sum), int(count)
-            self._memo.clear()
+    def all_reduce(self, reduce: Callable[[Tensor], Tensor], weight: Tensor) -> None:
+        """Sum over all processes, some of which may have no tokens.
+
+        `reduce` replaces a tensor by its sum over processes and returns it; `weight` (O, I) is that of a linear with this input.
+        """
+        if self._sum is None:
+            self._sum = torch.zeros(self._shape(weight.shape[1]), dtype=torch.float32, device=weight.device)
+        self._sum, self.num_tokens = reduce(self._sum), int(reduce(torch.tensor(self.num_tokens)))
+        self._memo.clear()
 
     def mean(self) -> Tensor:
         """The sum divided by the number of tokens, float32, as a new tensor. Raises ValueError before the first `add`."""

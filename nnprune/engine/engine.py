@@ -38,9 +38,13 @@ class LayerwiseEngine:
         """Decoder layers of the model."""
         return len(self.decoder.layers)
 
-    def hidden_states(self, ids: Tensor, name: str) -> HiddenStates:
-        """Hidden states at the input of the first decoder layer, for ids (N, T); `name` must differ among those alive."""
-        return HiddenStates(self.decoder, self.runtime, ids, self.scratch / f"activations-{quote(name, safe='')}.bin")
+    def hidden_states(self, ids: Tensor, name: str, whole: bool = False) -> HiddenStates:
+        """Hidden states at the input of the first decoder layer, for ids (N, T); `name` must differ among those alive.
+
+        Several processes share them out, unless they are to stay `whole`.
+        """
+        path = self.scratch / f"activations-{quote(name, safe='')}.bin"
+        return HiddenStates(self.decoder, self.runtime, ids, path, whole)
 
     @staticmethod
     def progress(total: int, title: str) -> tqdm:

@@ -31,9 +31,9 @@ class HiddenBuffer:
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, offload: str, path: Path) -> None:
         self.device = device
         self.shape = shape
-        self.path = path if offload == "disk" else None
         self._arrived: torch.cuda.Event | None = None  # all that was put, where the host may read it before it has arrived
         size = math.prod(shape)
+        self.path = path if offload == "disk" and size else None  # no file of no bytes can be mapped
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _reserve(path, size * dtype.itemsize)

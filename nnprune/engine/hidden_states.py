@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nnprune.engine import parallel
 from nnprune.engine.hidden_buffer import HiddenBuffer
 from nnprune.model.decoder import Decoder, LayerCall, run_layer
 from nnprune.runtime import Runtime
@@ -25,24 +26,29 @@ def tokens_of_logits(device: torch.device, seq_len: int, vocab_size: int) -> int
 class HiddenStates:
     """The hidden states of rows of ids, replaced layer by layer. A context manager that frees their memory.
 
+    With several processes each holds its share of the rows.
+
     Args:
         decoder: the model.
         runtime: the device, tokens per batch, and where hidden states are offloaded.
         ids: token ids (N, T).
         path: the mapped file for hidden states offloaded to disk.
+        whole: rank 0 holds all rows.
     """
 
-    def __init__(self, decoder: Decoder, runtime: Runtime, ids: Tensor, path: Path) -> None:
+    def __init__(self, decoder: Decoder, runtime: Runtime, ids: Tensor, path: Path, whole: bool = False) -> None:
         self.decoder = decoder
         self.runtime = runtime
-        self.ids = ids
         self.device = runtime.torch_device
         first = decoder.embed(ids[:1].to(self.device))
-        shape = (*ids.shape, first.shape[-1])
+        self.shape = (*ids.shape, first.shape[-1])
+        self.share = parallel.share(len(ids), whole)  # of this rank
+        self.ids = ids[self.share]
+        shape = (len(self.ids), *self.shape[1:])
         self.activations = HiddenBuffer(shape, first.dtype, self.device, runtime.activations, path)
         self.rows = slice(0, 0)  # the current batch of `each_batch`
         self._calls: dict[torch.Size, list[LayerCall]] = {}
-        self._each_batch(lambda rows: self.activations.put(rows, decoder.embed(ids[rows].to(self.device))))
+        self._each_batch(lambda rows: self.activations.put(rows, decoder.embed(self.ids[rows].to(self.device))))
 
     def __enter__(self) -> "HiddenStates":
         return self
@@ -61,6 +67,15 @@ class HiddenStates:
         """Zeros (1, tokens, D) to run a layer on when values do not matter."""
         like = self.activations.tensor
         return torch.zeros(1, min(num_tokens, self.ids.shape[1]), like.shape[-1], dtype=like.dtype, device=self.device)
+
+    def pick(self, rows: Tensor) -> Tensor:
+        """The hidden states (B, T, D) of those of `rows` that this process holds, in that order, on the device."""
+        held = rows[(rows >= self.share.start) & (rows < self.share.stop)]
+        return self.activations.pick(held - self.share.start)
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its sum over all processes, in place, and return it."""
+        return parallel.all_reduce(tensor)
 
     def each_batch(self, step: Callable[[slice, Tensor], Tensor | None]) -> None:
         """Call `step(rows, hidden)` for every batch of hidden states (B, T, D), and replace them by what it returns, if anything.

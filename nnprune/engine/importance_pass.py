@@ -69,7 +69,7 @@ def collect_inputs(
     it `is_last`."""
     weights = states.decoder.weights(index)
     groups = input_groups(weights, lambda: states.run(index, layer, states.probe(PROBE_TOKENS)))
-    collector = InputCollector(statistics, [], groups, weights, states.ids.shape[1])
+    collector = InputCollector(statistics, [], groups, weights, states.shape[1], first_row=states.share.start)
 
     with collector.observing(stop=is_last):
         states.each_batch(lambda rows, hidden: collector.run(rows, lambda: states.run(index, layer, hidden)))

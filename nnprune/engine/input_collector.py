@@ -55,6 +55,7 @@ class InputCollector:
         weights: name -> weight, for at least the names in `groups`.
         seq_len: T.
         reference: the weights of the dense layer, if that is another module.
+        first_row: index in the calibration of the first row of this process.
     """
 
     def __init__(
@@ -65,10 +66,12 @@ class InputCollector:
         weights: dict[str, WeightView],
         seq_len: int,
         reference: dict[str, WeightView] | None = None,
+        first_row: int = 0,
     ) -> None:
         self.groups = groups
         self.weights = weights
         self.seq_len = seq_len
+        self._num_sampled = max(num_sampled_rows(seq_len) - first_row, 0)
         self.statistics = {names[0]: {kind: kind() for kind in statistics} for names in groups}
         self._pruners = [pruner for pruner in pruners if not pruner.shares_statistics]
         self._reference = reference
@@ -124,13 +127,23 @@ class InputCollector:
     def finish(self) -> None:
         """Call after the last row. Raises ValueError, naming a linear, for NaN or infinite inputs."""
         self._reference_inputs = {}
+        if parallel.is_distributed():
+            self._exchange()
         for leader, statistics in self.statistics.items():
-            if parallel.world_size() > 1:
-                for statistic in statistics.values():
-                    statistic.all_reduce(parallel.all_reduce)
             finite = all(statistic.is_finite() for statistic in statistics.values())
             if not finite or (leader in self._totals and not self._totals[leader].isfinite()):
                 raise ValueError(NONFINITE_INPUTS.format(leader))
+
+    def _exchange(self) -> None:
+        """Make statistics, samples and totals those of the rows of all processes."""
+        for leader, statistics in self.statistics.items():
+            weight = self.weights[leader].read()
+            for kind in sorted(statistics, key=lambda kind: kind.__name__):  # in the same order on all
+                statistics[kind].all_reduce(parallel.all_reduce, weight)
+            none = weight.new_zeros(0, weight.shape[1], dtype=torch.float32)
+            self._samples[leader] = [parallel.concatenated(torch.cat([none, *self._samples[leader]]))]
+            if not statistics:
+                self._totals[leader] = parallel.all_reduce(self._totals.get(leader, none.sum()))
 
     def sample(self, names: list[str]) -> Tensor:
         """Some inputs (tokens, I) of the group `names`, float32: the same tokens for every batch size and pruner."""
@@ -161,10 +174,9 @@ class InputCollector:
     def _add_sample(self, name: str, X: Tensor) -> None:
         if not self.statistics[name]:
             self._totals[name] = self._totals.get(name, 0) + X.sum(dtype=torch.float32)
-        num_rows = num_sampled_rows(self.seq_len)
-        rows = X[: max(num_rows - self._rows.start, 0)]
+        rows = X[: max(self._num_sampled - self._rows.start, 0)]
         if len(rows):
-            stride = max(self.seq_len * num_rows // SAMPLED_TOKENS, 1)
+            stride = max(self.seq_len * num_sampled_rows(self.seq_len) // SAMPLED_TOKENS, 1)
             self._samples[name].append(rows[:, stride - 1 :: stride].reshape(-1, X.shape[-1]).clone())
 
 

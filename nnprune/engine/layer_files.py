@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from nnprune.engine import parallel
 from nnprune.model.checkpoint import save_atomically
 from nnprune.records import read_journal, write_journal
 
@@ -29,14 +30,20 @@ class LayerFiles:
     def __init__(self, folder: Path, prefix: str) -> None:
         self.folder = folder
         self.prefix = prefix
-        self.reports: dict[int, dict[str, Any]] = {}
-        while (found := read_journal(self._report_path(len(self.reports)))) is not None:
-            index = len(self.reports)
+        self.reports = self._read_reports()
+
+    @parallel.on_rank_0
+    def _read_reports(self) -> dict[int, dict[str, Any]]:
+        """The reports of the finished layers."""
+        reports: dict[int, dict[str, Any]] = {}
+        while (found := read_journal(self._report_path(len(reports)))) is not None:
+            index = len(reports)
             weights = self.path(index)
             if not weights.is_file() or found.get("index") != index or found.get("weights_sha256") != _checksum(weights):
                 log.warning("warning: %s is missing or damaged: this layer and later ones are pruned again", weights)
                 break
-            self.reports[index] = found["report"]
+            reports[index] = found["report"]
+        return reports
 
     def __contains__(self, index: int) -> bool:
         return index in self.reports
@@ -57,6 +64,11 @@ class LayerFiles:
 
     def write(self, index: int, state: dict[str, Tensor], report: dict[str, Any]) -> None:
         """Save decoder layer `index`, `state` (name within the layer -> tensor), as finished. Raises OSError naming the folder."""
+        self._save(index, state, report)
+        self.reports[index] = report
+
+    @parallel.on_rank_0
+    def _save(self, index: int, state: dict[str, Tensor], report: dict[str, Any]) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_atomically(self.named(index, state), self.path(index))
@@ -69,7 +81,6 @@ class LayerFiles:
                 f"outputs: decoder layer {index} could not be saved in {self.folder} ({error.strerror or error}); "
                 "make room or set outputs to another disk, then run again: finished layers are kept",
             ) from error
-        self.reports[index] = report
 
     def _report_path(self, index: int) -> Path:
         return self.folder / f"layer-{index:04d}.json"

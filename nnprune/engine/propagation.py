@@ -128,7 +128,8 @@ class Propagation:
         dense_weights = weight_views(dense, self._prefix(index)) if dense is not layer else None
         kinds = set().union(*(method.statistics for method in methods))
         pruners = [method.pruner for method in methods]
-        collector = InputCollector(kinds, pruners, groups, weights, self.calibration.ids.shape[1], dense_weights)
+        seq_len, first_row = self.calibration.shape[1], self.calibration.share.start
+        collector = InputCollector(kinds, pruners, groups, weights, seq_len, dense_weights, first_row)
         advances = self.reference is not None and not self._reference_advanced and is_last
         needs_reference = collector.pairs or advances
         run = self.calibration.run

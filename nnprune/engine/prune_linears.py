@@ -4,6 +4,7 @@ Letters: O output features, I input features.
 """
 
 import time
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from nnprune.allocations.base import Plan
 from nnprune.checks import is_finite
+from nnprune.engine import parallel
 from nnprune.engine.input_collector import InputCollector, check_weight
 from nnprune.method import Method
 from nnprune.model.decoder import Decoder
@@ -26,8 +28,31 @@ def prune_linears(method: Method, plan: Plan, collector: InputCollector, stored_
 
     Pruned weights are rounded to `stored_dtype` before they are checked and measured. Raises ValueError, naming the linear, for
     a weight that is not finite and for a pruner that breaks its contract.
+
+    Several processes prune some of the groups each; a pruner that collects its own statistics has them on rank 0.
     """
-    return [report for names in collector.groups for report in _prune_group(method, plan, collector, names, stored_dtype)]
+    ranks = [0] * len(collector.groups)
+    if method.pruner.shares_statistics:
+        ranks = parallel.assign([_cost(collector, names) for names in collector.groups])
+    with parallel.together():
+        own = [
+            _prune_group(method, plan, collector, names, stored_dtype)
+            for names, rank in zip(collector.groups, ranks, strict=True)
+            if rank == parallel.rank()
+        ]
+    if not parallel.is_distributed():
+        return list(chain(*own))
+    for names, rank in zip(collector.groups, ranks, strict=True):
+        for name in names:
+            collector.weights[name].write(parallel.broadcast(collector.weights[name].read().contiguous(), rank))
+    reports = {report["name"]: report for report in chain(*chain(*parallel.gather(own)))}
+    return [reports[name] for names in collector.groups for name in names]
+
+
+def _cost(collector: InputCollector, names: list[str]) -> int:
+    """Multiplications, up to a factor, to factorise the Hessian (I, I) of linears that share it and to prune their rows with it."""
+    num_inputs = collector.weights[names[0]].shape[1]
+    return num_inputs**2 * (num_inputs + sum(collector.weights[name].shape[0] for name in names))
 
 
 def _prune_group(

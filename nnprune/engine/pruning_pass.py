@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nnprune.allocations.base import Plan
+from nnprune.engine import parallel
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.hidden_states import HiddenStates
 from nnprune.engine.input_collector import InputCollector, rows_needed
@@ -116,11 +117,12 @@ class PruningPass:
         """The calibration at the input of the first layer."""
         methods = [task.method for task in self.tasks]
         ids = rows_needed(methods, ids)
+        whole = not all(method.pruner.shares_statistics for method in methods)  # what a pruner collects itself cannot be summed
         with ExitStack() as stack:
-            calibration = stack.enter_context(self.engine.hidden_states(ids, "calibration"))
+            calibration = stack.enter_context(self.engine.hidden_states(ids, "calibration", whole))
             reference = None
             if any(method.needs_reference for method in methods):
-                reference = stack.enter_context(self.engine.hidden_states(ids, "reference"))
+                reference = stack.enter_context(self.engine.hidden_states(ids, "reference", whole))
             propagation = Propagation(self.engine, self.propagate, calibration, reference, self.stopwatch)
             stack.callback(propagation.invalidate)
             yield propagation
@@ -198,9 +200,11 @@ class PruningPass:
         """Tune layer `index` towards the reference, which has passed through the dense layer already."""
         propagation.invalidate()
         recovery, run = self.tasks[0].method.recovery, partial(propagation.calibration.run, index)
-        inputs, targets = propagation.calibration.activations, propagation.reference.activations
         with self.stopwatch.stage("recover"):
-            return recovery.tune(index, layer, run, inputs, targets, num_epochs)
+            report = recovery.tune(index, layer, run, propagation.calibration, propagation.reference, num_epochs)
+            for parameter in layer.parameters():
+                parallel.broadcast(parameter.data)  # rounded otherwise where another device computed it
+            return report
 
     def _write(
         self, index: int, layer: nn.Module, task: PruneTask, reports: list[dict[str, Any]], start: float, **more: Any

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from nnprune.engine import parallel
+
 log = logging.getLogger(__name__)
 
 
@@ -16,13 +18,11 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
 
     Raises OSError naming the folder when it cannot be written.
     """
-    with _explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = _acquire(folder, wait)
+    locks: list[FileLock] = []
     try:
-        yield lock is not None
+        yield _acquire(folder, wait, locks)
     finally:
-        if lock is not None:
+        for lock in locks:
             lock.release()
 
 
@@ -30,7 +30,7 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
 def logged(folder: Path) -> Iterator[None]:
     """Log into a folder's run.log. Raises OSError naming the folder when it cannot be written."""
     with _explained(folder):
-        handler = logging.FileHandler(folder / "run.log")
+        handler = logging.NullHandler() if parallel.rank() else logging.FileHandler(folder / "run.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("nnprune")
     if logger.level == logging.NOTSET:  # called from Python, without Hydra's logging
@@ -52,16 +52,21 @@ def _explained(folder: Path) -> Iterator[None]:
         raise OSError(error.errno, f"{reason}; set outputs=DIR to a writable folder") from error
 
 
-def _acquire(folder: Path, wait: bool) -> FileLock | None:
-    """The lock of a folder, which the system releases when a process dies; None if another holds it and we do not `wait`."""
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if not wait:
-            return None
-        log.info("waiting for another process to release %s", folder)
-        lock.acquire()
-    except NotImplementedError:
-        log.warning("warning: %s is on a file system without locks: do not start the same run twice at once", folder)
-    return lock
+@parallel.on_rank_0
+def _acquire(folder: Path, wait: bool, locks: list[FileLock]) -> bool:
+    """Add the lock of a folder, which the system releases when a process dies, to `locks`. Returns False if another process holds
+    it and we do not `wait`."""
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if not wait:
+                return False
+            log.info("waiting for another process to release %s", folder)
+            lock.acquire()
+        except NotImplementedError:
+            log.warning("warning: %s is on a file system without locks: do not start the same run twice at once", folder)
+    locks.append(lock)
+    return True

@@ -10,6 +10,7 @@ from typing import Any
 
 from nnprune.allocations.base import Plan
 from nnprune.calibration import token_hash
+from nnprune.engine import parallel
 from nnprune.engine.consistency_check import check_consistency
 from nnprune.engine.prune_linears import fractions_of_zeros
 from nnprune.engine.pruning_pass import PruneTask, PruningPass
@@ -83,7 +84,7 @@ class Job:
             with self.stopwatch.stage("save"):
                 self._save(record)
         else:  # a model that an earlier run saved is not the one that this record describes
-            shutil.rmtree(experiment.folder / "model", ignore_errors=True)
+            parallel.on_rank_0(shutil.rmtree)(experiment.folder / "model", ignore_errors=True)
         self._finish(record, experiment)
         return record
 
@@ -173,6 +174,7 @@ class Job:
                 pruned.notes.append(f"pruned in one pass with {num_cells - 1} other cells; `seconds` leaves that pass out")
         return metrics, dense_metrics
 
+    @parallel.on_rank_0
     def _save(self, record: RunRecord) -> None:
         target, layer_files = self.experiment.folder / "model", self.engine.store.layer_files
         layers = [layer_files.path(index) for index in layer_files.reports]
@@ -180,6 +182,7 @@ class Job:
         record.saved_hash = self.experiment.saved_source().digest()
         log.info("model: %s", target)
 
+    @parallel.on_rank_0
     def _finish(self, record: RunRecord, experiment: Experiment) -> None:
         """Write a record, and remove what only a resumed run would need."""
         runtime = self.experiment.runtime
@@ -191,6 +194,8 @@ class Job:
         record.peak_device_bytes = peak_device_bytes()
         if runtime.batch_tokens != self.experiment.config["runtime"]["batch_tokens"]:
             record.notes.append(f"out of device memory: went on with runtime.batch_tokens={runtime.batch_tokens}")
+        if parallel.is_distributed():
+            record.notes.append(f"computed by {parallel.world_size()} processes; peaks of memory are those of the first")
         record.finished = now()
         record.write(experiment.folder)
         shutil.rmtree(experiment.folder / SCRATCH, ignore_errors=True)
@@ -206,6 +211,7 @@ def dense_record_of(experiment: Experiment) -> RunRecord:
         return record
 
 
+@parallel.on_rank_0
 def _read(folder: Path) -> RunRecord | None:
     """The completed record in a folder; None, with a warning, if it is damaged."""
     try:

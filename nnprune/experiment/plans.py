@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from nnprune.allocations.base import Allocation, Plan
+from nnprune.engine import parallel
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.importance_pass import run_importance_pass
 from nnprune.engine.stopwatch import Stopwatch
@@ -44,10 +45,12 @@ class PlanRequest:
         """The allocation's key for what it measures."""
         return self.allocation.key(self.pattern)
 
+    @parallel.on_rank_0
     def saved(self) -> list[float] | None:
         """The numbers (L,) of an earlier importance pass; None without one."""
         return (read_journal(self.folder / JOURNAL) or {}).get(self.key)
 
+    @parallel.on_rank_0
     def save(self, measured: list[float]) -> None:
         """Save the numbers (L,) of an importance pass."""
         write_journal(self.folder / JOURNAL, {self.key: measured})

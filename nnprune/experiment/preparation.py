@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nnprune.allocations.uniform import Uniform
+from nnprune.engine import parallel
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.layer_files import LayerFiles
 from nnprune.engine.layer_store import LayerStore
@@ -80,4 +81,5 @@ def open_engine(experiment: Experiment, config: Any) -> LayerwiseEngine:
     checkpoint = source.checkpoint(decoder.model) if lazy else None
     layer_files = LayerFiles(experiment.folder / SCRATCH, decoder.path)
     store = LayerStore(decoder, runtime.torch_device, runtime.layers, layer_files, checkpoint, experiment.computing_dtype)
-    return LayerwiseEngine(decoder, store, runtime, experiment.folder)
+    scratch = experiment.folder / SCRATCH / f"rank-{parallel.rank()}" if parallel.rank() else experiment.folder
+    return LayerwiseEngine(decoder, store, runtime, scratch)

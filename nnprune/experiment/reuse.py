@@ -4,6 +4,7 @@ import logging
 import shutil
 from dataclasses import replace
 
+from nnprune.engine import parallel
 from nnprune.experiment.build import Experiment
 from nnprune.experiment.identity import own_code
 from nnprune.experiment.job import Job, dense_record_of
@@ -17,6 +18,7 @@ log = logging.getLogger(__name__)
 CODE_JOURNAL = "code.json"
 
 
+@parallel.on_rank_0
 def reusable_record(experiment: Experiment, keep_layers: bool = False) -> RunRecord | None:
     """The completed record of this experiment, if nothing has to be pruned for what was asked; else None.
 
@@ -63,7 +65,7 @@ def add_evaluations(experiment: Experiment, record: RunRecord) -> bool:
     record.add_evaluations({key: record.evaluations[key] for key in experiment.evaluations.values()})  # the last ones are shown
     if missing or record.metrics != before:
         record.config["evaluation"], record.finished = experiment.config["evaluation"], now()
-        record.write(experiment.folder)
+        parallel.on_rank_0(record.write)(experiment.folder)
         shutil.rmtree(experiment.folder / SCRATCH, ignore_errors=True)
     return bool(missing)
 
