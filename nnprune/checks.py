@@ -2,6 +2,8 @@
 
 import math
 import reprlib
+from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +24,17 @@ def quoted(value: Any) -> str:
         text = "a number too long to show"
     text = " ".join(text.split())
     return text if len(text) <= QUOTED else f"{text[: QUOTED - 3]}..."
+
+
+def one_of(names: Sequence[str]) -> str:
+    """ "a, b or c"."""
+    return " or ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """Which of `names` was probably meant, or all of them."""
+    near = get_close_matches(name, names)
+    return f"did you mean {one_of(near)}?" if near else f"there are {', '.join(names) or 'none'}"
 
 
 def check_count(key: str, value: object, least: int, most: int = 2**63 - 1, why_most: str = "") -> None:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nnprune.allocations.base import Allocation
 from nnprune.calibration import Calibration
-from nnprune.checks import check_count
+from nnprune.checks import check_count, nearest, one_of, quoted
 from nnprune.engine.propagation import PROPAGATE
 from nnprune.evaluation import Evaluation
 from nnprune.experiment.identity import science
@@ -82,7 +82,7 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
     config = OmegaConf.to_container(cfg, resolve=True)
     _check_settings(config)
     if config["propagate"] not in PROPAGATE:
-        raise ValueError(f"propagate={config['propagate']}: must be {', '.join(PROPAGATE)}")
+        raise ValueError(f"propagate={quoted(config['propagate'])}: must be {one_of(PROPAGATE)}")
     pattern = parse_pattern(config["sparsity"]["pattern"])
     runtime = _make("runtime", Runtime, config)
     pruner = pruner or _instantiate("pruner", config, Pruner)
@@ -124,11 +124,13 @@ def _check_settings(config: dict[str, Any]) -> None:
         if not config.get(key):
             raise ValueError(f"{key}: has no settings; choose one of conf/{key}/")
     if unknown := sorted(set(config) - {*GROUPS, *SETTINGS}):
-        raise ValueError(f"{unknown[0]}={config[unknown[0]]}: no such setting; there are {', '.join((*GROUPS, *SETTINGS))}")
+        raise ValueError(
+            f"{unknown[0]}={quoted(config[unknown[0]])}: no such setting; {nearest(unknown[0], (*GROUPS, *SETTINGS))}"
+        )
     check_count("seed", config["seed"], 0)
     for key in ("overwrite", "save", "plan"):
         if not isinstance(config[key], bool):
-            raise ValueError(f"{key}={config[key]}: must be true or false")
+            raise ValueError(f"{key}={quoted(config[key])}: must be true or false")
     if config["outputs"] in (None, ""):
         raise ValueError(f"outputs={config['outputs']}: must be a folder, such as outputs")
 
@@ -138,7 +140,7 @@ def _make(key: str, kind: type, config: dict[str, Any]) -> Any:
     known = [setting.name for setting in fields(kind) if setting.init]
     for name, value in config[key].items():
         if name not in known:
-            raise ValueError(f"{key}.{name}={value}: no such setting; there are {', '.join(known)}")
+            raise ValueError(f"{key}.{name}={quoted(value)}: no such setting; {nearest(name, known)}")
     try:
         return kind(**config[key])
     except TypeError as error:
