@@ -247,12 +247,13 @@ class Mine(ScorePruner):
 
 @pytest.mark.parametrize("kind", ["key", "value"])
 def test_an_error_of_a_users_own_code_names_its_line(call_main, tmp_path, monkeypatch, tiny_config, kind):
-    (tmp_path / f"my_failing_{kind}.py").write_text(USERS)
+    file = tmp_path / f"my_failing_{kind}.py"
+    file.write_text(USERS)
     monkeypatch.chdir(tmp_path)
     cfg = tiny_config()
     brief = [f"{group}.{key}={cfg[group][key]}" for group in ("calibration", "evaluation") for key in ("path", "seq_len")]
     model = [f"model.path={cfg.model.path}", "model=local", "calibration=text", "evaluation=text", "calibration.num_samples=2"]
-    own = ["pruner=custom", f"pruner._target_=my_failing_{kind}.Mine", f"+pruner.kind={kind}"]
+    own = ["pruner=custom", f"pruner._target_={file.stem}.Mine", f"+pruner.kind={kind}"]
     status, text = call_main("-m", "sparsity=0.5,2:4", *own, *model, *brief)
     assert status == 1
     lines = text.splitlines()
@@ -260,5 +261,5 @@ def test_an_error_of_a_users_own_code_names_its_line(call_main, tmp_path, monkey
     for line in lines:
         assert line.startswith("error: KeyError: 'lost'" if kind == "key" else "error: ValueError: invalid literal")
         message, _, log = line.partition("; the traceback is in ")
-        assert message.endswith(f"({tmp_path / f"my_failing_{kind}.py"}:5)")
+        assert message.endswith(f"({file}:5)")
         assert "Traceback" in Path(log).read_text()
