@@ -71,8 +71,8 @@ class Reconstruction(Recovery):
     def __init__(
         self, epochs_before: int, epochs_after: int, lr: float = 0.01, batch_tokens: int = 1024, holdout: float = 0.125
     ) -> None:
-        check_count("recover.epochs_before", epochs_before, 0)
-        check_count("recover.epochs_after", epochs_after, 0)
+        check_count("recover.epochs_before", epochs_before, 0, 100_000)
+        check_count("recover.epochs_after", epochs_after, 0, 100_000)
         if epochs_before + epochs_after == 0:
             raise ValueError("recover.epochs_before=0, recover.epochs_after=0: nothing to do; set one of them, or recover=none")
         check_count("recover.batch_tokens", batch_tokens, 1)

@@ -180,10 +180,10 @@ def main() -> None:
     """Run the command line."""
     sys.path.append(os.getcwd())  # to import a user's own pruner from the current folder; last, so that it shadows nothing
     typed, command_line.failures = sys.argv[1:], []
-    sys.argv[1:] = rewrite(typed)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Slurm sends it before it preempts a job
     os.environ["HYDRA_FULL_ERROR"] = "1"  # it raises its errors, for us to explain, instead of printing them
     try:
+        sys.argv[1:] = rewrite(typed)
         _main()
     except (HydraException, OmegaConfBaseException, OSError) as error:
         sys.exit(f"error: {explain(error, typed, CONF)}")

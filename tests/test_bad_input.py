@@ -81,10 +81,39 @@ SETTINGS = [
     ("pruner.damp_inverse=no", "pruner.damp_inverse=no: ", "true or false"),
     ("seed=null", "seed=None: ", "whole number"),
     ("save=no", "save=no: ", "true or false"),
+    ("seed=-1", "seed=-1: ", "at least 0"),
+    ("seed=99999999999999999999", "seed=99999999999999999999: ", "at most 9223372036854775807"),
+    ("label=[a,b]", "label=['a', 'b']: ", "must be one name"),
+    (f"label={'x' * 5000}", f"label={'x' * 190}", "no part of it longer than 200 characters"),
+    ("outputs=[a]", "outputs=['a']: ", "must be one name"),
+    ("model.name=[a]", "model.name=['a']: ", "must be one name"),
+    ("model.revision=[a]", "model.revision=['a']: ", "must be one name"),
+    (f"model.path={'x' * 5000}", f"model.path={'x' * 190}", "no part of it longer"),
+    ("calibration.path=[]", "calibration.path=[]: ", "names no file"),
+    ("calibration.column=[a]", "calibration.column=['a']: ", "must be text"),
+    ("+calibration.separator=5", "calibration.separator=5: ", "must be text"),
+    ("calibration.num_samples=[1,2]", "calibration.num_samples=[1, 2]: ", "whole number"),
+    ("calibration.num_samples=true", "calibration.num_samples=True: ", "whole number"),
+    ("calibration.seed=x", "calibration.seed=x: ", "whole number"),
+    ("evaluation.path=[]", "evaluation.path=[]: ", "names no file"),
+    ("evaluation.max_windows=[1]", "evaluation.max_windows=[1]: ", "whole number"),
+    ("runtime.threads=-1", "runtime.threads=-1: ", "at least 1"),
+    ("runtime.native=1", "runtime.native=1: ", "true or false"),
+    ("runtime.layers=gpu", "runtime.layers=gpu: ", "host, device or disk"),
+    ("sparsity=1000000000:2000000000", "sparsity=1000000000:2000000000: ", "M must be at most 1048576"),
+    (f"sparsity.pattern={'9' * 5000}", f"sparsity={'9' * 190}", "0 <= sparsity < 1"),
+    ("pruner.damping=nan", "pruner.damping=nan: ", "greater than 0"),
+    ("pruner.damping=1e308", "pruner.damping=1e+308: ", "less than 1e+30"),
+    ("pruner.damping=[1]", "pruner.damping=[1]: ", "greater than 0"),
+    ("pruner.block_size=0", "pruner.block_size=0: ", "at least 1"),
+    ("pruner.block_size=-1", "pruner.block_size=-1: ", "at least 1"),
+    ("pruner=dsnot pruner.threshold=1e308", "pruner.threshold=1e+308: ", "at most 1e+30"),
+    ("recover=layer recover.epochs_after=100000000000", "recover.epochs_after=100000000000: ", "at most 100000"),
+    (f"pruner._target_={'x' * 5000}", f"pruner._target_={'x' * 190}", "check its spelling"),
 ]
 
 
-@pytest.mark.parametrize(("overrides", "start", "remedy"), SETTINGS, ids=[row[0] for row in SETTINGS])
+@pytest.mark.parametrize(("overrides", "start", "remedy"), SETTINGS, ids=[row[0][:60] for row in SETTINGS])
 @pytest.mark.usefixtures("no_weights")
 def test_settings(tiny_config, overrides, start, remedy):
     message = failure(tiny_config(*overrides.split()))
@@ -112,6 +141,7 @@ COMMANDS = [
     ("sparsity=1", "sparsity=1: ", "0 <= sparsity < 1"),
     ("sparsity=nan", "sparsity=nan: ", "0 <= sparsity < 1"),
     ("sparsity=0.5,2:4", "sparsity=0.5,2:4: has several values", "add -m to run each"),
+    ("pruner=[wanda,ria]", "pruner=[wanda,ria]: takes one option", "write -m pruner=wanda,ria"),
     ("evaluation=demo,c4", "evaluation=demo,c4: has several values", "write evaluation=[demo,c4] for a list"),
     ("pruner=wnda", "pruner=wnda: no such option", "did you mean wanda?"),
     ("-m pruner=magnitude,wnda", "pruner=wnda: no such option", "did you mean wanda?"),

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,10 @@ from nnprune.targets import Target
 from nnprune.updates import Update
 
 GROUPS = ("pruner", "sparsity", "allocation", "target", "update", "recover", "calibration", "evaluation", "runtime", "model")
+NAMES = (("label",), ("outputs",), ("model", "name"), ("model", "path"), ("model", "revision"), ("model", "layers_path"))
+MAX_NAME = 200
+"""Characters of a part of a name: file systems take 255 bytes, and a fingerprint is added."""
+
 SETTINGS = ("seed", "propagate", "label", "outputs", "overwrite", "save", "plan", "grid")
 
 
@@ -131,6 +135,11 @@ def _check_settings(config: dict[str, Any]) -> None:
     for key in ("overwrite", "save", "plan"):
         if not isinstance(config[key], bool):
             raise ValueError(f"{key}={quoted(config[key])}: must be true or false")
+    for keys in NAMES:
+        value = reduce(lambda group, key: group.get(key), keys, config)
+        if isinstance(value, list | dict | bool) or max(map(len, str(value).split("/"))) > MAX_NAME:
+            reason = f"must be one name, no part of it longer than {MAX_NAME} characters"
+            raise ValueError(f"{'.'.join(keys)}={quoted(value)}: {reason}")
     if config["outputs"] in (None, ""):
         raise ValueError(f"outputs={config['outputs']}: must be a folder, such as outputs")
 
@@ -149,14 +158,14 @@ def _make(key: str, kind: type, config: dict[str, Any]) -> Any:
 
 def _instantiate(key: str, config: dict[str, Any], expected: type) -> Any:
     """The object that group `key` names by `_target_`. Raises ValueError if it cannot be created or is not of type `expected`."""
-    target = config[key].get("_target_")
+    target = quoted(config[key].get("_target_"))
     try:
         built = instantiate(config[key], _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, ValueError):
             raise cause from None
-        reason = " ".join(str(cause or error).split())
+        reason = quoted(str(cause or error))
         remedy = "check its spelling, its folder and its options"
         raise ValueError(f"{key}._target_={target}: cannot be created ({reason}); {remedy}") from error
     if not isinstance(built, expected):

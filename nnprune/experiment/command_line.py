@@ -16,6 +16,8 @@ from hydra.core.override_parser.types import Transformer
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from nnprune.checks import quoted
+
 PLAIN = re.compile(r"(?!(nan|inf|null|true|false)$)[a-z_][\w-]*", re.IGNORECASE)
 """What Hydra takes for text."""
 
@@ -32,7 +34,10 @@ failures: list[str] | None = None
 
 
 def rewrite(arguments: list[str]) -> list[str]:
-    """The command line as Hydra takes it."""
+    """The command line as Hydra takes it. Raises HydraException for a list where one option belongs, of which Hydra makes a mixture."""
+    for argument in arguments:
+        if match := re.match(r"(pruner|allocation|target|update|recover|calibration|runtime|model)=\[(.*)\]", argument):
+            raise HydraException(f"{quoted(argument)}: takes one option; to run each write -m {match[1]}={quoted(match[2])}")
     rest = rewrite_sparsity(gather_grid([argument for argument in arguments if argument not in SWEEP]))
     return [SWEEP[0]] * any(argument in SWEEP for argument in arguments) + rest
 
