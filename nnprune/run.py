@@ -185,7 +185,7 @@ def main() -> None:
     try:
         sys.argv[1:] = rewrite(typed)
         _main()
-    except (HydraException, OmegaConfBaseException, OSError) as error:
+    except (HydraException, OmegaConfBaseException, OSError, ValueError) as error:
         sys.exit(f"error: {explain(error, typed, CONF)}")
     except KeyboardInterrupt:  # before or between runs
         sys.exit(INTERRUPTED)

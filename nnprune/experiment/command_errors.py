@@ -49,7 +49,7 @@ def explain(error: Exception, arguments: Sequence[str], conf: Path) -> str:
         return f"{quoted(typed.get(match[1], match[1]))}: exists already; leave out the +"
     if isinstance(error, OmegaConfBaseException) and (setting := next((a for a in arguments if "${" in a), None)):
         return f"{quoted(setting)}: cannot be resolved ({quoted(str(error.msg or error))}); write the value itself"
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not str(error.filename).endswith(".yaml"):  # else a long option
         return f"outputs: {error.filename} cannot be written ({error.strerror}); set outputs=DIR to a writable folder"
     return quoted(text)
 

@@ -49,7 +49,7 @@ def choices_of(setting: str) -> list[str]:
         parsed = OverridesParser.create().parse_override(setting)
         if parsed.is_sweep_override():
             return [str(getattr(one, "text", one)) for one in parsed.sweep_iterator(Transformer.identity)]
-    except HydraException:  # Hydra or `parse_pattern` refuses it later
+    except (HydraException, ValueError):  # Hydra or `parse_pattern` refuses it later
         pass
     return [value.strip().strip("'\"")]
 
@@ -119,6 +119,6 @@ def _option(value: str) -> str:
         return value
     if value in FILES:
         return FILES[value]
-    name = value if PLAIN.fullmatch(value) else "pattern_" + re.sub(r"[^\w.-]", "_", value.replace(":", "of"))
+    name = value if PLAIN.fullmatch(value) else "pattern_" + re.sub(r"[^\w.-]", "_", value[:100].replace(":", "of"))
     ConfigStore.instance().store(group="sparsity", name=name, node={"pattern": value})
     return name
