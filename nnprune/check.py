@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return 0 if _check(args) else 1
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}")
+        print(f"Error: {' '.join(str(error).split())}")
         return 1
 
 

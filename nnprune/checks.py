@@ -2,6 +2,8 @@
 
 import math
 import reprlib
+from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +16,10 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, QUOTED, 
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = 8
 
 
+MAX_NUMBER = 1e30
+"""Upper bound of numbers that are no counts: products of larger ones leave float32."""
+
+
 def quoted(value: Any) -> str:
     """`value` for an error message: one line of at most `QUOTED` characters."""
     try:
@@ -22,6 +28,17 @@ def quoted(value: Any) -> str:
         text = "a number too long to show"
     text = " ".join(text.split())
     return text if len(text) <= QUOTED else f"{text[: QUOTED - 3]}..."
+
+
+def one_of(names: Sequence[str]) -> str:
+    """ "a, b or c"."""
+    return " or ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """Which of `names` was probably meant, or all of them."""
+    near = get_close_matches(name, names)
+    return f"did you mean {one_of(near)}?" if near else f"there are {', '.join(names) or 'none'}"
 
 
 def check_count(key: str, value: object, least: int, most: int = 2**63 - 1, why_most: str = "") -> int:
@@ -37,25 +54,17 @@ def check_count(key: str, value: object, least: int, most: int = 2**63 - 1, why_
 
 
 def check_number(key: str, value: object, least: float) -> float:
-    """The setting `key`. Raises ValueError unless it is a finite number of at least `least`."""
-    if type(value) not in (int, float) or not _is_finite_number(value) or value < least:
-        raise ValueError(f"{key}={quoted(value)}: must be a number, at least {least}")
+    """The setting `key`. Raises ValueError unless it is a number, `least` <= value <= MAX_NUMBER."""
+    if type(value) not in (int, float) or not least <= value <= MAX_NUMBER:
+        raise ValueError(f"{key}={quoted(value)}: must be a number, at least {least} and at most {MAX_NUMBER:g}")
     return value
 
 
-def check_positive(key: str, value: object, below: float = math.inf) -> float:
+def check_positive(key: str, value: object, below: float = MAX_NUMBER) -> float:
     """The setting `key` as a float. Raises ValueError unless it is a number, 0 < value < below."""
-    if type(value) not in (int, float) or not _is_finite_number(value) or not 0 < value < below:
-        limit = "" if below == math.inf else f" and less than {below:g}"
-        raise ValueError(f"{key}={quoted(value)}: must be a number greater than 0{limit}")
+    if type(value) not in (int, float) or not 0 < value < below:
+        raise ValueError(f"{key}={quoted(value)}: must be a number greater than 0 and less than {below:g}")
     return float(value)
-
-
-def _is_finite_number(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond float
-        return False
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -76,7 +76,7 @@ class Perplexity(Evaluator):
         num_windows = len(ids) // self.seq_len
         if not num_windows:
             raise ValueError(
-                f"evaluation.seq_len={self.seq_len}: the text {self.name} has only {len(ids)} tokens, fewer than one window; "
+                f"evaluation.seq_len={self.seq_len}: {self.name} has only {len(ids)} tokens, fewer than one window; "
                 "lower evaluation.seq_len or give a longer text"
             )
         return ids[: num_windows * self.seq_len].view(num_windows, self.seq_len)[: self.max_windows]

@@ -17,6 +17,8 @@ from nnprune.checks import check_count, check_positive
 
 log = logging.getLogger(__name__)
 
+MAX_EPOCHS = 100_000
+
 Run = Callable[[nn.Module, Tensor], Tensor]  # runs a decoder layer: (layer, inputs (B, T, D)) -> outputs (B, T, D)
 
 
@@ -70,8 +72,8 @@ class Reconstruction(Recovery):
     def __init__(
         self, epochs_before: int, epochs_after: int, lr: float = 0.01, batch_tokens: int = 1024, holdout: float = 0.125
     ) -> None:
-        self.epochs_before = check_count("recover.epochs_before", epochs_before, 0)
-        self.epochs_after = check_count("recover.epochs_after", epochs_after, 0)
+        self.epochs_before = check_count("recover.epochs_before", epochs_before, 0, MAX_EPOCHS)
+        self.epochs_after = check_count("recover.epochs_after", epochs_after, 0, MAX_EPOCHS)
         if not self.is_on:
             raise ValueError("recover.epochs_before=0, recover.epochs_after=0: nothing to do; set one of them, or recover=none")
         self.lr = check_positive("recover.lr", lr)

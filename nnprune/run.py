@@ -12,10 +12,13 @@ from typing import Any
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from nnprune.experiment.command_line import check_outputs_of_sweep, gather_grid, grid_cells, is_grid, label_of, rewrite_sparsity
+from nnprune.experiment import command_line
+from nnprune.experiment.command_errors import explain, where_raised
+from nnprune.experiment.command_line import grid_cells, is_grid, label_of, rewrite, rewrite_sparsity
 from nnprune.records import RESULT_FILE, RunRecord
 
 log = logging.getLogger("nnprune")
@@ -27,8 +30,8 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 
 
-class RunFailed(CompactHydraException):
-    """One line for the user; the traceback is in the run's log."""
+class RunFailed(HydraException):
+    """One line for the user."""
 
 
 def run(cfg: DictConfig, pruner: Any = None, keep_layers: bool = False) -> RunRecord:
@@ -97,7 +100,8 @@ def run_grid(cfgs: Sequence[DictConfig]) -> list[RunRecord]:
             records.append(run(cfg, keep_layers=True))
         except (ValueError, OSError) as error:
             failures.append(error)
-            log.error("error: %s", one_line(error))
+    for error in failures[1:]:
+        log.error("Error: %s", one_line(error))
     if failures:
         raise failures[0]
     return records
@@ -158,7 +162,7 @@ def _main(cfg: DictConfig) -> None:
 
     failure = None
     try:
-        if cfg.label is None:
+        if not cfg.label:
             chosen = HydraConfig.get()
             cfg.label = label_of(cfg, chosen.runtime.choices, chosen.overrides.task)
         if cfg.plan and parallel.is_distributed():
@@ -168,20 +172,23 @@ def _main(cfg: DictConfig) -> None:
         else:
             with parallel.together():
                 run_grid(grid_cells(cfg)) if is_grid(cfg) else run(cfg)
-    except (ValueError, OSError) as error:  # what a user can fix
-        failure = one_line(error)
-        log.error("error: %s", failure)
     except KeyboardInterrupt as interrupt:
         log.error("interrupted%s: run the same command again to resume", f" {interrupt}" if str(interrupt) else "")
         sys.exit(INTERRUPTED)
+    except (HydraException, OmegaConfBaseException) as error:  # of a grid's cell, or of ${...}
+        failure = explain(error, sys.argv[1:], CONF)
     except Exception as error:
-        failure = f"{type(error).__name__}: {error}"
-        log.error(
-            "unexpected error\n%s", traceback.format_exc()
-        )  # as text, because a log record of it would keep the model alive
-    if failure:  # raised here because Hydra keeps it for the whole sweep, and a traceback would keep the model alive
-        parallel.wait()  # torchrun ends all processes when one has ended: not before the first has logged
-        raise RunFailed(failure)
+        (place, is_users), failure = where_raised(error), one_line(error)
+        if is_users or not isinstance(error, ValueError | OSError):  # else what a user can fix by a setting
+            logged = "; ".join(getattr(error, "__notes__", []))
+            more = f"; {logged}" if logged else "" if is_users else f"\n{traceback.format_exc()}"
+            failure = f"{type(error).__name__}: {failure} ({place}){more}"
+    if failure:
+        print(f"Error: {failure}", file=sys.stderr)
+        parallel.wait()  # torchrun ends all processes when one has ended: not before the first has printed
+        if command_line.failures is None:
+            raise RunFailed(failure)  # without what led to it: Hydra keeps it for the whole sweep, and so the model
+        command_line.failures.append(failure)
 
 
 def main() -> None:
@@ -193,15 +200,17 @@ def main() -> None:
         if parallel.rank():
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 -- what Hydra and libraries print
     sys.path.append(os.getcwd())  # to import a user's own pruner from the current folder; last, so that it shadows nothing
-    sys.argv[1:] = rewrite_sparsity(gather_grid(sys.argv[1:]))
+    typed, command_line.failures = sys.argv[1:], []
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Slurm sends it before it preempts a job
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # it raises its errors, for us to explain, instead of printing them
     try:
-        check_outputs_of_sweep(sys.argv[1:])
+        sys.argv[1:] = rewrite(typed)
         _main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    except (HydraException, OmegaConfBaseException, OSError, ValueError) as error:
+        sys.exit(f"Error: {explain(error, typed, CONF)}")
     except KeyboardInterrupt:  # before or between runs
         sys.exit(INTERRUPTED)
+    sys.exit(int(bool(command_line.failures)))
 
 
 def _is_plain(value: Any) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from nnprune.checks import check_count, quoted
+from nnprune.checks import check_count, one_of, quoted
 from nnprune.kernels import library
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Runtime:
             check_count("runtime.batch_tokens", self.batch_tokens, 1, MAX_BATCH_TOKENS)
         for key, places in {"layers": PLACES, "activations": (*PLACES, "auto")}.items():
             if getattr(self, key) not in places:
-                raise ValueError(f"runtime.{key}={quoted(getattr(self, key))}: must be {', '.join(places)}")
+                raise ValueError(f"runtime.{key}={quoted(getattr(self, key))}: must be {one_of(places)}")
         if self.threads is not None:
             most = THREADS_PER_CPU * (os.cpu_count() or 1)
             why_most = f"{THREADS_PER_CPU} for each of this machine's CPUs; null leaves it to PyTorch"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nnprune.checks import check_count
+from nnprune.checks import check_count, quoted
 from nnprune.files.digests import file_digest
 from nnprune.files.hub import Repository, find
 from nnprune.files.text_files import FORMATS, NoSuchColumn, read_documents, suffix
@@ -41,8 +41,16 @@ class TextSource:
     def __post_init__(self) -> None:
         if (self.path is None) == (self.dataset is None):
             raise ValueError(f"{self.key}: give either path= (local files) or dataset= (a hub id or a local copy of it)")
+        if self.path in ([], ""):
+            raise ValueError(f"{self.key}.path={self.path}: names no file; give one or several")
+        for name in ("dataset", "column", "revision", "separator"):
+            value = getattr(self, name)
+            if not isinstance(value, str | None):
+                raise ValueError(f"{self.key}.{name}={quoted(value)}: must be text; put a number in quotes")
         if self.dataset is not None and not (self.data_files and isinstance(self.data_files, str)):
-            raise ValueError(f"{self.key}.data_files={self.data_files}: must be the file, or a glob, to read within dataset")
+            raise ValueError(
+                f"{self.key}.data_files={quoted(self.data_files)}: must be the file, or a glob, to read within dataset"
+            )
         if self.data_files is not None and (self.data_files.startswith("/") or ".." in PurePosixPath(self.data_files).parts):
             raise ValueError(f"{self.key}.data_files={self.data_files}: must lie within dataset; write it as on the hub")
         if self.max_documents is not None:

@@ -22,9 +22,10 @@ from omegaconf import DictConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
+from nnprune.experiment import command_line
 from nnprune.experiment.command_line import rewrite_sparsity
 from nnprune.kernels.library import enable, library
-from nnprune.run import CONF
+from nnprune.run import CONF, main
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -128,6 +129,27 @@ def run_cli() -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=HANGS, check=False, **options)
 
     return run
+
+
+@pytest.fixture
+def call_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> Callable[..., tuple[int, str]]:
+    """`call_main("sparsity=2:4", ...)`: the program's exit status and stderr, in this process."""
+
+    def call(*arguments: str) -> tuple[int, str]:
+        outputs = [] if any(one.startswith("outputs=") for one in arguments) else [f"outputs={tmp_path / 'outputs'}"]
+        silent = ("hydra/job_logging=none", "hydra/hydra_logging=none")
+        monkeypatch.setattr(sys, "argv", ["nnprune", *arguments, *outputs, *silent])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        monkeypatch.setattr(command_line, "failures", None)
+        monkeypatch.setattr("signal.signal", lambda *_: None)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main()
+        text = left.value.code if isinstance(left.value.code, str) else ""
+        return (1 if text else left.value.code), text + capsys.readouterr().err
+
+    return call
 
 
 @pytest.fixture(scope="module", params=["native", "pytorch"])

@@ -49,7 +49,7 @@ def refuse(capsys, folder, *arguments):
     assert main([str(folder), *arguments]) == 1
     told = capsys.readouterr()
     assert not told.err
-    lines = [line for line in told.out.splitlines() if "FAULT" in line or line.startswith("error: ")]
+    lines = [line for line in told.out.splitlines() if "FAULT" in line or line.startswith("Error: ")]
     assert lines, told.out
     return "\n".join(lines)
 

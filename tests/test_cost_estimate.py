@@ -43,7 +43,9 @@ def in_a_process(kind, *overrides):
 
 
 def test_stages(tiny_config):
-    assert {"calibration", "prune", "evaluation", "dense_evaluation"} <= estimate(tiny_config).seconds.keys()
+    seconds = estimate(tiny_config).seconds
+    assert {"calibration", "prune", "evaluation", "dense_evaluation"} <= seconds.keys()
+    assert all(seconds[stage] > 0 for stage in ("start", "data", "load"))
     tuned = estimate(tiny_config, "pruner=alps", "recover=layer").seconds
     assert tuned["recover"] > 0 and tuned["calibration"] > 0
     assert estimate(tiny_config, "allocation=owl").seconds["allocation"] > 0

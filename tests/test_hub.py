@@ -84,6 +84,10 @@ def test_texts_are_fetched_once_and_serve_without_the_hub(hub, user):
     assert user.run(TEXTS) == [TEXTS_READ]
     assert hub.counted() <= 12
     assert user.run(TEXTS * 3) == [TEXTS_READ] * 3
+    assert hub.counted() == 0
+    for path in (user.cache / "hub").glob("datasets--*/refs/main"):
+        os.utime(path, (0, 0))
+    assert user.run(TEXTS * 3) == [TEXTS_READ] * 3
     assert hub.counted() == 2  # one a repository, however often it is read
     assert user.run(TEXTS, HF_HUB_OFFLINE="1") == [TEXTS_READ]
     assert hub.counted() == 0
@@ -113,9 +117,32 @@ def test_commits(hub, user):
     pd.DataFrame({"text": ["newer"]}).to_parquet(folder / "test-00000-of-00001.parquet")
     second = hub.commit("datasets", "Salesforce/wikitext")
     assert first != second
-    shown = user.run(f"show([wikitext().joined(), wikitext().commit])\nshow(wikitext(revision='{first}').joined())")
+    assert user.run("show(wikitext().commit)") == [first], "cells of a sweep agree, whatever happens in the meantime"
+    named = "wikitext(revision='main')"
+    shown = user.run(f"show([{named}.joined(), {named}.commit])\nshow(wikitext(revision='{first}').joined())")
     assert shown == [["newer", second], TEXTS_READ[1]]
     assert user.run("show([wikitext().joined(), wikitext().commit])", HF_HUB_OFFLINE="1") == [["newer", second]]
+
+
+CELL = """
+from hydra import compose, initialize_config_dir
+from nnprune.run import CONF, run
+brief = ["calibration.num_samples=2", "calibration.seq_len=8", "evaluation.seq_len=8", "outputs=" + OUTPUTS]
+with initialize_config_dir(str(CONF), version_base="1.3"):
+    cfg = compose("config", ["model=hub", "model.path=meta-llama/Llama", *brief, "pruner=" + PRUNER])
+show(run(cfg).status)
+"""
+
+
+def test_cells_that_are_processes_of_their_own_ask_once(hub, user):
+    with gzip.open(hub.root / "datasets/allenai/c4/main" / C4, "wt") as file:
+        file.write(json.dumps({"text": "a longer document"}) + "\n")
+    cell = CELL.replace("OUTPUTS", repr(str(user.cache / "outputs")))
+    assert user.run(cell.replace("PRUNER", "'magnitude'")) == ["completed"]
+    hub.counted()
+    assert user.run(cell.replace("PRUNER", "'wanda'")) == ["completed"]
+    assert [line.split("/", 1)[1] for line in hub.requests] == ["models/meta-llama/Llama"]
+    assert user.run(cell.replace("PRUNER", "'ria'"), HF_HUB_OFFLINE="1") == ["completed"]
 
 
 def test_a_pinned_revision_asks_nothing_once_it_is_here(hub, user):

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nnprune.allocations.base import Allocation
 from nnprune.calibration import Calibration
-from nnprune.checks import check_count
+from nnprune.checks import check_count, nearest, one_of, quoted
 from nnprune.engine.propagation import PROPAGATE
 from nnprune.evaluation import Evaluation
 from nnprune.experiment.identity import evaluation_fingerprints, science
@@ -28,6 +28,10 @@ from nnprune.targets import Target
 from nnprune.updates import Update
 
 GROUPS = ("pruner", "sparsity", "allocation", "target", "update", "recover", "calibration", "evaluation", "runtime", "model")
+NAMES = (("label",), ("outputs",), ("model", "name"), ("model", "path"), ("model", "revision"), ("model", "layers_path"))
+MAX_NAME = 200
+"""Characters of a part of a name: file systems take 255 bytes, and a fingerprint is added."""
+
 SETTINGS = ("seed", "propagate", "label", "outputs", "overwrite", "save", "plan", "grid")
 
 
@@ -94,7 +98,7 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
     config = OmegaConf.to_container(cfg, resolve=True)
     _check_settings(config)
     if config["propagate"] not in PROPAGATE:
-        raise ValueError(f"propagate={config['propagate']}: must be {', '.join(PROPAGATE)}")
+        raise ValueError(f"propagate={quoted(config['propagate'])}: must be {one_of(PROPAGATE)}")
     pattern = parse_pattern(config["sparsity"]["pattern"])
     runtime = _make("runtime", Runtime, config)
     pruner = pruner or _instantiate("pruner", config, Pruner)
@@ -139,11 +143,18 @@ def _check_settings(config: dict[str, Any]) -> None:
         if not config.get(key):
             raise ValueError(f"{key}: has no settings; choose one of conf/{key}/")
     if unknown := sorted(set(config) - {*GROUPS, *SETTINGS}):
-        raise ValueError(f"{unknown[0]}={config[unknown[0]]}: no such setting; there are {', '.join((*GROUPS, *SETTINGS))}")
+        raise ValueError(
+            f"{unknown[0]}={quoted(config[unknown[0]])}: no such setting; {nearest(unknown[0], (*GROUPS, *SETTINGS))}"
+        )
     check_count("seed", config["seed"], 0)
     for key in ("overwrite", "save", "plan"):
         if not isinstance(config[key], bool):
-            raise ValueError(f"{key}={config[key]}: must be true or false")
+            raise ValueError(f"{key}={quoted(config[key])}: must be true or false")
+    for keys in NAMES:
+        value = reduce(lambda group, key: group.get(key), keys, config)
+        if isinstance(value, list | dict | bool) or max(map(len, str(value).split("/"))) > MAX_NAME:
+            reason = f"must be one name, no part of it longer than {MAX_NAME} characters"
+            raise ValueError(f"{'.'.join(keys)}={quoted(value)}: {reason}")
     if config["outputs"] in (None, ""):
         raise ValueError(f"outputs={config['outputs']}: must be a folder, such as outputs")
 
@@ -153,7 +164,7 @@ def _make(key: str, kind: type, config: dict[str, Any]) -> Any:
     known = [setting.name for setting in fields(kind) if setting.init]
     for name, value in config[key].items():
         if name not in known:
-            raise ValueError(f"{key}.{name}={value}: no such setting; there are {', '.join(known)}")
+            raise ValueError(f"{key}.{name}={quoted(value)}: no such setting; {nearest(name, known)}")
     try:
         return kind(**config[key])
     except TypeError as error:
@@ -162,14 +173,14 @@ def _make(key: str, kind: type, config: dict[str, Any]) -> Any:
 
 def _instantiate(key: str, config: dict[str, Any], expected: type) -> Any:
     """The object that group `key` names by `_target_`. Raises ValueError if it cannot be created or is not of type `expected`."""
-    target = config[key].get("_target_")
+    target = quoted(config[key].get("_target_"))
     try:
         built = instantiate(config[key], _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, ValueError):
             raise cause from None
-        reason = " ".join(str(cause or error).split())
+        reason = quoted(str(cause or error))
         remedy = "check its spelling, its folder and its options"
         raise ValueError(f"{key}._target_={target}: cannot be created ({reason}); {remedy}") from error
     if not isinstance(built, expected):

@@ -1,20 +1,27 @@
-"""Rewrites and checks the command line before Hydra parses it.
+"""Rewrites the command line before Hydra parses it.
 
-Users type `sparsity=0.7` or `sparsity=2:4,0.5`, and Hydra accepts no number as a group's option. And Hydra creates a sweep's folder
-under `outputs` before it calls our code.
+Users type `sparsity=0.7` or `sparsity=2:4,0.5`, and Hydra accepts no number as a group's option; nor does it accept `-m` between
+settings.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from itertools import product
-from pathlib import Path
 
 from hydra import compose
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Transformer
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-LITERAL = re.compile(r"[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?|-?\d+:-?\d+")
+from nnprune.checks import quoted
+
+PLAIN = re.compile(r"(?!(nan|inf|null|true|false)$)[a-z_][\w-]*", re.IGNORECASE)
+"""What Hydra takes for text."""
+
+SWEEP = ("-m", "--multirun")
 GRID = ("pruner", "sparsity")
 PLAIN_OPTIONS = {"allocation": "uniform", "target": "dense", "update": "none", "recover": "none"}
 """Groups that change a method, and the option of each that does nothing."""
@@ -22,13 +29,38 @@ PLAIN_OPTIONS = {"allocation": "uniform", "target": "dense", "update": "none", "
 FILES = {"0": "dense", "0.0": "dense", "0.5": "unstructured", "2:4": "2of4", "4:8": "4of8"}
 
 
-def rewrite_sparsity(arguments: list[str]) -> list[str]:
-    """The command line with each literal after `sparsity=` replaced by the name of an option.
+failures: list[str] | None = None
+"""The errors of this process's runs, for its exit status; None where a launcher's process runs them, which has to raise."""
 
-    Literals without a file in conf/sparsity are registered as new options, valid or not: `parse_pattern` checks them later.
+
+def rewrite(arguments: list[str]) -> list[str]:
+    """The command line as Hydra takes it. Raises HydraException for a list where one option belongs, of which Hydra makes a mixture."""
+    for argument in arguments:
+        if match := re.match(r"(pruner|allocation|target|update|recover|calibration|runtime|model)=\[(.*)\]", argument):
+            raise HydraException(f"{quoted(argument)}: takes one option; to run each write -m {match[1]}={quoted(match[2])}")
+    rest = rewrite_sparsity(gather_grid([argument for argument in arguments if argument not in SWEEP]))
+    return [SWEEP[0]] * any(argument in SWEEP for argument in arguments) + rest
+
+
+def choices_of(setting: str) -> list[str]:
+    """The values of a setting `key=a,b`, `key=choice(a,b)`, `key=range(start,stop,step)`, or its only one."""
+    value = setting.partition("=")[2]
+    try:
+        parsed = OverridesParser.create().parse_override(setting)
+        if parsed.is_sweep_override():
+            return [str(getattr(one, "text", one)) for one in parsed.sweep_iterator(Transformer.identity)]
+    except (HydraException, ValueError):  # Hydra or `parse_pattern` refuses it later
+        pass
+    return [value.strip().strip("'\"")]
+
+
+def rewrite_sparsity(arguments: list[str]) -> list[str]:
+    """The command line with each value after `sparsity=` replaced by the name of an option.
+
+    Values without a file in conf/sparsity are registered as new options, valid or not: `parse_pattern` checks them later.
     """
     key = "sparsity="
-    return [key + ",".join(map(_option, a.removeprefix(key).split(","))) if a.startswith(key) else a for a in arguments]
+    return [key + ",".join(map(_option, choices_of(a))) if a.startswith(key) else a for a in arguments]
 
 
 def gather_grid(arguments: list[str]) -> list[str]:
@@ -40,8 +72,8 @@ def gather_grid(arguments: list[str]) -> list[str]:
     if "grid=true" not in arguments:
         return arguments
     kept = [argument for argument in arguments if argument.partition("=")[0] not in ("grid", *GRID)]
-    given = {key: value for key, equals, value in (argument.partition("=") for argument in arguments) if equals and key in GRID}
-    choices = {key: [choice.strip().strip("'\"") for choice in given[key].split(",")] for key in GRID if key in given}
+    given = {key: argument for argument in arguments if (key := argument.partition("=")[0]) in GRID}
+    choices = {key: choices_of(given[key]) for key in GRID if key in given}
     lists = ",".join(f"{key}:[{','.join(repr(choice) for choice in values)}]" for key, values in choices.items())
     return [*kept, *(f"{key}={values[0]}" for key, values in choices.items()), f"grid={{{lists}}}"]
 
@@ -81,27 +113,12 @@ def grid_cells(cfg: DictConfig) -> list[DictConfig]:
     return cells
 
 
-def check_outputs_of_sweep(arguments: list[str]) -> None:
-    """Raise ValueError if this is a sweep whose `outputs` cannot be written."""
-    if not {"-m", "--multirun"} & set(arguments):
-        return
-    given = [argument.removeprefix("outputs=") for argument in arguments if argument.startswith("outputs=")]
-    outputs = given[-1] if given else "outputs"
-    try:
-        Path(outputs).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"outputs={outputs}: cannot be written ({error.strerror}); set outputs=DIR to a writable folder"
-        ) from None
-
-
-def _option(choice: str) -> str:
-    """The option of `sparsity` for a literal; anything else as it is."""
-    literal = choice.strip().strip("'\"")
-    if not LITERAL.fullmatch(literal):
-        return choice
-    if literal in FILES:
-        return FILES[literal]
-    name = literal.replace(":", "of") if ":" in literal else f"unstructured_{literal}"
-    ConfigStore.instance().store(group="sparsity", name=name, node={"pattern": literal})
+def _option(value: str) -> str:
+    """The option of `sparsity` for a value. A file of that name in a folder of options goes before what is registered here."""
+    if value in FILES.values():
+        return value
+    if value in FILES:
+        return FILES[value]
+    name = value if PLAIN.fullmatch(value) else "pattern_" + re.sub(r"[^\w.-]", "_", value[:100].replace(":", "of"))
+    ConfigStore.instance().store(group="sparsity", name=name, node={"pattern": value})
     return name

@@ -1,26 +1,21 @@
-"""What a run, or the cells of a grid, will take: memory and disk by arithmetic, seconds by a short pass over random layers."""
+"""What a run, or the cells of a grid, will take: memory and disk by arithmetic, seconds by a short pass over random layers.
 
-import logging
+Start-up and texts take what they took to make the estimate."""
+
 import math
 import shutil
-import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from nnprune.allocations.uniform import Uniform
-from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.hidden_states import tokens_of_logits
-from nnprune.engine.importance_pass import run_importance_pass
-from nnprune.engine.input_collector import PROBE_TOKENS, input_groups, rows_needed
-from nnprune.engine.layer_files import LayerFiles
-from nnprune.engine.layer_store import LayerStore
-from nnprune.engine.pruning_pass import PruneTask, PruningPass
+from nnprune.engine.input_collector import PROBE_TOKENS, rows_needed
 from nnprune.engine.stopwatch import Stopwatch
 from nnprune.experiment.build import Experiment
 from nnprune.experiment.preparation import check_shapes, skeleton, token_ids
-from nnprune.model.decoder import Decoder
+from nnprune.experiment.timed_layers import LAYERS, VOCABULARY, time_layers
 from nnprune.model.loading import quieten_transformers
 from nnprune.records import read_completed
 from nnprune.runtime import available_host_bytes, peak_host_bytes, resident_host_bytes
@@ -28,7 +23,7 @@ from nnprune.statistics import CrossProduct, Hessian
 
 GIB = 1 << 30
 LIBRARIES = 48 << 20  # bytes of code and threads that a run touches before it loads weights
-TIMED = {"layers": 2, "vocabulary": 512, "cpu": 1024, "cuda": 16384}  # one layer hands on to the other; tokens by device
+TIMED_TOKENS = {"cpu": 1024, "cuda": 16384}
 FETCHED = 3  # layers in memory where they come and go: one computes, the next arrives, beside a file or a copy
 HESSIANS, SOLVING = 3, 6  # float32 (I, I): what a reader keeps for each Hessian, and what solving one takes for a while
 WEIGHT_COPIES = 12  # in float32, of the linears of one input while they are pruned
@@ -42,6 +37,7 @@ class CostEstimate:
     """
 
     def __init__(self, cells: Sequence[Experiment]) -> None:
+        self.seconds = {"start": time.process_time()}
         self.cells, self.pruned = cells, [cell for cell in cells if not cell.is_dense]
         self.first = (self.pruned or cells)[0]
         self.runtime, self.device = self.first.runtime, self.first.runtime.torch_device
@@ -49,34 +45,34 @@ class CostEstimate:
         self.runtime.start(self.first.config["seed"])
         self.on_cuda, self.is_sequential = self.device.type == "cuda", self.first.config["propagate"] == "sequential"
         self.free_device = torch.cuda.mem_get_info(self.device)[0] if self.on_cuda else 0  # before the timed layers take any
-        config = self.first.source.config()
-        self.decoder = skeleton(self.first, config)
-        for cell in cells:
-            check_shapes(cell, self.decoder)
-        ids, texts = token_ids(self.first, config, self.first.source.tokenizer())
+        watch = Stopwatch()
+        with watch.stage("data"):
+            config = self.first.source.config()
+            self.decoder = skeleton(self.first, config)
+            for cell in cells:
+                check_shapes(cell, self.decoder)
+            ids, texts = token_ids(self.first, config, self.first.source.tokenizer())
         self.calibration, self.windows = rows_needed([cell.method for cell in self.pruned], ids), list(texts.values())
         self.seq_len = max((rows.shape[1] for rows in (self.calibration, *self.windows) if len(rows)), default=PROBE_TOKENS)
         self.measures_dense = self.first.is_dense or read_completed(self.first.dense().folder) is None
         self.free_host, base, peak = available_host_bytes(), resident_host_bytes() + LIBRARIES, peak_host_bytes()
+        self.in_layers = sum(map(torch.numel, self.decoder.layers.parameters()))  # parameters; below tied ones once
         model = self.decoder.model
-        self.in_layers = sum(
-            map(torch.numel, self.decoder.layers.parameters())
-        )  # parameters; and those of embeddings and head, tied ones once:
         untied = (one.numel() for name, one in model.named_parameters() if name not in model.all_tied_weights_keys)
         self.outside = sum(untied) - self.in_layers
-        self.seconds = self._count_seconds()
+        self.seconds |= watch.seconds | self._count_seconds()
         host, self.device_bytes, self.disk_bytes = self._count_bytes(resident_host_bytes() if self.on_cuda else base)
         self.host_bytes = max(host, peak)
         self.problems = self._find_problems()
 
     def _count_seconds(self) -> dict[str, float]:
         """Stage -> seconds: those of the timed layers, scaled to all layers and tokens, and to the cells' own evaluations."""
-        rows = max(TIMED[self.device.type] // self.seq_len, 1 + self.first.method.recovery.is_on)
-        ids = torch.randint(TIMED["vocabulary"], (rows, self.seq_len))
+        rows = max(TIMED_TOKENS[self.device.type] // self.seq_len, 1 + self.first.method.recovery.is_on)
+        ids = torch.randint(VOCABULARY, (rows, self.seq_len))
         for _ in range(2):  # the first time warms up
-            with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-                timed = self._time_layers(ids, Path(folder))
-        seconds = {stage: value * len(self.decoder.layers) / TIMED["layers"] for stage, value in timed.items()}
+            timed, self.groups = time_layers(self.pruned or self.cells, ids, self.decoder.path)
+        seconds = {stage: value * len(self.decoder.layers) / LAYERS for stage, value in timed.items()}
+        seconds["load"] *= self.outside / self.in_layers + (self.runtime.layers != "disk")
         for stage in {"calibration", "recover"} & set(seconds):
             seconds[stage] *= self.calibration.numel() / ids.numel()
         forward = seconds["dense_evaluation"] / ids.numel()  # of a token through all layers
@@ -86,32 +82,6 @@ class CostEstimate:
         windows = forward * (1 + head) * sum(map(torch.numel, self.windows))
         return seconds | {"dense_evaluation": windows * self.measures_dense, "evaluation": windows * len(self.pruned)}
 
-    def _time_layers(self, ids: torch.Tensor, folder: Path) -> dict[str, float]:
-        """Stage -> seconds of the run's own pass over random layers; also finds the `groups` of linears that share an input."""
-        config, watch = self.first.source.config(), Stopwatch(self.device)
-        text = config.get_text_config()
-        for key, value in vars(text).items():
-            if isinstance(value, list) and len(value) == text.num_hidden_layers:  # such as layer_types
-                setattr(text, key, (value * 2)[: TIMED["layers"]])
-        text.num_hidden_layers, text.vocab_size, text.pad_token_id = TIMED["layers"], TIMED["vocabulary"], None
-        decoder = Decoder(self.first.source.random(config), self.decoder.path)
-        finished = [LayerFiles(folder / str(index), decoder.path) for index in range(len(self.cells))]
-        offload = "host" if self.runtime.layers == "disk" else self.runtime.layers
-        store = LayerStore(decoder, self.device, offload, finished[0], None, self.first.computing_dtype)
-        engine = LayerwiseEngine(decoder, store, self.runtime, folder)
-        plans = [Uniform().plan(cell.pattern, decoder.shapes_by_layer()) for cell in self.pruned]  # as good as any
-        tasks = [PruneTask(cell.method, *rest) for cell, *rest in zip(self.pruned, plans, finished, strict=False)]
-        logging.disable(logging.INFO)
-        with engine.hidden_states(ids, "windows") as states:
-            layer, probe = store.fetch(0), states.probe(PROBE_TOKENS)
-            self.groups = input_groups(decoder.weights(0), lambda: states.run(0, layer, probe))
-            if self.pruned and self.first.allocation.looks_at != "nothing":
-                with watch.stage("allocation"):
-                    run_importance_pass(engine, ids, {"": lambda one: self.first.allocation.measure(one, self.first.pattern)})
-            PruningPass(engine, tasks, self.first.config["propagate"], watch).run(ids, [states])
-        logging.disable(logging.NOTSET)
-        return watch.seconds
-
     def _count_bytes(self, base: int) -> tuple[int, int, int]:
         """Peaks of the host, which holds `base` before weights are loaded, of the device and of the disk."""
         runtime, source, num_layers = self.runtime, self.first.source, len(self.decoder.layers)
@@ -120,7 +90,13 @@ class CostEstimate:
         is_copied = self.on_cuda or computing != stored  # on the way to where layers compute
         stays = runtime.layers == "device" or (runtime.layers == "host" and not is_copied)
         near = computing / stored * (others + layers * (1 if stays else FETCHED / num_layers)) + self._workspace()
-        hidden = self._hidden_bytes()
+        token = self.decoder.text_config.hidden_size
+        copies = (1 + self.first.method.needs_reference) * (1 + self.is_sequential)  # the attention's outputs beside each
+        outputs = sum(shape[0] for shape in self.decoder.shapes_by_layer()[0].values())
+        cached = outputs * (self.is_sequential and self.runtime.activations != "disk")
+        calibration = self.calibration.numel() * (token * copies + cached)
+        windows = sum(map(torch.numel, self.windows)) * token * (self.measures_dense + bool(self.pruned))
+        hidden = computing * (max(calibration, windows) if len(self.cells) > 1 else calibration + windows)
         offloaded = layers * (1.5 if self.on_cuda else 1) * (runtime.layers == "host" and is_copied)  # pinned: in powers of two
         loading = (layers + others) * is_copied * (runtime.layers != "disk")  # the mapped checkpoint, while it is copied
         num_saved = len(self.cells) * self.first.config["save"]
@@ -130,16 +106,6 @@ class CostEstimate:
         on_device = runtime.activations == "device" or (runtime.activations == "auto" and near + hidden < self.free_device)
         host = base + offloaded + max(hidden * (not on_device), loading)
         return int(host), int(near + hidden * on_device), int(disk)
-
-    def _hidden_bytes(self) -> int:
-        """Hidden states of calibration and windows, and what propagate=sequential caches within a layer."""
-        token, computing = self.decoder.text_config.hidden_size, self.first.computing_dtype.itemsize
-        copies = (1 + self.first.method.needs_reference) * (1 + self.is_sequential)  # the attention's outputs beside each
-        outputs = sum(shape[0] for shape in self.decoder.shapes_by_layer()[0].values())
-        cached = outputs * (self.is_sequential and self.runtime.activations != "disk")
-        calibration = self.calibration.numel() * (token * copies + cached)
-        windows = sum(map(torch.numel, self.windows)) * token * (self.measures_dense + bool(self.pruned))
-        return computing * (max(calibration, windows) if len(self.cells) > 1 else calibration + windows)
 
     def _workspace(self) -> int:
         """Bytes that computing takes beside weights and hidden states: a batch, logits, statistics, solvers, tuning."""

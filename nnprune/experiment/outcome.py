@@ -36,6 +36,7 @@ def record_failure(cfg: DictConfig, experiment: Experiment | None, error: Except
             record.write(folder)
         with (folder / "run.log").open("a", encoding="utf-8") as file:
             file.write(traceback.format_exc())
+        error.add_note(f"the traceback is in {folder / 'run.log'}")
 
 
 def _is_replaceable(folder: Path) -> bool:

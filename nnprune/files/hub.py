@@ -26,6 +26,10 @@ PAUSES = (1.0, 2.0)
 REST = 300.0
 """Seconds for which a hub that could not be reached is not asked again."""
 
+MEMORY = 86400.0
+"""Seconds for which a dataset of no particular revision stays at the commit that was last asked for: cells of a sweep that are processes
+of their own agree on it, and do not ask."""
+
 _commits: dict[tuple[str, str, str | None], str] = {}  # kind, name and revision -> commit: a branch does not move within a run
 _names: dict[tuple[str, str, str | None], list[str]] = {}  # the same -> the files of a model
 _remembered: set[Path] = set()  # files of the hub's cache that name a branch's commit
@@ -40,7 +44,7 @@ class Repository:
         key: the config key that names it, such as calibration.dataset, for error messages.
         name: its id.
         kind: model or dataset.
-        revision: branch, tag or commit; None: main.
+        revision: branch, tag or commit; None: main, of a dataset as it was when last asked for within a day.
         wanted: what is to be read of it, for error messages.
     """
 
@@ -141,8 +145,11 @@ class Repository:
         if self.revision and len(self.revision) == 40 and set(self.revision) <= set("0123456789abcdef"):
             _commits[self._asked] = self.revision
             return
+        known = self._ref.read_text(encoding="utf-8").strip() if self._ref.is_file() else ""
+        may_be_old = self.kind == "dataset" and self.revision is None
+        is_recent = known and may_be_old and abs(time.time() - self._ref.stat().st_mtime) < MEMORY
         error: Exception | None = None
-        if not _is_closed():
+        if not _is_closed() and not is_recent:
             try:
                 info = self._ask()
                 _commits[self._asked] = info.sha
@@ -154,12 +161,12 @@ class Repository:
                     raise
                 _close()
                 error = failure
-        known = self._ref.read_text(encoding="utf-8").strip() if self._ref.is_file() else ""
         if not known:
             raise error or LookupError("not cached")
         if error:
             log.warning("warning: the hub does not answer (%s); %s is read from the cache", line(error), self.name)
         _commits[self._asked] = known
+        _remembered.add(self._ref)
 
     def _ask(self) -> Any:
         """The hub's description: of a model with its list of files, of a dataset, which may have very many, without."""

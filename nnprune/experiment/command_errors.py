@@ -1,0 +1,82 @@
+"""What Hydra and a user's own code refuse, each in one line: what was typed, what is wrong, and the remedy."""
+
+import re
+import sysconfig
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nnprune.checks import nearest, quoted
+from nnprune.experiment.command_line import choices_of, rewrite
+
+PACKAGE = Path(__file__).parent.parent
+
+
+def explain(error: Exception, arguments: Sequence[str], conf: Path) -> str:
+    """One line for an error that Hydra raises before it calls our code.
+
+    Args:
+        error: what was raised.
+        arguments: the command line as it was typed.
+        conf: the folder of the options.
+    """
+    text, typed = " ".join(str(error).split()), {a.partition("=")[0].lstrip("+~"): a for a in arguments if "=" in a}
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={quoted(option)}: no such option; {nearest(option, error.options)}"
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{quoted(error.override)}: is no setting; write key=value, and a value with special characters as key='\"a(b)\"'"
+        )
+    if match := re.match(r"Could not override '([^']+)'", text):
+        key = match[1]
+        parent, _, name = key.rpartition(".")
+        known = _keys(arguments, conf)
+        siblings = sorted(one.rpartition(".")[2] for one in known if one.rpartition(".")[0] == parent)
+        meant = nearest(name, siblings) if parent in ("", *known) else nearest(key, known)
+        own = f"; an option of your own class is added as +{key}=" if "pruner=custom" in arguments else ""
+        return f"{quoted(typed.get(key, key))}: no such setting; {meant}{own}"
+    if match := re.match(r"Ambiguous value for argument '([^=]+)", text):
+        key, _, value = typed.get(match[1], f"{match[1]}=A,B").partition("=")
+        a_list = f", or write {key}=[{quoted(value)}] for a list" if key == "evaluation" or "." in key else ""
+        return f"{quoted(f'{key}={value}')}: has several values; add -m to run each{a_list}"
+    if match := re.match(r"Could not append to config. An item is already at '([^']+)'", text):
+        return f"{quoted(typed.get(match[1], match[1]))}: exists already; leave out the +"
+    if isinstance(error, OmegaConfBaseException) and (setting := next((a for a in arguments if "${" in a), None)):
+        return f"{quoted(setting)}: cannot be resolved ({quoted(str(error.msg or error))}); write the value itself"
+    if isinstance(error, OSError) and not str(error.filename).endswith(".yaml"):  # else a long option
+        return f"outputs: {error.filename} cannot be written ({error.strerror}); set outputs=DIR to a writable folder"
+    return quoted(text)
+
+
+def where_raised(error: Exception) -> tuple[str, bool]:
+    """The file and line of a user's own code that raised an error, and True; of ours, and False, where there is none."""
+    libraries = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib"))
+    frames = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+    ours = [frame for frame in frames if frame.startswith(str(PACKAGE))]
+    users = [frame for frame in frames if frame not in ours and not frame.startswith((*libraries, "<"))]
+    return (users or ours or frames)[-1], bool(users)
+
+
+def _keys(arguments: Sequence[str], conf: Path) -> list[str]:
+    """The keys, with dots, that the options of a command line have."""
+    groups = [a for a in arguments if "=" in a and (conf / a.partition("=")[0]).is_dir()]
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        try:
+            cfg = compose("config", rewrite([f"{a.partition('=')[0]}={choices_of(a)[0]}" for a in groups]))
+        except HydraException:  # another mistake
+            cfg = compose("config")
+    return _flat(OmegaConf.to_container(cfg))
+
+
+def _flat(config: dict[str, object], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in config.items():
+        keys += [f"{prefix}{key}"] * (key != "_target_")
+        keys += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else []
+    return keys
