@@ -20,7 +20,7 @@ from nnprune.evaluation import Evaluator, Perplexity
 from nnprune.method import Method
 from nnprune.patterns import NM
 from nnprune.pruners.wanda import Wanda
-from nnprune.run import run
+from nnprune.run import run, run_grid
 from nnprune.statistics import Hessian, Moments, SquaredNorm
 
 X = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
@@ -158,6 +158,19 @@ def test_two_processes_prune_as_one(options, tiny_config, tmp_path):
     assert record["fingerprint"] == expected.fingerprint
     assert any("2 processes" in note for note in record["notes"]) and not expected.notes
     assert not list(two.rglob("unfinished"))
+
+
+def test_two_processes_prune_a_grid_as_one(tiny_config, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    common = ("propagate=dense", "sparsity=0.6", "evaluation.max_windows=1")
+    expected = run(tiny_config("pruner=wanda", *common, f"outputs={one}"))
+    cells = [tiny_config(f"pruner={pruner}", *common, f"outputs={two}") for pruner in ("magnitude", "wanda")]
+    assert on_ranks(run_grid, cells) == [0, 0]
+    records = [json.loads(path.read_text()) for path in two.rglob("result.json")]
+    assert len(records) == 3
+    [record] = (record for record in records if record["fingerprint"] == expected.fingerprint)
+    assert record["metrics"] == pytest.approx(expected.metrics, rel=2e-3)
+    assert any("1 other cells" in note for note in record["notes"])
 
 
 @pytest.mark.parametrize(("runtime", "num_ranks"), [("cpu", 1), ("low_memory", 3)])
