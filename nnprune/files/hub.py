@@ -26,10 +26,6 @@ PAUSES = (1.0, 2.0)
 REST = 300.0
 """Seconds for which a hub that could not be reached is not asked again."""
 
-MEMORY = 86400.0
-"""Seconds for which a dataset of no particular revision stays at the commit that was last asked for: cells of a sweep that are processes
-of their own agree on it, and do not ask."""
-
 _commits: dict[tuple[str, str, str | None], str] = {}  # kind, name and revision -> commit: a branch does not move within a run
 _names: dict[tuple[str, str, str | None], list[str]] = {}  # the same -> the files of a model
 _remembered: set[Path] = set()  # files of the hub's cache that name a branch's commit
@@ -44,7 +40,7 @@ class Repository:
         key: the config key that names it, such as calibration.dataset, for error messages.
         name: its id.
         kind: model or dataset.
-        revision: branch, tag or commit; None: main, of a dataset as it was when last asked for within a day.
+        revision: branch, tag or commit; None: main.
         wanted: what is to be read of it, for error messages.
     """
 
@@ -146,10 +142,8 @@ class Repository:
             _commits[self._asked] = self.revision
             return
         known = self._ref.read_text(encoding="utf-8").strip() if self._ref.is_file() else ""
-        may_be_old = self.kind == "dataset" and self.revision is None
-        is_recent = known and may_be_old and abs(time.time() - self._ref.stat().st_mtime) < MEMORY
         error: Exception | None = None
-        if not _is_closed() and not is_recent:
+        if not _is_closed():
             try:
                 info = self._ask()
                 _commits[self._asked] = info.sha
