@@ -11,11 +11,15 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.families import COMMON, FAMILIES, GROUPED, SLIDING
+from support.runs import refuse
 from support.saved import make_base, prune_and_save
 from transformers import AutoModelForCausalLM
 
 from nnprune import check
+from nnprune.engine.pruning_pass import PruneTask
 from nnprune.model import export
+from nnprune.model.checkpoint import Checkpoint
+from nnprune.run import run
 
 VISION = {
     "hidden_size": 16,
@@ -185,3 +189,17 @@ def test_a_full_disk(llama, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"save=true: .* \(No space left on device\); make room or set outputs"):
         prune_and_save(llama, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "layers"]
+
+
+def test_what_cannot_be_saved_is_refused_before_pruning(tiny_config, monkeypatch):
+    name = "model.decoder.layers.1.fc1.weight"
+    known = Checkpoint.__init__
+
+    def without_one(self, *args):  # as if transformers made this weight of others
+        known(self, *args)
+        self.places.pop(name)
+
+    monkeypatch.setattr("nnprune.experiment.job.Checkpoint", type("Fused", (Checkpoint,), {"__init__": without_one}))
+    monkeypatch.setattr(PruneTask, "__init__", refuse)
+    with pytest.raises(ValueError, match=r"save=true: transformers computes model\.decoder\.layers\.1\.fc1 from other tensors"):
+        run(tiny_config("pruner=wanda", "save=true"))

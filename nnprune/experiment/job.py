@@ -29,7 +29,8 @@ from nnprune.experiment.preparation import (
     warn_of_demo_texts,
 )
 from nnprune.experiment.provenance import new_record, now
-from nnprune.model.export import save_model
+from nnprune.model.checkpoint import Checkpoint
+from nnprune.model.export import check_names, save_model
 from nnprune.model.loading import quieten_transformers
 from nnprune.records import RecordError, RunRecord, read_completed
 from nnprune.runtime import peak_device_bytes, peak_host_bytes
@@ -59,6 +60,8 @@ class Job:
         with self.stopwatch.stage("load"):
             self.engine = open_engine(experiment, self.config)
             check_consistency(self.engine)
+            if experiment.config["save"]:
+                self._check_that_it_can_be_saved()
 
     @cached_property
     def plan(self) -> Plan:
@@ -173,6 +176,11 @@ class Job:
             if (num_cells := max(report["num_cells"] for report in reports)) > 1:
                 pruned.notes.append(f"pruned in one pass with {num_cells - 1} other cells; `seconds` leaves that pass out")
         return metrics, dense_metrics
+
+    def _check_that_it_can_be_saved(self) -> None:
+        source, decoder = self.experiment.source, self.engine.decoder
+        checkpoint = Checkpoint(source.files.weights(), decoder.model, source.label)
+        check_names(checkpoint, [name for shapes in decoder.shapes_by_layer() for name in shapes])
 
     @parallel.on_rank_0
     def _save(self, record: RunRecord) -> None:

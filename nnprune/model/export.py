@@ -68,6 +68,16 @@ def save_model(source: ModelSource, model: PreTrainedModel, layers: Sequence[Pat
         ) from error
 
 
+def check_names(checkpoint: Checkpoint, linears: Iterable[str]) -> None:
+    """Raise ValueError if a linear's weight, by its full name, is not a tensor of the checkpoint that could be replaced."""
+    for name in linears:
+        if f"{name}.weight" not in checkpoint.places:
+            raise ValueError(
+                f"save=true: transformers computes {name} from other tensors of {checkpoint.label}, and it can't be saved under "
+                "their names; run without save=true"
+            )
+
+
 def changed_names(names: Iterable[str], summary: Mapping[str, Any]) -> set[str]:
     """Of the `names` in memory of tensors of decoder layers, those that the run may have changed: pruned weights, or all if the layers
     were tuned."""
@@ -82,12 +92,7 @@ def _places(checkpoint: Checkpoint, layers: Sequence[Path], summary: Mapping[str
     """
     pruned = {header.key: header for path in layers for header in read_headers(path, "outputs")}
     changed = changed_names(pruned, summary)
-    for linear in summary["per_linear"]:
-        if f"{linear['name']}.weight" not in checkpoint.places:
-            raise ValueError(
-                f"save=true: transformers computes {linear['name']} from other tensors of {checkpoint.label}, and it can't be saved "
-                "under their names; run again without save: finished layers are kept"
-            )
+    check_names(checkpoint, [linear["name"] for linear in summary["per_linear"]])
     places = {}
     for key, header in checkpoint.headers.items():
         if (name := checkpoint.names[key]) in changed and header.dtype in FLOATS:
