@@ -1,5 +1,6 @@
 """What a finished run is reused for: evaluations are added to its record, and other code of nnprune is reported."""
 
+import json
 import shutil
 
 import pytest
@@ -36,7 +37,8 @@ def test_an_evaluation_is_added_to_a_saved_run_without_pruning(runtime, tiny_con
     assert second.per_linear == first.per_linear
     folder = build(tiny_config(*settings)).folder
     assert read(folder) == second
-    assert (folder / "model").is_dir()
+    assert json.loads((folder / "model" / "pruning.json").read_text())["metrics"] == second.metrics
+    assert "more_perplexity" in (folder / "model" / "README.md").read_text()
     assert not (folder / "unfinished").exists()
 
 

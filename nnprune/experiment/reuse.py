@@ -10,6 +10,8 @@ from nnprune.experiment.identity import own_code
 from nnprune.experiment.job import Job, dense_record_of
 from nnprune.experiment.preparation import SCRATCH
 from nnprune.experiment.provenance import now
+from nnprune.model.export import SUMMARY, describe
+from nnprune.model.model_files import read_json
 from nnprune.patterns import Unstructured
 from nnprune.records import RunRecord, read_completed, read_journal, write_journal
 
@@ -65,9 +67,16 @@ def add_evaluations(experiment: Experiment, record: RunRecord) -> bool:
     record.add_evaluations({key: record.evaluations[key] for key in experiment.evaluations.values()})  # the last ones are shown
     if missing or record.metrics != before:
         record.config["evaluation"], record.finished = experiment.config["evaluation"], now()
-        parallel.on_rank_0(record.write)(experiment.folder)
+        parallel.on_rank_0(_write)(experiment, record)
         shutil.rmtree(experiment.folder / SCRATCH, ignore_errors=True)
     return bool(missing)
+
+
+def _write(experiment: Experiment, record: RunRecord) -> None:
+    """Write a record that gained evaluations, also as the description of the saved model."""
+    record.write(experiment.folder)
+    if ((saved := experiment.folder / "model") / SUMMARY).is_file():
+        describe(saved, read_json(saved / SUMMARY, f"{saved}")["base_model"], record)
 
 
 def _missing(experiment: Experiment, record: RunRecord) -> dict[str, str]:

@@ -19,7 +19,7 @@ from nnprune.model.card import model_card
 from nnprune.model.checkpoint import FLOATS, LOADED_BY_TRANSFORMERS, Checkpoint, Header, read_headers
 from nnprune.model.loading import ModelSource
 from nnprune.model.model_files import SAFETENSORS, SAFETENSORS_INDEX, read_json
-from nnprune.records import RunRecord
+from nnprune.records import RunRecord, write_atomically
 
 SUMMARY = "pruning.json"
 """The record of a saved model, and where its base model is."""
@@ -54,8 +54,7 @@ def save_model(source: ModelSource, model: PreTrainedModel, layers: Sequence[Pat
             copy.parent.mkdir(exist_ok=True, parents=True)
             shutil.copyfile(path, copy)
         _adapt_config(unfinished / "config.json", source)
-        (unfinished / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        (unfinished / "README.md").write_text(model_card(summary), encoding="utf-8")
+        describe(unfinished, base, record)
         if target.exists():
             shutil.rmtree(target)
         unfinished.replace(target)
@@ -66,6 +65,13 @@ def save_model(source: ModelSource, model: PreTrainedModel, layers: Sequence[Pat
             f"save=true: {target} cannot be written ({error.strerror or error}); make room or set outputs to another disk, then "
             "run again: finished layers are kept",
         ) from error
+
+
+def describe(folder: Path, base: Mapping[str, Any], record: RunRecord) -> None:
+    """Write `pruning.json` and the model card of a saved model; `base` is the entry base_model of the former."""
+    summary = {"base_model": base, **json.loads(record.as_json())}
+    write_atomically(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    write_atomically(folder / "README.md", model_card(summary))
 
 
 def check_names(checkpoint: Checkpoint, linears: Iterable[str]) -> None:
