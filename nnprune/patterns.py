@@ -26,6 +26,9 @@ MAX_SORTED = 8
 MAX_SMALL_GROUP = 32
 """Width of a group up to which one tensor for each position is faster than `topk`."""
 
+DIGITS = 1 << 16
+"""Values of half a float32's bits."""
+
 MAX_M = 1 << 20
 """Upper bound of M in N:M: no linear has so many inputs."""
 
@@ -47,6 +50,8 @@ def keep_largest(score: Tensor, num_keep: int) -> Tensor:
     chunks = zip(score.flatten(0, -2).split(groups_at_once), mask.flatten(0, -2).split(groups_at_once), strict=True)
     is_small = 0 < num_keep < width <= MAX_SMALL_GROUP and can_sort(num_keep, width)
     select = _keep_in_small_groups if is_small else _keep_by_index
+    if score.is_cuda and score.dtype == torch.float32 and len(mask) == 1 and 0 < num_keep < width:
+        select = _keep_by_histogram
     for scores, kept in chunks:
         select(scores, kept, num_keep)
     return mask
@@ -56,6 +61,32 @@ def _keep_by_index(scores: Tensor, kept: Tensor, num_keep: int) -> None:
     """Clear all but the `num_keep` largest scores of each group in a mask (groups, width) of ones."""
     drop = scores.topk(scores.shape[-1] - num_keep, dim=-1, largest=False, sorted=False).indices
     kept.scatter_(-1, drop, False)
+
+
+def _keep_by_histogram(scores: Tensor, kept: Tensor, num_keep: int) -> None:
+    """The same for one large group of float32, without sorting it and without a wait of the host: on CUDA `topk` of half of a million
+    scores sorts them.
+
+    The bits of a float, as an integer, are in the order of the floats. Two histograms of half the bits each find the threshold.
+    """
+    bits = scores.flatten().view(torch.int32)
+    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats are in reverse order
+    keys.masked_fill_(scores.flatten().isnan(), 0x7FFFFFFF)  # above all, as in `topk`
+    upper = (keys >> 16) + DIGITS // 2
+    first, rank = _digit_of_rank(upper, torch.ones_like(keys), len(keys) - num_keep)
+    second, rank = _digit_of_rank(keys & (DIGITS - 1), (upper == first).int(), rank)
+    threshold = ((first - DIGITS // 2) << 16 | second).int()
+    is_equal = keys == threshold
+    drop = (keys < threshold) | (is_equal & (is_equal.cumsum(0, dtype=torch.int32) <= rank))
+    kept.copy_(drop.logical_not_().view_as(kept))
+
+
+def _digit_of_rank(digits: Tensor, counted: Tensor, rank: int | Tensor) -> tuple[Tensor, Tensor]:
+    """The digit of the rank-th smallest of those `digits` (n,) where `counted` (n,) is 1, and its rank among equal ones, each (1,)."""
+    counts = torch.zeros(DIGITS, dtype=torch.int32, device=digits.device).scatter_add_(0, digits.long(), counted)
+    totals = counts.cumsum(0)
+    digit = (totals < rank).sum(0, keepdim=True)
+    return digit, rank - totals[digit] + counts[digit]
 
 
 def _keep_in_small_groups(scores: Tensor, kept: Tensor, num_keep: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnprune.patterns import NM, PatternError, Unstructured, keep_largest, keep_where, parse_pattern
+from nnprune.patterns import NM, PatternError, Unstructured, _keep_by_histogram, keep_largest, keep_where, parse_pattern
 
 GROUPS = ("row", "matrix")
 hypothesis_settings = settings(deadline=None, max_examples=60, derandomize=True)
@@ -228,3 +228,28 @@ def test_m_must_divide_the_width(call):
 def test_sparsity_of_nm_is_the_fraction_of_zeros():
     assert NM(1, 4).sparsity == 0.75
     assert float(NM(2, 6).mask(torch.rand(3, 12)).logical_not().float().mean()) == pytest.approx(NM(2, 6).sparsity)
+
+
+@hypothesis_settings
+@given(
+    st.one_of(
+        st.lists(st.sampled_from([-2.0, -0.5, 0.0, 1.0, 1.0 + 2**-20, math.inf, math.nan]), min_size=2, max_size=40),
+        st.lists(st.floats(width=32), min_size=2, max_size=40),
+    ),
+    st.data(),
+)
+def test_the_selection_by_histogram_keeps_the_largest(values, data):
+    """It is for CUDA, and runs anywhere."""
+    scores = torch.tensor(values, dtype=torch.float32)[None]
+    num_keep = data.draw(st.integers(1, len(values) - 1))
+    kept = torch.ones_like(scores, dtype=torch.bool)
+    _keep_by_histogram(scores, kept, num_keep)
+    assert kept.sum() == num_keep
+    order = scores.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    assert order[kept].min() >= order[~kept].max()
+
+
+def test_the_selection_by_histogram_settles_ties_by_index():
+    kept = torch.ones(1, 6, dtype=torch.bool)
+    _keep_by_histogram(torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.0, 2.0]]), kept, 4)
+    assert kept.tolist() == [[True, False, True, False, True, True]]
