@@ -1,10 +1,12 @@
-"""Several processes and several GPUs, with stand-ins for CUDA: each process computes on its own."""
+"""Launchers that are not installed; and several processes on several GPUs, with stand-ins for CUDA: each computes on its own."""
 
 import multiprocessing
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 
 from nnprune.devices import own_gpu
 from nnprune.runtime import Runtime
@@ -127,3 +129,13 @@ def test_a_run_works_on_its_device_alone(start, monkeypatch):
     Runtime().start(seed=0)
     Runtime(device="cuda:3").start(seed=0)
     assert chosen == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "node", "extra"), [("slurm", "submitit_slurm", "slurm"), ("joblib", "joblib", "parallel")]
+)
+def test_a_launcher_that_is_not_installed_says_what_brings_it(launcher, node, extra, call_main, monkeypatch):
+    Plugins.instance()  # which registers those that are
+    monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["launcher"], f"{node}.yaml", raising=False)
+    status, message = call_main("-m", f"hydra/launcher={launcher}", "seed=0,1")
+    assert (status, message) == (1, f"Error: hydra/launcher={node}: is not installed; pip install 'nnprune[{extra}]'")
