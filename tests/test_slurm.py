@@ -5,11 +5,12 @@ import os
 
 import pytest
 from conftest import compose_config
-from support.slurm import CannotStart, slurm
+from support.slurm import MISSING, PATH, CannotStart, slurm
 
 from nnprune.run import run
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the launcher's extra")
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)} (Debian: slurm-wlm, munge)")
 
 PRUNER = """
 import os
@@ -39,7 +40,7 @@ class Stopped(Pruner):
 
 @pytest.fixture
 def slurm_conf(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("PATH", os.environ["PATH"])
+    monkeypatch.setenv("PATH", PATH)
     try:
         with slurm(tmp_path_factory.mktemp("slurm")) as conf:
             monkeypatch.setenv("SLURM_CONF", str(conf))

@@ -10,7 +10,13 @@ from contextlib import contextmanager
 from getpass import getuser
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
+PATH = f"{os.environ['PATH']}:/usr/sbin"
+"""Daemons are where not every user looks."""
+
+MISSING = [
+    name for name in ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol") if not shutil.which(name, path=PATH)
+]
+
 STARTS = 20
 """Seconds after which daemons that are not up count as unable to start."""
 
@@ -47,9 +53,6 @@ class CannotStart(Exception):
 @contextmanager
 def slurm(folder: Path) -> Iterator[Path]:
     """The path for SLURM_CONF while the daemons run in `folder`. Raises CannotStart."""
-    os.environ["PATH"] += ":/usr/sbin"  # where Debian installs daemons, and not in the PATH of every user
-    if missing := [program for program in PROGRAMS if shutil.which(program) is None]:
-        raise CannotStart(f"needs {', '.join(missing)} (Debian: slurm-wlm, munge)")
     (folder / "state").mkdir()
     (folder / "spool").mkdir()
     (folder / "munge.key").write_bytes(os.urandom(1024))
@@ -59,7 +62,7 @@ def slurm(folder: Path) -> Iterator[Path]:
     conf.write_text(CONF.format(user=getuser(), folder=folder, host=host, ports=free_ports(2)))
     files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munged.pid", "seed-file": "munge.seed"}
     munged = ["munged", "--foreground", "--force", *(f"--{key}={folder / name}" for key, name in files.items())]
-    environment = {**os.environ, "SLURM_CONF": str(conf)}
+    environment = {**os.environ, "PATH": PATH, "SLURM_CONF": str(conf)}
     daemons = []
     try:
         for command in (munged, ["slurmctld", "-D"], ["slurmd", "-D"]):
