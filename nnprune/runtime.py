@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from nnprune.checks import check_count, one_of, quoted
+from nnprune.devices import own_gpu
 from nnprune.kernels import library
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class Runtime:
     """Settings of the machine.
 
     Args:
-        device: auto (CUDA if there is a device, else the CPU), cpu, cuda or cuda:N.
+        device: auto (CUDA if there is a device, else the CPU), cpu, cuda (a GPU that no other run uses, if there is one) or cuda:N.
         batch_tokens: tokens in one forward, at least one row; None: what suits the device. Halved when it runs out of memory.
         layers: where decoder layers are kept: host, device or disk.
         activations: where the activations between two layers are kept: host, device, disk, or auto (the device while they fit).
@@ -85,6 +86,8 @@ class Runtime:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and "TORCHELASTIC_RUN_ID" in os.environ:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
+        elif device == "cuda" and torch.cuda.device_count() > 1:
+            device = f"cuda:{own_gpu()}"
         return torch.device(device)
 
     def rows_per_batch(self, seq_len: int) -> int:
@@ -107,6 +110,10 @@ class Runtime:
         if self.threads:
             torch.set_num_threads(self.threads)
         if torch.cuda.is_available():
+            if (
+                self.torch_device.type == "cuda"
+            ):  # pinned memory takes memory of the current device, whose peaks are reset below
+                torch.cuda.set_device(self.torch_device.index or 0)
             torch.cuda.empty_cache()
         forget_peaks()
 

@@ -16,6 +16,9 @@ from nnprune.experiment.command_line import choices_of, rewrite
 
 PACKAGE = Path(__file__).parent.parent
 
+LAUNCHERS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm"}
+"""What brings each launcher."""
+
 
 def explain(error: Exception, arguments: Sequence[str], conf: Path) -> str:
     """One line for an error that Hydra raises before it calls our code.
@@ -26,8 +29,10 @@ def explain(error: Exception, arguments: Sequence[str], conf: Path) -> str:
         conf: the folder of the options.
     """
     text, typed = " ".join(str(error).split()), {a.partition("=")[0].lstrip("+~"): a for a in arguments if "=" in a}
+    group, _, option = str(getattr(error, "missing_cfg_file", "")).rpartition("/")
+    if group == "hydra/launcher" and option in LAUNCHERS:
+        return f"hydra/launcher={option}: is not installed; pip install 'nnprune[{LAUNCHERS[option]}]'"
     if isinstance(error, MissingConfigException) and error.options:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={quoted(option)}: no such option; {nearest(option, error.options)}"
     if isinstance(error, OverrideParseException):
         return (
