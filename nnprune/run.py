@@ -180,7 +180,9 @@ def _main(cfg: DictConfig) -> None:
     except Exception as error:
         (place, is_users), failure = where_raised(error), one_line(error)
         if is_users or not isinstance(error, ValueError | OSError):  # else what a user can fix by a setting
-            logged = "; ".join(getattr(error, "__notes__", []))
+            logged = "; ".join(
+                note for note in getattr(error, "__notes__", []) if "\n" not in note
+            )  # not another rank's traceback
             more = f"; {logged}" if logged else "" if is_users else f"\n{traceback.format_exc()}"
             failure = f"{type(error).__name__}: {failure} ({place}){more}"
     if failure:

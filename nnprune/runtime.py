@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from nnprune.checks import check_count, one_of, quoted
-from nnprune.devices import own_gpu
+from nnprune.files.gpus import own_gpu
 from nnprune.kernels import library
 
 log = logging.getLogger(__name__)

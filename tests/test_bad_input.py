@@ -246,7 +246,11 @@ def test_disk_full_while_a_layer_is_saved(tiny_config, monkeypatch):
     assert message.startswith("outputs: decoder layer 1 could not be saved in ")
     assert "No space left" in message
     assert "make room or set outputs to another disk" in message
-    assert sorted(path.name for path in (folder / "unfinished").iterdir()) == ["layer-0000.json", "layer-0000.safetensors"]
+    assert sorted(path.name for path in (folder / "unfinished").iterdir()) == [
+        "code.json",
+        "layer-0000.json",
+        "layer-0000.safetensors",
+    ]
 
     saved.clear()
     record = run(cfg)

@@ -8,7 +8,7 @@ import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 
-from nnprune.devices import own_gpu
+from nnprune.files.gpus import own_gpu
 from nnprune.runtime import Runtime
 
 PROCESSES = multiprocessing.get_context("fork")

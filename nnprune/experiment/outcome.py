@@ -20,8 +20,8 @@ def record_failure(cfg: DictConfig, experiment: Experiment | None, error: Except
     config = OmegaConf.to_container(cfg, resolve=False)
     outputs = ""
     with suppress(OmegaConfBaseException):  # such as ${oc.env:X} with X unset
-        outputs = str(OmegaConf.select(cfg, "outputs") or "")
-    if not outputs:
+        outputs = OmegaConf.select(cfg, "outputs")
+    if not outputs or not isinstance(outputs, str):
         return
     model, sparsity = config.get("model") or {}, config.get("sparsity") or {}
     name = str(model.get("name") or Path(str(model.get("path"))).name)
