@@ -139,6 +139,7 @@ def prune(pruner: Any, model_name: str = "demo", sparsity: float | str = 0.5, ov
         ValueError: an invalid setting, with the remedy.
     """
     from nnprune.engine import parallel
+    from nnprune.experiment.identity import is_plain, state_of
 
     parallel.start()
     is_demo = model_name == "demo"
@@ -149,9 +150,9 @@ def prune(pruner: Any, model_name: str = "demo", sparsity: float | str = 0.5, ov
     cfg.sparsity.pattern = str(sparsity)
     if not is_demo:
         cfg.model.path = str(model_name)
-    plain = {key: value for key, value in vars(pruner).items() if _is_plain(value)}
-    kind = type(pruner)
-    cfg.pruner = {"_target_": f"{kind.__module__}.{kind.__qualname__}", **plain}
+    plain = {key: value for key, value in vars(pruner).items() if is_plain(value) and value not in ({}, [], ())}
+    kind, state = type(pruner), state_of(pruner)
+    cfg.pruner = {"_target_": f"{kind.__module__}.{kind.__qualname__}", **plain, **({"state_hash": state} if state else {})}
     return run(cfg, pruner)
 
 
@@ -213,14 +214,6 @@ def main() -> None:
     except KeyboardInterrupt:  # before or between runs
         sys.exit(INTERRUPTED)
     sys.exit(int(bool(command_line.failures)))
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether an attribute of a pruner can be a setting: a number, text, or a non-empty list or dict of such."""
-    if isinstance(value, list | tuple | dict):
-        entries = value.values() if isinstance(value, dict) else value
-        return len(value) > 0 and all(map(_is_plain, entries))
-    return isinstance(value, bool | int | float | str | None)
 
 
 if __name__ == "__main__":

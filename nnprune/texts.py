@@ -1,15 +1,18 @@
 """Documents from a local file, from the embedded demo, or from a dataset on the hub. No tokens, no model."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from nnprune.checks import check_count, quoted
 from nnprune.files.digests import file_digest
 from nnprune.files.hub import Repository, find
-from nnprune.files.text_files import FORMATS, NoSuchColumn, read_documents, suffix
+from nnprune.files.text_files import FORMATS, NoSuchColumn, read_documents, read_joined, suffix
+
+T = TypeVar("T")
 
 DEMO_FOLDER = Path(__file__).parent / "data" / "demo"
 
@@ -58,15 +61,21 @@ class TextSource:
 
     def documents(self) -> Sequence[str]:
         """The documents in order. Raises ValueError when they cannot be had or there are none."""
-        parts = [self._read_file(path) for path in self._files()]
+        parts = [self._read_file(path, partial(read_documents, column=self.column)) for path in self._files()]
         documents = parts[0] if len(parts) == 1 else [document for part in parts for document in part]
         if not documents:
-            raise ValueError(f"{self._where()}: holds no text; name another file")
+            raise ValueError(self._no_text)
         return documents[: self.max_documents] if self.max_documents is not None else documents
 
     def joined(self) -> str:
         """All documents as one text."""
-        return self.separator.join(self.documents())
+        if self.max_documents is not None:
+            return self.separator.join(self.documents())
+        read = partial(read_joined, column=self.column, separator=self.separator)
+        parts = [part for path in self._files() if (part := self._read_file(path, read))]
+        if not parts:
+            raise ValueError(self._no_text)
+        return self.separator.join(parts)
 
     def check(self) -> None:
         """Raise ValueError when a local file is missing or of an unknown kind; reads nothing."""
@@ -135,12 +144,16 @@ class TextSource:
     def _where(self) -> str:
         return f"{self.key}.path={self.path}" if self.dataset is None else f"{self.key}.dataset={self.dataset}"
 
-    def _read_file(self, path: Path) -> Sequence[str]:
+    @property
+    def _no_text(self) -> str:
+        return f"{self._where()}: holds no text; name another file"
+
+    def _read_file(self, path: Path, read: Callable[[Path], T]) -> T:
         named = f"{self.key}.path={path}" if self.dataset is None else f"{self._where()} {self.data_files}"
         if path.suffix != ".txt" and suffix(path) not in FORMATS:
             raise ValueError(f"{self.key}.data_files={self.data_files}: must be a .txt, .jsonl, .json.gz or .parquet file")
         try:
-            return read_documents(path, self.column)
+            return read(path)
         except NoSuchColumn as found:
             raise ValueError(f"{self.key}.column={self.column}: is no column of text; {path} has {found}") from None
         except ValueError as error:

@@ -1,6 +1,7 @@
 """Which files are the checkpoint, what is tied, and what is refused before anything long: as transformers does, layers on disk or not."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -234,3 +235,16 @@ def test_a_plan_is_refused_too(folder, tiny_config):
     experiment = build(tiny_config(f"model.path={folder}"))
     with pytest.raises(ValueError, match=r"config\.json asks for"):
         skeleton(experiment, experiment.source.config())
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tiny_model_dir, tmp_path):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "bare")
+    for path in folder.glob("*token*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"model\.path=.*(has no tokenizer|cannot be loaded)"):
+        ModelSource(str(folder)).tokenizer()
+
+
+def test_a_revision_of_a_folder_is_refused(tiny_model_dir):
+    with pytest.raises(ValueError, match=r"model\.revision=5: .* is a local directory; leave model\.revision out"):
+        ModelSource(str(tiny_model_dir), revision=5)

@@ -4,12 +4,16 @@ A local text or model counts by its content, not its path. The code of a method 
 do not: each has a fingerprint of its own.
 """
 
+import ast
 import hashlib
+import importlib.util
 import inspect
 import logging
+import pickle
 import sys
+import sysconfig
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +24,9 @@ from nnprune.model.dtypes import name_of
 from nnprune.records import NOT_SCIENCE, fingerprint
 
 log = logging.getLogger(__name__)
+
+INSTALLED = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib"))
+"""Folders of code that changes with its version only."""
 
 if TYPE_CHECKING:
     from nnprune.experiment.build import Experiment
@@ -45,6 +52,29 @@ def science(experiment: "Experiment") -> dict[str, Any]:
     }
 
 
+def state_of(pruner: Any) -> str | None:
+    """A hash of what an object holds that is no setting, such as tensors or functions; None if there is nothing.
+
+    It is new each time, with a warning, where it cannot be computed.
+    """
+    held = {key: value for key, value in vars(pruner).items() if not is_plain(value) and key not in ("statistics", "notes")}
+    if not held:
+        return None
+    try:
+        return hashlib.sha256(pickle.dumps(held)).hexdigest()[:16]
+    except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{', '.join(held)} of {type(pruner).__name__} cannot be hashed ({error})"
+        log.warning("warning: %s, so this run will not be reused; use numbers and text", reason)
+        return uuid.uuid4().hex[:16]
+
+
+def is_plain(value: Any) -> bool:
+    """Whether an attribute of a pruner can be a setting: a number, text, or a list or dict of such."""
+    if isinstance(value, list | tuple | dict):
+        return all(map(is_plain, value.values() if isinstance(value, dict) else value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
 def evaluation_fingerprints(evaluators: Mapping[str, Evaluator]) -> dict[str, str]:
     """Name of an evaluator -> the hash of its settings, texts and code."""
     return {
@@ -58,24 +88,40 @@ def own_code(method: Method, allocation: Any) -> dict[str, str]:
     It is no part of a fingerprint, since nnprune's versions should agree, but a record that other code made is worth a line.
     """
     parts = (method.pruner, method.target, method.update, method.recovery, allocation)
-    found: set[str] = set()
-    todo = {kind.__module__ for part in parts for kind in type(part).__mro__}
-    while todo := {name for name in todo if name.startswith("nnprune.")} - found:
-        found |= todo
-        todo = {_module_of(value) for name in todo for value in vars(sys.modules[name]).values()}
+    first = {kind.__module__ for part in parts for kind in type(part).__mro__}
+    found = _reachable(first, lambda name: name.startswith("nnprune."))
     root = Path(__file__).parent.parent
     files = sorted(Path(sys.modules[name].__file__ or "") for name in found)
     return {file.relative_to(root).as_posix(): _hash(file) for file in files}
 
 
+def _reachable(first: set[str], is_wanted: Callable[[str], bool]) -> set[str]:
+    """The wanted ones of the modules `first`, and of those that wanted ones import from, and so on."""
+    found: set[str] = set()
+    todo = first
+    while todo := {name for name in todo if is_wanted(name)} - found:
+        found |= todo
+        todo = {imported for name in todo for imported in _imports(name)}
+    return found
+
+
+def _imports(name: str) -> Iterator[str]:
+    """The names of the loaded modules that a module's source names in import statements."""
+    module = sys.modules[name]
+    if not module.__file__.endswith(".py"):
+        return
+    for node in ast.walk(ast.parse(Path(module.__file__).read_bytes())):
+        if isinstance(node, ast.ImportFrom):
+            parent = importlib.util.resolve_name("." * node.level + (node.module or ""), module.__package__)
+            names = [parent, *(f"{parent}.{alias.name}" for alias in node.names)]
+        else:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        yield from (one for one in names if one in sys.modules)
+
+
 @cache  # an edit while this process runs does not change what it runs
 def _hash(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-
-
-def _module_of(value: Any) -> str:
-    """The name of the module that a module's global is, or comes from."""
-    return str(value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", ""))
 
 
 def _code_entry(method: type) -> dict[str, str]:
@@ -85,20 +131,39 @@ def _code_entry(method: type) -> dict[str, str]:
 
 
 def _code_of(method: type) -> str | None:
-    """A hash of the source files of a method's classes from outside this package: an edited method is another method.
+    """A hash of the source files of a method's classes from outside this package, and of the modules of their author's that they use:
+    an edited method is another method.
 
     Code without a file, such as a notebook's, may have changed unseen: its hash is new each time, so nothing of it is reused.
     """
     outside = [kind for kind in method.__mro__ if kind.__module__.split(".")[0] not in ("nnprune", "builtins", "abc", "typing")]
     if not outside:
         return None
-    sha = hashlib.sha256()
     for kind in outside:
-        try:
-            sha.update(kind.__qualname__.encode() + Path(inspect.getfile(kind)).read_bytes())
-        except (OSError, TypeError):
-            log.warning(
-                "warning: the code of %s is in no file, so this run will not be reused; put it in a module", kind.__name__
-            )
+        if not _is_in_file(kind):
+            reason = f"the code of {kind.__name__} is in no file"
+            log.warning("warning: %s, so this run will not be reused; put it in a module", reason)
             return uuid.uuid4().hex[:16]
+    modules = _reachable({kind.__module__ for kind in outside}, _is_users)
+    sha = hashlib.sha256("".join(kind.__qualname__ for kind in outside).encode())
+    for file in sorted({inspect.getfile(sys.modules[name]) for name in modules}):
+        sha.update(Path(file).read_bytes())
     return sha.hexdigest()[:16]
+
+
+def _is_in_file(kind: type) -> bool:
+    """Whether the file of a class's module holds its methods: those of a notebook or of `exec` come from elsewhere. Generated ones, as
+    of dataclasses, do not count."""
+    try:
+        file = Path(inspect.getfile(kind)).resolve()
+        methods = [inspect.unwrap(value) for name, value in vars(kind).items() if not name.startswith("__")]
+        places = {Path(one.__code__.co_filename).resolve() for one in methods if inspect.isfunction(one)}
+        return file.is_file() and places <= {file}
+    except (OSError, TypeError):
+        return False
+
+
+def _is_users(name: str) -> bool:
+    """Whether a module is its user's: in a file that is not nnprune's nor installed."""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return bool(file) and name.split(".")[0] != "nnprune" and not file.startswith(INSTALLED) and Path(file).is_file()

@@ -18,20 +18,22 @@ from nnprune.records import RunRecord, read_completed, read_journal, write_journ
 log = logging.getLogger(__name__)
 
 CODE_JOURNAL = "code.json"
+OVERWRITING = "overwriting"
+"""Says that the layer files beside it are of a run with overwrite=true."""
 
 
 @parallel.on_rank_0
 def reusable_record(experiment: Experiment, keep_layers: bool = False) -> RunRecord | None:
     """The completed record of this experiment, if nothing has to be pruned for what was asked; else None.
 
-    `overwrite=true` returns None and deletes old layer files, unless `keep_layers` says that they are new. The old record stays
-    until the new one is written.
+    `overwrite=true` returns None and deletes old layer files, unless `keep_layers` says that they are new, or they are of such a run
+    that was interrupted. The old record stays until the new one is written.
     """
     folder, config = experiment.folder, experiment.config
     code = own_code(experiment.method, experiment.allocation)
     if config["overwrite"]:
         record = None
-        if not keep_layers:
+        if not keep_layers and not (folder / SCRATCH / OVERWRITING).exists():
             shutil.rmtree(folder / SCRATCH, ignore_errors=True)
     elif record := read_completed(folder):
         _report_other_code(record, code)
@@ -42,6 +44,8 @@ def reusable_record(experiment: Experiment, keep_layers: bool = False) -> RunRec
             shutil.rmtree(folder / SCRATCH, ignore_errors=True)
     if record is None and not experiment.is_dense:
         _drop_layers_of_other_code(experiment, code)
+        if config["overwrite"]:
+            (folder / SCRATCH / OVERWRITING).touch()
     return record
 
 

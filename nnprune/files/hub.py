@@ -26,10 +26,14 @@ PAUSES = (1.0, 2.0)
 REST = 300.0
 """Seconds for which a hub that could not be reached is not asked again."""
 
+FRESH = 30.0
+"""Seconds for which a hub that answered counts as there."""
+
 _commits: dict[tuple[str, str, str | None], str] = {}  # kind, name and revision -> commit: a branch does not move within a run
 _names: dict[tuple[str, str, str | None], list[str]] = {}  # the same -> the files of a model
 _remembered: set[Path] = set()  # files of the hub's cache that name a branch's commit
 _down_until = 0.0
+_answered = -REST  # when the hub last did
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,13 @@ class Repository:
         self.commit()
         if self._asked not in _names:  # a commit that needed no question, or a hub that is down
             with self._explained():
-                info = None if _is_closed() else self._ask()
-                _names[self._asked] = self._cached() if info is None else [file.rfilename for file in info.siblings]
+                try:
+                    _names[self._asked] = self._cached() if _is_closed() else [one.rfilename for one in self._ask().siblings]
+                except Exception as failure:
+                    if not is_transient(failure) or not self._cached():
+                        raise
+                    _close()
+                    _names[self._asked] = self._cached()
         return _names[self._asked]
 
     def file(self, path: str, key: str) -> Path:
@@ -174,7 +183,7 @@ class Repository:
         """Wait a bounded time for the hub to tell of a file that isn't cached: the library would try again for minutes."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-        if self._is_cached(name) or _is_closed():
+        if self._is_cached(name) or _is_closed() or time.monotonic() - _answered < FRESH:
             return
         url = hf_hub_url(self.name, name, repo_type=self.kind, revision=self.commit())
         _patiently(lambda: get_hf_file_metadata(url, timeout=PATIENCE))
@@ -226,9 +235,12 @@ def _close() -> None:
 
 def _patiently(ask: Callable[[], Any]) -> Any:
     """What `ask` returns, tried again a few times where the hub says that it is busy."""
+    global _answered
     for pause in PAUSES:
         try:
-            return ask()
+            answer = ask()
+            _answered = time.monotonic()
+            return answer
         except Exception as error:
             if status_of(error) not in BUSY:
                 raise

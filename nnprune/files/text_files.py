@@ -26,21 +26,31 @@ def read_documents(path: Path, column: str) -> Sequence[str]:
 
     Raises NoSuchColumn, or ValueError with the reason why the file cannot be read, in one line.
     """
+    return _paragraphs(_read_text(path))[0] if path.suffix == ".txt" else _read_table(path, column)
+
+
+def read_joined(path: Path, column: str, separator: str) -> str:
+    """The documents of a file as one text: a .txt with a document a line is taken as it is. Raises what `read_documents` raises."""
     if path.suffix != ".txt":
-        return _read_table(path, column)
+        return separator.join(read_documents(path, column))
+    parts, are_lines = _paragraphs(_read_text(path))
+    return ("\n" if are_lines else separator).join(parts)
+
+
+def _read_text(path: Path) -> str:
     try:
-        return paragraphs(path.read_text(encoding="utf-8-sig"))  # a byte-order mark is no text
+        return path.read_text(encoding="utf-8-sig")  # a byte-order mark is no text
     except UnicodeDecodeError:
         raise ValueError("is not UTF-8 text; convert it, or name another file") from None
     except OSError as error:
         raise ValueError(f"could not be read ({error.strerror}); check the file") from error
 
 
-def paragraphs(text: str) -> list[str]:
-    """Documents of a text file: parted by blank lines or, where it has none, one a line."""
+def _paragraphs(text: str) -> tuple[list[str], bool]:
+    """Documents of a text file: parted by blank lines or, where it has none, one a line; and whether they are lines."""
     parts = re.split(r"\n\s*\n", text.strip())
-    parts = parts if len(parts) > 1 else text.splitlines()
-    return [part for part in parts if part.strip()]
+    are_lines = len(parts) == 1
+    return [part for part in (text.splitlines() if are_lines else parts) if part.strip()], are_lines
 
 
 def _literal(path: Path) -> str:

@@ -162,7 +162,8 @@ def run_layer(layer: Callable[..., Any], hidden: Tensor, call: LayerCall) -> Ten
     if isinstance(output, tuple):
         output = output[0]
     if not isinstance(output, Tensor) or output.shape != hidden.shape:
-        raise ValueError(f"a decoder layer returned {type(output).__name__} instead of hidden states {tuple(hidden.shape)}")
+        found = f"{type(output).__name__} instead of hidden states {tuple(hidden.shape)}"
+        raise ValueError(f"model.path: a decoder layer of it returns a {found}, so it is not supported; choose another model")
     return output
 
 

@@ -62,6 +62,8 @@ class ModelSource:
         self.name = str(self.name or Path(self.path).expanduser().resolve().name)
         if local.is_dir():
             self.directory = local
+            if self.revision is not None:
+                raise ValueError(f"model.revision={self.revision}: {self.path} is a local directory; leave model.revision out")
         elif not re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", self.path):
             raise ValueError(f"{self.label}: no such directory; give a directory or a hub id like facebook/opt-125m")
 
@@ -111,14 +113,16 @@ class ModelSource:
         return config
 
     def tokenizer(self) -> Any:
-        """The model's tokenizer. Raises ValueError when it gives ids that the model has no embeddings for."""
+        """The model's tokenizer. Raises ValueError when it has no tokens, or gives ids that the model has no embeddings for."""
         with self._explained():
             tokenizer = AutoTokenizer.from_pretrained(self.files.folder, trust_remote_code=self.trust_remote_code)
         size = getattr(self._config.get_text_config(), "vocab_size", None)
         # A special token beyond the embeddings, for padding say, does no harm until it is put in.
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         ids = [index for index in tokenizer.get_vocab().values() if index not in special]
-        highest = max([*ids, *tokenizer("a").input_ids], default=0)
+        if not ids:
+            raise ValueError(f"{self.label}: has no tokenizer, or one without tokens; get its tokenizer files too")
+        highest = max([*ids, *tokenizer("a").input_ids])
         if size and highest >= size:
             raise ValueError(
                 f"{self.label}: its tokenizer gives ids up to {highest}, and config.json says vocab_size={size}; get the "
@@ -213,7 +217,7 @@ class ModelSource:
             if "trust_remote_code" in str(error):
                 raise ValueError(self._needs_code) from error
             reason = " ".join(str(error).split()) or type(error).__name__
-            remedy = "give a model directory" if self.directory else "choose another model or revision"
+            remedy = "get it again, or choose another model" if self.directory else "choose another model or revision"
             raise ValueError(f"{self.label}: cannot be loaded ({reason[:300]}); {remedy}") from error
 
 
