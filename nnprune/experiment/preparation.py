@@ -79,7 +79,8 @@ def open_engine(experiment: Experiment, config: Any) -> LayerwiseEngine:
     use_kernel(model, runtime.torch_device)
     decoder = Decoder(model, source.layers_path)
     checkpoint = source.checkpoint(decoder.model) if lazy else None
-    layer_files = LayerFiles(experiment.folder / SCRATCH, decoder.path)
+    interval = 0 if experiment.config["save"] else runtime.seconds_unsaved
+    layer_files = LayerFiles(experiment.folder / SCRATCH, decoder.path, interval)
     store = LayerStore(decoder, runtime.torch_device, runtime.layers, layer_files, checkpoint, experiment.computing_dtype)
     scratch = experiment.folder / SCRATCH / f"rank-{parallel.rank()}" if parallel.rank() else experiment.folder
     return LayerwiseEngine(decoder, store, runtime, scratch)
