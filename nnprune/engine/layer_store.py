@@ -1,7 +1,7 @@
 """Offloads decoder layers to host memory or disk, and fetches them to the device.
 
-The next layer can be prefetched while another computes: a thread reads it from disk, and a separate CUDA stream copies it to the
-device.
+Dense weights are read from the checkpoint when they are fetched, if it can be read in parts. The next layer can be prefetched
+while another computes: a thread reads it, and a separate CUDA stream copies it to the device.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nnprune.engine.layer_files import LayerFiles
+from nnprune.engine.staging import Staging
 from nnprune.model.checkpoint import Checkpoint
 from nnprune.model.decoder import Decoder
 
@@ -25,7 +26,7 @@ class LayerStore:
         device: where a fetched layer computes.
         offload: host, device or disk.
         layer_files: the pruned layers on disk.
-        checkpoint: the dense weights, for offload="disk".
+        checkpoint: the dense weights, read when a layer is fetched; None: the decoder holds them.
         computing_dtype: what the model's 16-bit weights are converted to on the device; None: no conversion.
     """
 
@@ -48,19 +49,20 @@ class LayerStore:
         self._stored = {name: tensor.dtype for name, tensor in decoder.model.state_dict().items()}
         is_converted = self.computing_dtype != self.stored_dtype
         self._is_copied = offload == "host" and (device.type == "cuda" or is_converted)  # at each fetch, from `_offloaded`
-        self._offloaded: dict[int, dict[str, Tensor]] = {}  # host tensors by layer, pinned for CUDA
+        self._stays = not self._is_copied and (checkpoint is None or offload != "disk")  # once fetched, where it computes
+        self._offloaded: dict[int, dict[str, Tensor]] = {}  # dense layers in host memory, without a checkpoint
         self._on_device: set[int] = set()  # layers that can compute
         self._pruned: set[int] = set()  # layers whose weights in memory are pruned
         self._prefetched: tuple[int, Future] | None = None  # layer, its dense weights
         self._reader = ThreadPoolExecutor(1, "prefetch")
         self._copy_stream, self._save_stream = (torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(2))
+        self._staging = Staging(device) if device.type == "cuda" else None
         if checkpoint is not None:
             inside = f"{decoder.path}."
             checkpoint.load_shell([name for name in decoder.model.state_dict() if not name.startswith(inside)])
         for index, layer in enumerate(decoder.layers if checkpoint is None else ()):
             if self._is_copied:
-                self._offloaded[index] = {name: self._pinned(tensor) for name, tensor in layer.state_dict().items()}
-                self._assign(index, self._offloaded[index])
+                self._offloaded[index] = layer.state_dict()
                 continue
             layer.to(device)
             self._on_device.add(index)
@@ -71,7 +73,7 @@ class LayerStore:
     def fetch(self, index: int, pruned: bool = True) -> nn.Module:
         """Decoder layer `index` on the device: with its pruned weights if it is finished and `pruned`, else with its dense ones.
 
-        Dense weights are lost once pruned ones replaced them in memory, unless layers are offloaded to disk.
+        Without a checkpoint, dense weights are lost once the layer is pruned.
         """
         pruned = pruned and index in self.layer_files
         if pruned != (index in self._pruned) or index not in self._on_device:
@@ -123,7 +125,7 @@ class LayerStore:
     def release(self, index: int) -> None:
         """Offload decoder layer `index`. Unless layers stay on the device, its pruned weights are from here on those of the layer
         files, and its dense ones those of the checkpoint or, without one, in host memory."""
-        if not self._is_copied and self.checkpoint is None:
+        if self._stays:
             return
         self._on_device.discard(index)
         self._pruned.discard(index)
@@ -165,16 +167,13 @@ class LayerStore:
         if self._copy_stream is None:  # the files are mapped: the copy reads them, and lets them be unmapped
             return {name: self._computing(tensor, copy=True) for name, tensor in state.items()}, None
         with torch.cuda.stream(self._copy_stream):
-            state = {name: self._computing(tensor) for name, tensor in state.items()}
+            state = {name: self._computing(self._staging.copy(tensor)) for name, tensor in state.items()}
             return state, self._copy_stream.record_event()
 
     def _computing(self, tensor: Tensor, copy: bool = False) -> Tensor:
         """A stored tensor on the device, in the computing dtype."""
         dtype = self.computing_dtype if tensor.dtype == self.stored_dtype else tensor.dtype
         return tensor.to(self.device, dtype, non_blocking=True, copy=copy)
-
-    def _pinned(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor.clone()
 
     def _move_embeddings_and_head(self) -> None:
         """Move everything outside the decoder layers to the device; tied tensors are moved once and stay tied."""

@@ -145,6 +145,8 @@ class PruningPass:
     def _advance(self, index: int, all_states: Sequence[HiddenStates], stage: str, pruned: bool) -> nn.Module:
         with self.stopwatch.stage(stage):
             layer = self.store.fetch(index, pruned)
+            if not pruned:
+                self.store.prefetch(index + 1)
             for states in all_states:
                 states.advance(index, layer)
         return layer
