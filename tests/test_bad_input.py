@@ -96,6 +96,8 @@ SETTINGS = [
     ("evaluation.max_windows=[1]", "evaluation.max_windows=[1]: ", "whole number"),
     ("runtime.threads=-1", "runtime.threads=-1: ", "at least 1"),
     ("runtime.native=1", "runtime.native=1: ", "true or false"),
+    ("runtime.resume=1", "runtime.resume=1: ", "auto, true or false"),
+    ("runtime.resume=always", "runtime.resume=always: ", "auto, true or false"),
     ("runtime.layers=gpu", "runtime.layers=gpu: ", "host, device or disk"),
     ("sparsity=1000000000:2000000000", "sparsity=1000000000:2000000000: ", "M must be at most 1048576"),
     ("pruner.damping=nan", "pruner.damping=nan: ", "greater than 0"),

@@ -155,7 +155,7 @@ def test_a_pattern_that_does_not_fit_leaves_the_other_cells_of_a_grid_alone(tiny
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_a_plan_of_a_run_tells_of_the_survey(name, tiny_config, caplog, monkeypatch):
-    monkeypatch.setattr(ModelSource, "load", refuse)
+    monkeypatch.setattr(ModelSource, "checkpoint", refuse)
     caplog.set_level("INFO")
     show_estimate([tiny_config(f"allocation={name}")])
     assert "\nallocation " in "\n" + "\n".join(caplog.messages)

@@ -143,10 +143,11 @@ class PruningPass:
                 files.finish()
 
     def _advance(self, index: int, all_states: Sequence[HiddenStates], stage: str, pruned: bool) -> nn.Module:
-        with self.stopwatch.stage(stage):
+        with self.stopwatch.stage("load"):
             layer = self.store.fetch(index, pruned)
-            if not pruned:
-                self.store.prefetch(index + 1)
+        if not pruned:
+            self.store.prefetch(index + 1)
+        with self.stopwatch.stage(stage):
             for states in all_states:
                 states.advance(index, layer)
         return layer
@@ -170,7 +171,8 @@ class PruningPass:
 
     def _prune(self, index: int, last: int, propagation: Propagation, tasks: list[PruneTask]) -> list[dict[str, Any]]:
         """Prune layer `index` for `tasks`. Returns the reports of their linears."""
-        layer = self.store.fetch(index, pruned=False)
+        with self.stopwatch.stage("load"):
+            layer = self.store.fetch(index, pruned=False)
         start = time.perf_counter()
         recovered: dict[str, Any] = {}
         recovery = tasks[0].method.recovery
