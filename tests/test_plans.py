@@ -105,7 +105,7 @@ def test_uniform_and_dense_are_not_surveyed(tiny_config, monkeypatch):
 
 def test_a_resumed_run_has_the_same_plan_without_a_survey(tiny_config, tmp_path, monkeypatch):
     whole = run(tiny_config("pruner=sparsegpt", "allocation=owl", f"outputs={tmp_path / 'whole'}"))
-    cfg = tiny_config("pruner=sparsegpt", "allocation=owl")
+    cfg = tiny_config("pruner=sparsegpt", "allocation=owl", "runtime.resume=true")
     with monkeypatch.context() as patch:
         original, saved = nnprune.model.checkpoint.save_file, []
 
