@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import logging
+import math
 import os
 import re
 import resource
@@ -29,6 +30,9 @@ TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 MAX_BATCH_TOKENS = 1 << 24
 """Upper bound of `batch_tokens`: even a narrow model's activations of so many tokens fill a large device."""
 
+SECONDS_UNSAVED = 60
+"""Of `resume="auto"`: a short run writes no layer at all."""
+
 THREADS_PER_CPU = 4
 """Upper bound of `threads`: far more threads than CPUs take the machine down."""
 
@@ -44,6 +48,9 @@ class Runtime:
         activations: where the activations between two layers are kept: host, device, disk, or auto (the device while they fit).
         threads: CPU threads; None: PyTorch's choice.
         native: use the C kernels on a CPU if they can be compiled; there are none for CUDA.
+        resume: whether pruned layers are written to the disk, for a killed run to resume from: true: each at once; false: none;
+            auto: all so far whenever a kill would lose a minute. Where files are the model, in a grid, for save=true and with
+            layers=disk, each is written whatever this says.
 
     Raises:
         ValueError: a setting that is impossible on this machine.
@@ -55,6 +62,7 @@ class Runtime:
     activations: str = "auto"
     threads: int | None = None
     native: bool = True
+    resume: bool | str = "auto"
 
     def __post_init__(self) -> None:
         if self.batch_tokens is not None:
@@ -68,6 +76,8 @@ class Runtime:
             check_count("runtime.threads", self.threads, 1, most, why_most)
         if not isinstance(self.native, bool):
             raise ValueError(f"runtime.native={quoted(self.native)}: must be true or false")
+        if not (isinstance(self.resume, bool) or self.resume == "auto"):
+            raise ValueError(f"runtime.resume={quoted(self.resume)}: must be auto, true or false")
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
             raise ValueError(f"runtime.device={quoted(self.device)}: must be auto, cpu, cuda or cuda:N")
         if self.device.startswith("cuda:") and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
@@ -89,6 +99,11 @@ class Runtime:
         elif device == "cuda" and torch.cuda.device_count() > 1:
             device = f"cuda:{own_gpu()}"
         return torch.device(device)
+
+    @property
+    def seconds_unsaved(self) -> float:
+        """Seconds of pruning that a kill may lose, as `resume` says."""
+        return 0 if self.layers == "disk" or self.resume is True else SECONDS_UNSAVED if self.resume else math.inf
 
     def rows_per_batch(self, seq_len: int) -> int:
         """Rows of `seq_len` tokens in one forward."""

@@ -193,7 +193,7 @@ BAD_SETTINGS = [
 
 @pytest.mark.parametrize(("overrides", "start", "remedy"), BAD_SETTINGS, ids=[row[0] for row in BAD_SETTINGS])
 def test_bad_settings(overrides, start, remedy, tiny_config, monkeypatch):
-    monkeypatch.setattr(ModelSource, "load", refuse)
+    monkeypatch.setattr(ModelSource, "checkpoint", refuse)
     with pytest.raises(ValueError) as caught:
         run(tiny_config(*overrides.split()))
     assert str(caught.value).startswith(start)

@@ -84,7 +84,7 @@ def test_bad_files(bad, tmp_path):
 
 
 def test_a_bad_plan_is_found_before_weights_are_read(tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(ModelSource, "load", refuse)
+    monkeypatch.setattr(ModelSource, "checkpoint", refuse)
     with pytest.raises(ValueError, match=r"sparsity=0\.5: .* has the mean sparsity 0\.55; set sparsity=0\.55"):
         run(from_file(tiny_config, tmp_path, "0: 0.5\n1: 0.6"))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from support.engine import engine_of, prune, random_ids, through_layers
-from support.families import FAMILIES
+from support.families import FAMILIES, make_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -115,6 +115,15 @@ def test_the_gate_refuses_a_model_that_its_layers_do_not_explain(tmp_path):
     model.model.layers[1].__class__ = Secretive
     with pytest.raises(ValueError, match="do not give the model's own logits"):
         check_consistency(engine_of(model, tmp_path))
+
+
+@pytest.mark.parametrize(("depth", "checked"), [(8, range(8)), (12, (0, 6, 11))])
+def test_of_a_deep_model_the_gate_looks_at_a_few_layers(depth, checked, tmp_path, monkeypatch):
+    engine = engine_of(make_model("Llama", num_hidden_layers=depth)(), tmp_path)
+    fetched, fetch = [], engine.store.fetch
+    monkeypatch.setattr(engine.store, "fetch", lambda index, pruned: fetched.append(index) or fetch(index, pruned))
+    check_consistency(engine)
+    assert fetched == list(checked)
 
 
 def test_the_gate_refuses_a_model_whose_tokens_see_later_ones(tmp_path):

@@ -59,7 +59,7 @@ def test_reports(tmp_path):
     with torch.no_grad():
         dense(IDS)
     W, pruned = (WeightView(one).read() for one in (module, model.get_submodule(linear["name"])))
-    expected = relative_error(W, pruned, captured[0].reshape(-1, 32).float())
+    expected = float(relative_error(W, pruned, captured[0].reshape(-1, 32).float()))
     assert linear["relative_error"] == pytest.approx(expected, rel=1e-3)
 
 

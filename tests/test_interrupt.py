@@ -28,6 +28,7 @@ def test_interrupted_run_says_where_and_resumes(name, run_cli, tiny_model_dir, s
         *("model=local", f"model.path={tiny_model_dir}", "pruner=custom", "pruner._target_=interrupted.Interrupted"),
         *("calibration=text", f"calibration.path={small_text}", "calibration.num_samples=2", "calibration.seq_len=32"),
         *("evaluation=text", f"evaluation.path={small_text}", "evaluation.seq_len=32", "evaluation.max_windows=2"),
+        "runtime.resume=true",
     ]
     monkeypatch.setenv("SIGNAL", name)
     stopped = run_cli(*arguments, f"outputs={tmp_path / 'outputs'}")

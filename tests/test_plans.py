@@ -105,7 +105,7 @@ def test_uniform_and_dense_are_not_surveyed(tiny_config, monkeypatch):
 
 def test_a_resumed_run_has_the_same_plan_without_a_survey(tiny_config, tmp_path, monkeypatch):
     whole = run(tiny_config("pruner=sparsegpt", "allocation=owl", f"outputs={tmp_path / 'whole'}"))
-    cfg = tiny_config("pruner=sparsegpt", "allocation=owl")
+    cfg = tiny_config("pruner=sparsegpt", "allocation=owl", "runtime.resume=true")
     with monkeypatch.context() as patch:
         original, saved = nnprune.model.checkpoint.save_file, []
 
@@ -155,7 +155,7 @@ def test_a_pattern_that_does_not_fit_leaves_the_other_cells_of_a_grid_alone(tiny
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_a_plan_of_a_run_tells_of_the_survey(name, tiny_config, caplog, monkeypatch):
-    monkeypatch.setattr(ModelSource, "load", refuse)
+    monkeypatch.setattr(ModelSource, "checkpoint", refuse)
     caplog.set_level("INFO")
     show_estimate([tiny_config(f"allocation={name}")])
     assert "\nallocation " in "\n" + "\n".join(caplog.messages)

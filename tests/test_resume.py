@@ -1,5 +1,6 @@
 """kill -9 at any moment: nothing that was finished is lost, and figures are the same to the last digit."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -15,8 +16,10 @@ from support.damages import cut, flip, remove, swap
 from support.runs import stripped, watch_measurements
 
 import nnprune.experiment.job
+import nnprune.experiment.preparation
 import nnprune.model.checkpoint
 import nnprune.records
+from nnprune.engine.layer_files import LayerFiles
 from nnprune.evaluation import Perplexity
 from nnprune.run import run
 
@@ -83,7 +86,7 @@ MOMENTS = [in_dense_evaluation, half_a_layer_file, at_second_layer, in_evaluatio
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: moment.__name__)
 def test_kill_9_loses_nothing_that_was_finished(moment, tiny_config, tmp_path, monkeypatch):
     whole = run(tiny_config("pruner=sparsegpt", f"outputs={tmp_path / 'whole'}"))
-    cfg = tiny_config("pruner=sparsegpt")
+    cfg = tiny_config("pruner=sparsegpt", "runtime.resume=true")
     with monkeypatch.context() as patch:
         moment(patch)
         run_until_killed(cfg)
@@ -111,7 +114,7 @@ def test_texts_measured_before_a_kill_are_not_measured_again(tiny_config, small_
 
 
 def test_a_dense_record_made_while_resuming_is_of_the_dense_model(tiny_config, tmp_path, monkeypatch):
-    cfg = tiny_config("pruner=wanda", "sparsity=2:4")
+    cfg = tiny_config("pruner=wanda", "sparsity=2:4", "runtime.resume=true")
     run(tiny_config("sparsity=dense"))
     [dense] = tmp_path.glob("outputs/*/dense/*/result.json")
     before = json.loads(dense.read_text())
@@ -148,6 +151,41 @@ def test_a_dense_model_that_another_process_failed_to_measure(runtime, tiny_conf
     assert json.loads(dense.read_text())["metrics"] == record.dense_metrics
 
 
+def later_layer_by_layer(monkeypatch, seconds):
+    """Let time pass by so many seconds between the calls of the clock of the layer files: when they are opened, and at each layer."""
+    clock = partial(next, itertools.count(step=seconds))
+    monkeypatch.setattr(nnprune.experiment.preparation, "LayerFiles", partial(LayerFiles, clock=clock))
+
+
+@pytest.mark.parametrize(
+    ("resume", "seconds", "finished"), [("auto", 10, 0), ("auto", 31, 2), ("auto", 61, 2), ("false", 1e6, 0)]
+)
+def test_layers_are_written_once_a_minute_would_be_lost(resume, seconds, finished, tiny_config, tmp_path, monkeypatch, caplog):
+    whole = run(tiny_config("pruner=sparsegpt", f"outputs={tmp_path / 'whole'}"))
+    cfg = tiny_config("pruner=sparsegpt", f"runtime.resume={resume}")
+    with monkeypatch.context() as patch:
+        later_layer_by_layer(patch, seconds)
+        in_evaluation(patch)
+        run_until_killed(cfg)
+    assert len(list(tmp_path.glob("outputs/**/unfinished/layer-*"))) == 2 * finished
+    resumed = run(cfg)
+    assert ("resuming after 2 finished decoder layers" in caplog.text) == bool(finished)
+    assert resumed.metrics == whole.metrics
+    assert stripped(resumed.per_linear) == stripped(whole.per_linear)
+
+
+@pytest.mark.parametrize("setting", ["save=true", "runtime.layers=disk"])
+def test_where_files_are_the_model_each_layer_is_written(setting, tiny_config, tmp_path, monkeypatch, caplog):
+    whole = run(tiny_config("pruner=sparsegpt", f"outputs={tmp_path / 'whole'}"))
+    cfg = tiny_config("pruner=sparsegpt", setting, "runtime.resume=false")
+    with monkeypatch.context() as patch:
+        at_second_layer(patch)
+        run_until_killed(cfg)
+    assert len(list(tmp_path.glob("outputs/**/unfinished/layer-*.json"))) == 1
+    assert run(cfg).metrics == whole.metrics
+    assert "resuming after 1 finished decoder layers" in caplog.text
+
+
 JOURNALS = ("allocation.json", "pruned_metrics.json", "dense_metrics.json")
 DAMAGED = [
     *(("layer-0000.safetensors", damage) for damage in (cut, flip, remove, swap)),
@@ -166,7 +204,7 @@ def stopped(tiny_model_dir, small_text, tmp_path_factory):
             *("model=local", f"model.path={tiny_model_dir}", "calibration=text", f"calibration.path={small_text}"),
             *("calibration.num_samples=6", "calibration.seq_len=32", "evaluation=text", f"evaluation.path={small_text}"),
             *("evaluation.seq_len=32", "evaluation.max_windows=3", "runtime.batch_tokens=128", f"outputs={outputs}"),
-            *("pruner=sparsegpt", "allocation=owl", f"+evaluation.datasets.more.path={small_text}"),
+            *("runtime.resume=true", "pruner=sparsegpt", "allocation=owl", f"+evaluation.datasets.more.path={small_text}"),
         )
 
     def stop_at_fourth(self, *arguments):

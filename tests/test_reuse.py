@@ -140,7 +140,7 @@ def test_figures_of_a_model_that_other_code_pruned_are_not_kept(tiny_config, mor
 
 
 def test_layers_that_other_code_pruned_are_not_resumed_from(tiny_config, caplog, monkeypatch):
-    cfg = tiny_config("pruner=wanda")
+    cfg = tiny_config("pruner=wanda", "runtime.resume=true")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
         patch.setattr("nnprune.experiment.job.Job._finish", lambda *_: (_ for _ in ()).throw(RuntimeError("stopped")))
         run(cfg)

@@ -35,7 +35,7 @@ class ByError(LayerwiseAllocation):
         total = 0.0
         for name, W in layer.weights.items():
             pruned = W * pattern.mask(layer.score(name))
-            total += W.numel() * relative_error(W, pruned, layer.samples[name])
+            total += W.numel() * float(relative_error(W, pruned, layer.samples[name]))
         return total / layer.num_weights
 
     def sparsities(self, measured: Sequence[float], sizes: Sequence[int], sparsity: float) -> list[float]:

@@ -12,12 +12,15 @@ from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.input_collector import refuse_nonfinite
 from nnprune.model.decoder import LayerCall, run_layer
 
+CHECKED_IN_FULL = 8
+"""Decoder layers up to which all are compared."""
+
 
 @torch.no_grad()
 def check_consistency(engine: LayerwiseEngine) -> None:
     """Compare the layer-wise forward with `model(ids)` on a batch of two, and check that no token sees a later one.
 
-    With layers on disk, only the first layer of each kind and the last layer are compared.
+    Of a deep model, or with layers on disk, only the first layer of each kind, the middle one and the last one are compared.
 
     Raises:
         ValueError: the model does not fit the layer-wise engine, is not causal, or holds NaN.
@@ -50,10 +53,11 @@ def check_consistency(engine: LayerwiseEngine) -> None:
 
 
 def _layers_to_check(engine: LayerwiseEngine) -> set[int]:
-    if engine.store.offload != "disk":
-        return set(range(engine.num_layers))
-    kinds = getattr(engine.decoder.text_config, "layer_types", None) or ["decoder layer"] * engine.num_layers
-    return {kinds.index(kind) for kind in kinds} | {engine.num_layers - 1}
+    num_layers = engine.num_layers
+    if num_layers <= CHECKED_IN_FULL and engine.store.offload != "disk":
+        return set(range(num_layers))
+    kinds = getattr(engine.decoder.text_config, "layer_types", None) or ["decoder layer"] * num_layers
+    return {kinds.index(kind) for kind in kinds} | {num_layers // 2, num_layers - 1}
 
 
 def _agree(first: Tensor, second: Tensor) -> bool:

@@ -79,7 +79,7 @@ class InputCollector:
         self._in_reference = self._stop_reference = False
         self._samples: dict[str, list[Tensor]] = {names[0]: [] for names in groups}
         self._totals: dict[str, Tensor] = {}  # sums that reveal NaNs in groups without a statistic
-        self._squared_outputs: dict[str, float] = {}
+        self._squared_outputs: dict[str, Tensor] = {}
         self._rows = slice(0, 0)
         self._counted: dict[tuple, int] = {}  # (consumer, linear) -> rows counted so far
 
@@ -149,7 +149,7 @@ class InputCollector:
         """Some inputs (tokens, I) of the group `names`, float32: the same tokens for every batch size and pruner."""
         return torch.cat(self._samples[names[0]]).float()
 
-    def squared_output(self, name: str, compute: Callable[[], float]) -> float:
+    def squared_output(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         """`compute()`, called once per linear and cached: the squared output of its dense weight, which all tasks share."""
         if name not in self._squared_outputs:
             self._squared_outputs[name] = compute()

@@ -1,11 +1,16 @@
 """Layer files: per-layer checkpoints that a resumed run starts from.
 
 A finished layer is a safetensors file, with the full names of its weights, and a JSON file with its report and the checksum of
-the weights. The report is written last: its presence means "finished".
+the weights. The report is written last: its presence means "finished". A thread writes them behind the computation.
 """
 
 import hashlib
 import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,31 @@ from nnprune.records import read_journal, write_journal
 
 log = logging.getLogger(__name__)
 
+GetState = Callable[[], dict[str, Tensor]]
+"""Returns name within the layer -> tensor, in host memory, of a decoder layer that no longer changes. Called in any thread."""
+
+TASKS_BEHIND = 2
+"""Tasks that a `Background` may be behind: each may hold a decoder layer in memory."""
+
+
+class Background:
+    """A thread that does tasks in order, at most `TASKS_BEHIND` behind. The process does not end before they are done."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "layer-files")
+        self._behind: deque[Future] = deque()
+
+    def submit(self, task: Callable[[], Any]) -> Future:
+        """Have `task()` called, after waiting while too many are left. Raises what an earlier task raised."""
+        self.wait(TASKS_BEHIND - 1)
+        self._behind.append(self._thread.submit(task))
+        return self._behind[-1]
+
+    def wait(self, left: int = 0) -> None:
+        """Wait until at most so many tasks are `left`. Raises what a task raised, once."""
+        while self._behind and (len(self._behind) > left or self._behind[0].done()):
+            self._behind.popleft().result()
+
 
 class LayerFiles:
     """The finished decoder layers of one run. A damaged file is ignored, and so are those of all later layers.
@@ -25,11 +55,26 @@ class LayerFiles:
     Args:
         folder: holds the files.
         prefix: full name of the list of decoder layers, such as "model.layers".
+        interval: seconds of work that a kill may lose: finished layers stay in memory as long. 0: each is written at once.
+        thread: writes the files; None: one of its own.
+        clock: tells the seconds.
     """
 
-    def __init__(self, folder: Path, prefix: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        prefix: str,
+        interval: float = 0,
+        thread: Background | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.folder = folder
         self.prefix = prefix
+        self._interval = interval
+        self._files, self._copies = thread or Background(), Background()
+        self._clock, self._since = clock, clock()
+        self._in_memory: dict[int, GetState] = {}
+        self._unwritten: set[int] = set()  # handed to the thread, and not known to be on disk
         self.reports = self._read_reports()
 
     @parallel.on_rank_0
@@ -49,38 +94,71 @@ class LayerFiles:
         return index in self.reports
 
     def path(self, index: int) -> Path:
-        """The safetensors file of decoder layer `index`."""
+        """The safetensors file of decoder layer `index`, complete after `finish` unless the layer is in memory."""
         return self.folder / f"layer-{index:04d}.safetensors"
 
-    def named(self, index: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`state`, the tensors of decoder layer `index`, under their full names, detached."""
-        return {f"{self.prefix}.{index}.{name}": tensor.detach() for name, tensor in state.items()}
-
     def read(self, index: int) -> dict[str, Tensor]:
-        """Name within the layer -> tensor, of a finished decoder layer."""
+        """Name within the layer -> tensor, of a finished decoder layer. Not to be changed in place."""
+        if index in self._in_memory:
+            return self._in_memory[index]()
+        if index in self._unwritten:
+            self.finish()
         prefix = f"{self.prefix}.{index}."
         with safe_open(self.path(index), "pt") as file:
             return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
-    def write(self, index: int, state: dict[str, Tensor], report: dict[str, Any]) -> None:
-        """Save decoder layer `index`, `state` (name within the layer -> tensor), as finished. Raises OSError naming the folder."""
-        self._save(index, state, report)
+    def write(self, index: int, state: GetState, report: dict[str, Any]) -> None:
+        """Take decoder layer `index` as finished, to be written when `interval` says.
+
+        Waits when the thread is far behind. Raises OSError, naming the folder, if an earlier layer could not be written.
+        """
+        if self._interval:
+            state = self._copies.submit(state).result
         self.reports[index] = report
+        self._in_memory[index] = state
+        if self._write_if_due():
+            self._unwritten.update(self._in_memory)
+            self._in_memory = {}
+
+    def finish(self) -> None:
+        """Wait for what is being written. Raises OSError, naming the folder, if a layer could not be written."""
+        self._copies.wait()
+        parallel.on_rank_0(self._files.wait)()
+        self._unwritten.clear()
+
+    def settle(self) -> None:
+        """Wait for what is being written after an error, which is raised instead of those of the thread: they are logged."""
+        try:
+            self._files.wait()
+        except Exception as error:
+            log.warning("warning: %s", getattr(error, "strerror", None) or error)
 
     @parallel.on_rank_0
-    def _save(self, index: int, state: dict[str, Tensor], report: dict[str, Any]) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_atomically(self.named(index, state), self.path(index))
-            write_journal(
-                self._report_path(index), {"index": index, "report": report, "weights_sha256": _checksum(self.path(index))}
-            )
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"outputs: decoder layer {index} could not be saved in {self.folder} ({error.strerror or error}); "
-                "make room or set outputs to another disk, then run again: finished layers are kept",
-            ) from error
+    def _write_if_due(self) -> bool:
+        """Have the layers in memory written, if it is time. Returns whether it is."""
+        self._files.wait(TASKS_BEHIND)  # for errors
+        now = self._clock()
+        if now - self._since < self._interval:
+            return False
+        self._since = now
+        self._files.submit(partial(self._save, dict(self._in_memory)))
+        return True
+
+    def _save(self, states: dict[int, GetState]) -> None:
+        for index in sorted(states):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                named = {f"{self.prefix}.{index}.{name}": tensor for name, tensor in states.pop(index)().items()}
+                save_atomically(named, self.path(index))
+                digest = _checksum(self.path(index))
+                content = {"index": index, "report": self.reports[index], "weights_sha256": digest}
+                write_journal(self._report_path(index), content)
+            except OSError as error:
+                raise OSError(
+                    error.errno,
+                    f"outputs: decoder layer {index} could not be saved in {self.folder} ({error.strerror or error}); "
+                    "make room or set outputs to another disk, then run again: finished layers are kept",
+                ) from error
 
     def _report_path(self, index: int) -> Path:
         return self.folder / f"layer-{index:04d}.json"

@@ -103,7 +103,8 @@ class Propagation:
                     self.calibration.advance(index, layer)
                 self.invalidate()
                 return
-            following = self.engine.store.fetch(index + 1, pruned=False)
+            with self.stopwatch.stage("load"):
+                following = self.engine.store.fetch(index + 1, pruned=False)
             groups = self._groups(index + 1, following)
             before = (index, layer)
             self._next_collector = self._collect(index + 1, following, following, methods, groups, False, True, before)

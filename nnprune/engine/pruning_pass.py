@@ -40,7 +40,7 @@ class PruneTask:
     Args:
         method: pruner, target, update and recovery.
         plan: a pattern for every linear of the decoder layers.
-        layer_files: the layers pruned so far; the others are written there.
+        layer_files: the layers pruned so far; the others are added.
     """
 
     method: Method
@@ -49,7 +49,7 @@ class PruneTask:
 
 
 class PruningPass:
-    """One pass over a model's decoder layers that prunes those without a layer file.
+    """One pass over a model's decoder layers that prunes those that are not among the layer files.
 
     Args:
         engine: the model and its layers.
@@ -92,8 +92,9 @@ class PruningPass:
         num_finished = min(unfinished, default=engine.num_layers) if self.tasks else 0
         if num_finished:
             log.info("resuming after %d finished decoder layers", num_finished)
+        propagating = self._propagation(ids) if unfinished else nullcontext()
         bar = engine.progress(engine.num_layers, "decoder layers")
-        with self._propagation(ids) if unfinished else nullcontext() as propagation, logging_redirect_tqdm(), bar:
+        with self._writing(), propagating as propagation, logging_redirect_tqdm(), bar:
             for index in range(engine.num_layers):
                 try:
                     if dense is not None:
@@ -127,9 +128,26 @@ class PruningPass:
             stack.callback(propagation.invalidate)
             yield propagation
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Layer files are complete when the block ends."""
+        layer_files = [task.layer_files for task in self.tasks]
+        try:
+            yield
+        except BaseException:
+            for files in layer_files:
+                files.settle()
+            raise
+        with self.stopwatch.stage("write"):
+            for files in layer_files:
+                files.finish()
+
     def _advance(self, index: int, all_states: Sequence[HiddenStates], stage: str, pruned: bool) -> nn.Module:
-        with self.stopwatch.stage(stage):
+        with self.stopwatch.stage("load"):
             layer = self.store.fetch(index, pruned)
+        if not pruned:
+            self.store.prefetch(index + 1)
+        with self.stopwatch.stage(stage):
             for states in all_states:
                 states.advance(index, layer)
         return layer
@@ -153,7 +171,8 @@ class PruningPass:
 
     def _prune(self, index: int, last: int, propagation: Propagation, tasks: list[PruneTask]) -> list[dict[str, Any]]:
         """Prune layer `index` for `tasks`. Returns the reports of their linears."""
-        layer = self.store.fetch(index, pruned=False)
+        with self.stopwatch.stage("load"):
+            layer = self.store.fetch(index, pruned=False)
         start = time.perf_counter()
         recovered: dict[str, Any] = {}
         recovery = tasks[0].method.recovery
@@ -209,11 +228,12 @@ class PruningPass:
     def _write(
         self, index: int, layer: nn.Module, task: PruneTask, reports: list[dict[str, Any]], start: float, **more: Any
     ) -> None:
-        """Write the layer as it is now to the layer files of a task."""
+        """Add the layer as it is now to the layer files of a task."""
         self.store.round(index)  # so that the outputs handed on are those of the saved weights
         with self.stopwatch.stage("prune"):
             counts = count_zeros(layer, self.engine.decoder.weights(index))
             seconds = time.perf_counter() - start
             report = {"linears": reports, **counts, "seconds": seconds, "num_cells": self.num_tasks, **more}
         with self.stopwatch.stage("write"):
-            task.layer_files.write(index, self.store.stored_state(index), report)
+            state = self.store.stored_state(index, copy=self.num_tasks > 1)  # the next task's layer is made of the same tensors
+            task.layer_files.write(index, state, report)

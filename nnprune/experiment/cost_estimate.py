@@ -97,8 +97,9 @@ class CostEstimate:
         calibration = self.calibration.numel() * (token * copies + cached)
         windows = sum(map(torch.numel, self.windows)) * token * (self.measures_dense + bool(self.pruned))
         hidden = computing * (max(calibration, windows) if len(self.cells) > 1 else calibration + windows)
-        offloaded = layers * (1.5 if self.on_cuda else 1) * (runtime.layers == "host" and is_copied)  # pinned: in powers of two
-        loading = (layers + others) * is_copied * (runtime.layers != "disk")  # the mapped checkpoint, while it is copied
+        offloaded = layers * (runtime.layers == "host" and is_copied)
+        is_whole = runtime.layers != "disk" and not source.files.is_safetensors
+        loading = (layers + others) * is_copied * is_whole  # the mapped checkpoint, while it is copied
         num_saved = len(self.cells) * self.first.config["save"]
         disk = layers * (len(self.pruned) + (num_saved > 0)) + others * num_saved + hidden * (runtime.activations == "disk")
         if not self.on_cuda:

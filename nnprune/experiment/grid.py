@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 
 from omegaconf import DictConfig
 
-from nnprune.engine.layer_files import LayerFiles
+from nnprune.engine.layer_files import Background, LayerFiles
 from nnprune.engine.pruning_pass import PruneTask, PruningPass
 from nnprune.experiment.build import Experiment
 from nnprune.experiment.folder import locked
@@ -52,8 +52,9 @@ def prune_grid(experiments: Sequence[Experiment]) -> None:
         folders = [experiment.folder / SCRATCH for experiment in experiments]
         requests = [PlanRequest(one.allocation, one.pattern, folder) for one, folder in zip(experiments, folders, strict=True)]
         plans = make_plans(job.engine, job.calibration_ids, requests, job.stopwatch)
+        thread = Background()
         tasks = [
-            PruneTask(experiment.method, plan, LayerFiles(folder, decoder.path))
+            PruneTask(experiment.method, plan, LayerFiles(folder, decoder.path, thread=thread))
             for experiment, plan, folder in zip(experiments, plans, folders, strict=True)
         ]
         log.info("grid: %d cells in one pass", len(tasks))

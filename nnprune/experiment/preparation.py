@@ -72,14 +72,17 @@ def token_ids(experiment: Experiment, config: Any, tokenizer: Any) -> tuple[Tens
 
 
 def open_engine(experiment: Experiment, config: Any) -> LayerwiseEngine:
-    """The model, loaded or with its layers offloaded to disk, as the runtime says."""
+    """The model, with decoder layers that are read when they are first fetched, or loaded if its checkpoint cannot be read so."""
     source, runtime = experiment.source, experiment.runtime
-    lazy = runtime.layers == "disk"
-    model = source.skeleton(config) if lazy else source.load(config)
-    use_kernel(model, runtime.torch_device)
-    decoder = Decoder(model, source.layers_path)
-    checkpoint = source.checkpoint(decoder.model) if lazy else None
-    layer_files = LayerFiles(experiment.folder / SCRATCH, decoder.path)
+    decoder, checkpoint = None, None
+    if runtime.layers == "disk" or source.files.is_safetensors:
+        decoder = Decoder(source.skeleton(config), source.layers_path)
+        checkpoint = source.checkpoint(decoder.model)
+    if checkpoint is None or (runtime.layers != "disk" and not checkpoint.can_read(f"{decoder.path}.")):
+        decoder, checkpoint = Decoder(source.load(config), source.layers_path), None
+    use_kernel(decoder.model, runtime.torch_device)
+    interval = 0 if experiment.config["save"] else runtime.seconds_unsaved
+    layer_files = LayerFiles(experiment.folder / SCRATCH, decoder.path, interval)
     store = LayerStore(decoder, runtime.torch_device, runtime.layers, layer_files, checkpoint, experiment.computing_dtype)
     scratch = experiment.folder / SCRATCH / f"rank-{parallel.rank()}" if parallel.rank() else experiment.folder
     return LayerwiseEngine(decoder, store, runtime, scratch)

@@ -95,6 +95,13 @@ class Checkpoint:
                 absent -= group
         return absent
 
+    def can_read(self, prefix: str) -> bool:
+        """Whether `read` gives every weight whose name starts with `prefix`, and `load_shell` all others."""
+        tied = self._model.all_tied_weights_keys
+        absent = self._state.keys() - self.places.keys()
+        from_others = {name for name in absent if not name.startswith(prefix) and name in {*tied, *tied.values()}}
+        return not self._converts and absent == from_others and not self.missing(list(absent))
+
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Name -> tensor, in the model's dtype, for the model's parameters `names`."""
         if missing := set(names) - set(self.places):

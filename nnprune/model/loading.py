@@ -21,7 +21,7 @@ from nnprune.files.hub import Repository
 from nnprune.model.checkpoint import QUANTISED, Checkpoint
 from nnprune.model.dtypes import DTYPES, choose_computing_dtype
 from nnprune.model.model_files import ModelFiles, read_json
-from nnprune.model.skeleton import keep_float32, parameters_on_meta
+from nnprune.model.skeleton import keep_float32, parameters_on_meta, recompute_buffers
 from nnprune.texts import DEMO_FOLDER
 
 
@@ -143,6 +143,7 @@ class ModelSource:
         """The model with its parameters on the meta device and its buffers real: shapes without weights."""
         with parameters_on_meta():
             model = self.random(config)
+        recompute_buffers(model)
         keep_float32(model)
         if not self._is_checked and self.files.are_weights_here():
             self.check(model)

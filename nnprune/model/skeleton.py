@@ -24,6 +24,13 @@ def parameters_on_meta() -> Iterator[None]:
         handle.remove()
 
 
+def recompute_buffers(model: PreTrainedModel) -> None:
+    """Compute the buffers that no checkpoint holds as transformers' loader does: in float32, whatever the dtype of the model."""
+    for module in model.modules():
+        if module._non_persistent_buffers_set:
+            model._init_weights(module)
+
+
 def keep_float32(model: PreTrainedModel) -> None:
     """Let the skeleton have those parameters in float32 that transformers loads so whatever the dtype."""
     if not (plan := model._get_dtype_plan(model.dtype)):

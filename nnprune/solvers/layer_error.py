@@ -10,18 +10,20 @@ ROWS_AT_ONCE = 1024
 """Output features that are copied to float32 at a time."""
 
 
-def relative_error(W: Tensor, pruned: Tensor, X: Tensor, dense_output: float | None = None) -> float:
+def relative_error(W: Tensor, pruned: Tensor, X: Tensor, dense_output: Tensor | None = None) -> Tensor:
     """||X (pruned - W)^T||^2 / ||X W^T||^2 for weights (O, I) and inputs X (tokens, I), as reported by ALPS (arXiv:2406.07831).
+
+    A scalar in float64 on the device: who reads it waits for the device.
 
     Args:
         dense_output: ||X W^T||^2 if it is known.
     """
     total = squared_output(W, X) if dense_output is None else dense_output
-    return squared_output(pruned, X, W) / max(total, torch.finfo(torch.float32).tiny)
+    return squared_output(pruned, X, W).double() / total.double().clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def squared_output(W: Tensor, X: Tensor, minus: Tensor | None = None) -> float:
-    """||X (W - minus)^T||^2 for weights (O, I) and inputs X (tokens, I).
+def squared_output(W: Tensor, X: Tensor, minus: Tensor | None = None) -> Tensor:
+    """||X (W - minus)^T||^2 for weights (O, I) and inputs X (tokens, I): a scalar in float32.
 
     For a bfloat16 model, difference and outputs are rounded to bfloat16. These errors average out: four digits of the sum are right.
     """
@@ -32,4 +34,4 @@ def squared_output(W: Tensor, X: Tensor, minus: Tensor | None = None) -> float:
     for rows, other in zip(W.split(ROWS_AT_ONCE), others, strict=True):
         difference = rows.to(dtype) if minus is None else rows.to(dtype) - other.to(dtype)
         total += (X @ difference.t()).float().square().sum()
-    return float(total)
+    return total

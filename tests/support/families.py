@@ -23,7 +23,7 @@ SLIDING = {"sliding_window": 8, "head_dim": 8}
 MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 
 
-def _make(name: str, **options: object) -> Callable[[], PreTrainedModel]:
+def make_model(name: str, **options: object) -> Callable[[], PreTrainedModel]:
     def build() -> PreTrainedModel:
         torch.manual_seed(0)
         config = getattr(transformers, f"{name}Config")(**{**COMMON, **options})
@@ -33,26 +33,26 @@ def _make(name: str, **options: object) -> Callable[[], PreTrainedModel]:
 
 
 FAMILIES = {
-    "opt": _make("OPT", ffn_dim=64, word_embed_proj_dim=32),
-    "opt_post_norm_projected": _make("OPT", ffn_dim=64, word_embed_proj_dim=16, do_layer_norm_before=False),  # OPT-350M
-    "llama": _make("Llama", **GROUPED),
-    "mistral": _make("Mistral", sliding_window=8, **GROUPED),
-    "qwen2": _make("Qwen2", **GROUPED),
-    "qwen3": _make("Qwen3", head_dim=8, **GROUPED),
-    "gemma": _make("Gemma", head_dim=8, **GROUPED),
-    "gemma2": _make("Gemma2", **SLIDING, **MIXED, **GROUPED),
-    "gemma3": _make("Gemma3Text", **SLIDING, **MIXED, **GROUPED),
-    "phi": _make("Phi"),
-    "phi3": _make("Phi3", **GROUPED),
-    "gpt2": _make("GPT2", n_inner=64),
-    "gpt_neox": _make("GPTNeoX"),
-    "bloom": _make("Bloom"),
-    "falcon": _make("Falcon"),
-    "falcon_alibi": _make("Falcon", alibi=True, new_decoder_architecture=True),
-    "olmo2": _make("Olmo2", **GROUPED),
-    "gptj": _make("GPTJ", rotary_dim=4, n_inner=64),
-    "stablelm": _make("StableLm", **GROUPED),
-    "starcoder2": _make("Starcoder2", **GROUPED),
-    "cohere": _make("Cohere", **GROUPED),
-    "granite": _make("Granite", **GROUPED),
+    "opt": make_model("OPT", ffn_dim=64, word_embed_proj_dim=32),
+    "opt_post_norm_projected": make_model("OPT", ffn_dim=64, word_embed_proj_dim=16, do_layer_norm_before=False),  # OPT-350M
+    "llama": make_model("Llama", **GROUPED),
+    "mistral": make_model("Mistral", sliding_window=8, **GROUPED),
+    "qwen2": make_model("Qwen2", **GROUPED),
+    "qwen3": make_model("Qwen3", head_dim=8, **GROUPED),
+    "gemma": make_model("Gemma", head_dim=8, **GROUPED),
+    "gemma2": make_model("Gemma2", **SLIDING, **MIXED, **GROUPED),
+    "gemma3": make_model("Gemma3Text", **SLIDING, **MIXED, **GROUPED),
+    "phi": make_model("Phi"),
+    "phi3": make_model("Phi3", **GROUPED),
+    "gpt2": make_model("GPT2", n_inner=64),
+    "gpt_neox": make_model("GPTNeoX"),
+    "bloom": make_model("Bloom"),
+    "falcon": make_model("Falcon"),
+    "falcon_alibi": make_model("Falcon", alibi=True, new_decoder_architecture=True),
+    "olmo2": make_model("Olmo2", **GROUPED),
+    "gptj": make_model("GPTJ", rotary_dim=4, n_inner=64),
+    "stablelm": make_model("StableLm", **GROUPED),
+    "starcoder2": make_model("Starcoder2", **GROUPED),
+    "cohere": make_model("Cohere", **GROUPED),
+    "granite": make_model("Granite", **GROUPED),
 }

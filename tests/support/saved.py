@@ -43,7 +43,8 @@ def prune_and_save(base: Path, scratch: Path, **options) -> tuple[Path, dict]:
             zeros, size = zeros + zeros_in(view.read()), size + weight.numel()
             sparsity = zeros_in(view.read()) / weight.numel()
             record.per_linear.append({"name": name, "pattern": str(PATTERN), "sparsity": sparsity})
-        files.write(index, layer.state_dict(), {})
+        files.write(index, layer.state_dict, {})
+    files.finish()
     record.linear_sparsity = zeros / size
     save_model(source, decoder.model, [files.path(index) for index in files.reports], record, scratch / "model")
     return scratch / "model", dict(decoder.model.state_dict())
