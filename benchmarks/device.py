@@ -135,7 +135,7 @@ class Bench:
             try:
                 self.parts.setdefault(section, {})[row] = measure()
             except Exception as error:  # the other parts are independent of it
-                self.failed[name] = f"{type(error).__name__}: {error}".split("\n")[0]
+                self.failed[name] = f"{type(error).__name__}: {error}".split("\n")[0][:300]
         said = self.skipped.get(name) or self.failed.get(name) or f"{time.perf_counter() - begun:.1f} s"
         print(f"{name}: {said}", file=sys.stderr, flush=True)
         self.write()
@@ -197,6 +197,9 @@ class Bench:
     def measure(self) -> None:
         """All parts in order of importance."""
         shape, compared = self.shape, (("nnprune", programs.nnprune([]), 25), ("official", programs.official(), 60))
+        llmcompressor = programs.llmcompressor(self.args.llmcompressor_python)
+        if llmcompressor.missing:
+            self.skipped[f"compare: {llmcompressor.name}"] = llmcompressor.missing
         self.part("kernels", "all", 15, lambda: dict(check_kernels(self.spec)))
         for name, program, seconds in compared:
             self.part("compare", name, seconds, partial(self.program, program))
@@ -209,11 +212,8 @@ class Bench:
             self.part("memory", f"{gibibytes} GiB, {row}", 12, partial(self.limited, gibibytes, row))
         for row in rows[5:]:
             self.part("settings", row, RUNS[row][3], partial(self.prune, row, shape.few))
-        llmcompressor = programs.llmcompressor(self.args.llmcompressor_python)
-        if llmcompressor.missing:
-            self.skipped["compare: llmcompressor"] = llmcompressor.missing
-        else:
-            self.part("compare", "llmcompressor", 100, partial(self.program, llmcompressor))
+        if not llmcompressor.missing:
+            self.part("compare", llmcompressor.name, 100, partial(self.program, llmcompressor))
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:

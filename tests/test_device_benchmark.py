@@ -39,7 +39,9 @@ def test_every_part_in_this_process_is_measured_and_shown(tmp_path, monkeypatch,
 def test_what_the_budget_does_not_hold_is_skipped_and_said(tmp_path, capsys):
     status, found = rehearse(tmp_path, "--budget=0", "--parts=compare,whole")
     assert (status, found["parts"]) == (0, {})
-    assert "compare: official skipped: needs about 6 s, and " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "compare: official skipped: needs about 6 s, and " in shown
+    assert "compare: llmcompressor skipped: " in shown
     assert found["skipped"].keys() >= {"compare: nnprune", "compare: official", "whole: sparsegpt 2:4", "whole: wanda 2:4"}
 
 
