@@ -39,10 +39,10 @@ class Program:
     options: dict[str, Any] = field(default_factory=dict)
     missing: str | None = None
 
-    def run(self, spec: Spec, tag: str) -> tuple[Result, float]:
+    def run(self, spec: Spec, tag: str, timeout: float | None = None) -> tuple[Result, float]:
         """Run it as `spec` says, with files named after `tag`; returns its result and the seconds its process lived.
 
-        Raises ProgramFailed.
+        Raises ProgramFailed, also when it takes longer than `timeout` seconds.
         """
         path = Path(spec.scratch) / f"{self.name}-{tag}.json"
         log = path.with_suffix(".log")
@@ -55,14 +55,18 @@ class Program:
         module = f"benchmarks.peers.{self.name.replace('-', '_')}"
         start = time.perf_counter()
         with log.open("w", encoding="utf-8") as output:
-            process = subprocess.run(
-                [self.python, "-m", module, str(path)],
-                cwd=ROOT,
-                env={**os.environ, "TOKENIZERS_PARALLELISM": "false", **threads},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                check=False,
-            )
+            try:
+                process = subprocess.run(
+                    [self.python, "-m", module, str(path)],
+                    cwd=ROOT,
+                    env={**os.environ, "TOKENIZERS_PARALLELISM": "false", **threads},
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    check=False,
+                    timeout=timeout,
+                )
+            except subprocess.TimeoutExpired:
+                raise ProgramFailed(f"{self.name} was stopped after {timeout:.0f} s") from None
         seconds = time.perf_counter() - start
         if process.returncode or not result_path(path).exists():
             lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]

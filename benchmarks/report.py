@@ -106,3 +106,62 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A markdown table: text to the left in the first column, figures to the right."""
     lines = [head, [":---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def device_report(found: dict[str, Any]) -> str:
+    """What device.py prints of its JSON file: a table for each kind of part that was measured, and what is missing."""
+    parts, shape = found["parts"], found["shape"]
+    card, rates = found["machine"]["device"], found["matrix_flops_per_second"]
+    products = "; ".join(f"{size}: {rate / 1e12:.3g} TFLOP/s" for size, rate in rates.items())
+    sections = [
+        f"{card}; {shape['num_samples']} x {shape['seq_len']} tokens; matrix products: {products}; {found['seconds']:.0f} s"
+    ]
+    if checks := parts.get("kernels", {}).get("all"):
+        rows = [[name, f"{row['error']:.1e}", f"{row.get('same', 1):.2%}"] for name, row in checks.items()]
+        sections.append(markdown(["against PyTorch", "relative error", "same masks"], rows))
+    if "compare" in parts:
+        rows = [[name, *_stages(row["seconds"], "({})"), *_memory(row)] for name, row in parts["compare"].items()]
+        rows = [[row[0], f"{parts['compare'][row[0]]['seconds']['prune']:.2f}", *row[1:]] for row in rows]
+        sections.append(markdown([f"{shape['few']} layers, s", "pruning in all", *STAGES.values(), "device GiB"], rows))
+    head = [*STAGES.values(), "device GiB", "forwards TFLOP/s", "of card", "pruning TFLOP/s"]
+    if "settings" in parts:
+        rows = [
+            [name, *_stages(row["seconds"]), *_memory(row), *_achieved(row, rates)] for name, row in parts["settings"].items()
+        ]
+        sections.append(markdown([f"{shape['few']} layers, s", *head], rows))
+    if "whole" in parts:
+        rows = []
+        for name, row in parts["whole"].items():
+            total, load = row["seconds"]["total"], row["seconds"]["load"]
+            rest = total - load - sum(row["seconds"].get(stage, 0) for stage in STAGES)
+            times = [f"{load:.2f}", *_stages(row["seconds"]), f"{rest:.2f}", f"{total:.2f}"]
+            rows.append([name, *times, *_memory(row), *_achieved(row, rates)])
+        sections.append(markdown([f"{shape['all']} layers, s", "load", *STAGES.values(), "rest", "total", *head[3:]], rows))
+    if "memory" in parts:
+        rows = [
+            [name, row.get("error") or "; ".join([f"{row['seconds']['total']:.1f} s", *row["notes"]]), *_memory(row)]
+            for name, row in parts["memory"].items()
+        ]
+        sections.append(markdown(["device memory", "outcome", "device GiB"], rows))
+    sections += [f"{name} skipped: {reason}" for name, reason in found["skipped"].items()]
+    sections += [f"{name} failed: {reason}" for name, reason in found["failed"].items()]
+    return "\n\n".join(sections)
+
+
+STAGES = {"calibration": "forwards and statistics", "prune": "pruning", "write": "writing layers"}
+
+
+def _stages(seconds: dict[str, float], key: str = "{}") -> list[str]:
+    return [f"{seconds[key.format(stage)]:.2f}" if key.format(stage) in seconds else "--" for stage in STAGES]
+
+
+def _memory(row: dict[str, Any]) -> list[str]:
+    return [f"{row['peak_device_bytes'] / 2**30:.1f}" if row.get("peak_device_bytes") else "--"]
+
+
+def _achieved(row: dict[str, Any], rates: dict[str, float]) -> list[str]:
+    """FLOP/s of the forwards with the statistics, their share of the fastest product, and FLOP/s of the pruning."""
+    achieved = row["flops_per_second"]
+    forwards, solver = achieved["calibration"], achieved.get("prune")
+    share = f"{forwards / max(rates.values()):.0%}"
+    return [f"{forwards / 1e12:.3g}", share, f"{solver / 1e12:.3g}" if solver else "--"]

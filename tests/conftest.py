@@ -83,9 +83,18 @@ def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session", params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def device(request: pytest.FixtureRequest) -> str:
+    """Tests that use it run on the CPU and, where there is one, on a CUDA device. All others are of the CPU."""
+    return request.param
+
+
 @pytest.fixture
-def tiny_config(tiny_model_dir: Path, small_text: Path, tmp_path: Path) -> Callable[..., DictConfig]:
+def tiny_config(
+    request: pytest.FixtureRequest, tiny_model_dir: Path, small_text: Path, tmp_path: Path
+) -> Callable[..., DictConfig]:
     """`tiny_config("pruner=wanda", ...)`: the config of a run of well under a second, with records in `tmp_path`."""
+    device = request.getfixturevalue("device") if "device" in request.fixturenames else "cpu"
 
     def make(*overrides: str) -> DictConfig:
         cfg = compose_config(
@@ -100,6 +109,7 @@ def tiny_config(tiny_model_dir: Path, small_text: Path, tmp_path: Path) -> Calla
             "evaluation.seq_len=32",
             "evaluation.max_windows=5",
             "runtime.batch_tokens=128",
+            f"runtime.device={device}",
             *overrides,
         )
         if cfg.outputs == "outputs":  # set afterwards: configs that differ in nothing else are composed once
@@ -122,23 +132,25 @@ def _compose(overrides: tuple[str, ...]) -> DictConfig:
 
 @pytest.fixture
 def run_cli() -> Callable[..., subprocess.CompletedProcess]:
-    """`run_cli("sparsity=2:4", ..., cwd=...)`: the program from outside."""
+    """`run_cli("sparsity=2:4", ..., cwd=...)`: the program from outside, on the CPU."""
 
-    def run(*arguments: str, cwd: Path = ROOT, **options: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "nnprune.run", *arguments]
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=HANGS, check=False, **options)
+    def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+        command, environment = [sys.executable, "-m", "nnprune.run", *arguments], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=HANGS, check=False)
 
     return run
 
 
 @pytest.fixture
 def call_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> Callable[..., tuple[int, str]]:
-    """`call_main("sparsity=2:4", ...)`: the program's exit status and stderr, in this process."""
+    """`call_main("sparsity=2:4", ...)`: the program's exit status and stderr, in this process and on the CPU."""
+    defaults = {"outputs": str(tmp_path / "outputs"), "runtime.device": "cpu"}
 
     def call(*arguments: str) -> tuple[int, str]:
-        outputs = [] if any(one.startswith("outputs=") for one in arguments) else [f"outputs={tmp_path / 'outputs'}"]
+        given = {argument.partition("=")[0] for argument in arguments}
+        added = [f"{key}={value}" for key, value in defaults.items() if key not in given]
         silent = ("hydra/job_logging=none", "hydra/hydra_logging=none")
-        monkeypatch.setattr(sys, "argv", ["nnprune", *arguments, *outputs, *silent])
+        monkeypatch.setattr(sys, "argv", ["nnprune", *arguments, *added, *silent])
         monkeypatch.setattr(sys, "path", list(sys.path))
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         monkeypatch.setattr(command_line, "failures", None)

@@ -36,9 +36,9 @@ def prune(name: str, W: torch.Tensor, X: torch.Tensor, spec: str) -> torch.Tenso
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("name", "spec"), CASES)
-def test_contract(name, spec, dtype):
+def test_contract(name, spec, dtype, device):
     W, X = layer(24, 216)  # 216 is a multiple of 3, 4 and 8, and of no column block
-    W, X = W.to(dtype), X.to(dtype)
+    W, X = W.to(device, dtype), X.to(device, dtype)
     before = W.clone()
     pruned = prune(name, W, X, spec)
     assert torch.equal(W, before), "the weight was modified in place"
@@ -51,8 +51,8 @@ def test_contract(name, spec, dtype):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_two_calls_by_count_give_the_same(name):
-    W, X = layer(16, 128)
+def test_the_two_calls_by_count_give_the_same(name, device):
+    W, X = (tensor.to(device) for tensor in layer(16, 128))
     pruner = make_pruner(name)
     pruner.add_linear_activations("l", X)
     assert torch.equal(pruner.prune_linear_nm(W, "l", 2, 4), pruner.prune_linear(W, "l", NM(2, 4)))
@@ -65,18 +65,17 @@ def test_the_two_calls_by_count_give_the_same(name):
 DEAD = {"all": slice(None), "half": slice(0, 108), "all but one": slice(1, None), "every other": slice(None, None, 2)}
 
 
-def with_dead_inputs(dead: str) -> tuple[torch.Tensor, torch.Tensor]:
+def with_dead_inputs(dead: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     W, X = layer(24, 216)
-    X = X.clone()
     X[..., DEAD[dead]] = 0
-    return W, X
+    return W.to(device), X.to(device)
 
 
 @pytest.mark.parametrize("spec", ["0.5", "2:4"])
 @pytest.mark.parametrize("dead", DEAD)
 @pytest.mark.parametrize("name", NAMES)
-def test_dead_inputs(name, dead, spec):
-    W, X = with_dead_inputs(dead)
+def test_dead_inputs(name, dead, spec, device):
+    W, X = with_dead_inputs(dead, device)
     pruned = prune(name, W, X, spec)
     assert pruned.isfinite().all()
     parse_pattern(spec).check(pruned)
@@ -87,8 +86,8 @@ def test_dead_inputs(name, dead, spec):
 @pytest.mark.parametrize("update", ["none", "refit"])
 @pytest.mark.parametrize("target", ["dense", "asymmetric"])
 @pytest.mark.parametrize("name", ["wanda", "sparsegpt", "alps", "admm", "swaps"])
-def test_dead_inputs_with_every_target_and_update(name, target, update, dead, spec):
-    W, X = with_dead_inputs(dead)
+def test_dead_inputs_with_every_target_and_update(name, target, update, dead, spec, device):
+    W, X = with_dead_inputs(dead, device)
     config = compose_config(f"pruner={name}", f"target={target}", f"update={update}")
     pruner, target, update = (instantiate(config[key], _convert_="all") for key in ("pruner", "target", "update"))
     pruner.add_linear_activations("l", X)
@@ -143,25 +142,25 @@ def test_sparsegpt_beats_wanda_beats_magnitude_on_the_layer_error():
         assert error["sparsegpt"] < error["wanda"] < error["magnitude"]
 
 
-def indefinite_sparsegpt(name: str, first: float) -> tuple[Pruner, torch.Tensor]:
+def indefinite_sparsegpt(name: str, first: float, device: str) -> tuple[Pruner, torch.Tensor]:
     """A pruner whose Hessian of linear `name` is the identity but for its first entry, and a weight for it."""
     pruner = make_pruner("sparsegpt")
-    W, X = layer(8, 64)
+    W, X = (tensor.to(device) for tensor in layer(8, 64))
     pruner.add_linear_activations(name, X)
-    hessian = torch.eye(64)
+    hessian = torch.eye(64, device=device)
     hessian[0, 0] = first
     pruner.statistics[name]._sum = hessian * pruner.statistics[name].num_tokens
     return pruner, W
 
 
-def test_a_hessian_that_fails_is_damped_more_and_says_so():
-    pruner, W = indefinite_sparsegpt("l", -0.05)  # damping 0.01 is too little, 0.1 is enough
+def test_a_hessian_that_fails_is_damped_more_and_says_so(device):
+    pruner, W = indefinite_sparsegpt("l", -0.05, device)  # damping 0.01 is too little, 0.1 is enough
     assert pruner.prune_linear(W, "l", NM(2, 4)).isfinite().all()
     assert pruner.notes["l"]["damping"] == pytest.approx(0.1)
 
 
-def test_a_hessian_that_no_damping_mends_names_the_linear():
-    pruner, W = indefinite_sparsegpt("model.layers.3.fc1", -60)
+def test_a_hessian_that_no_damping_mends_names_the_linear(device):
+    pruner, W = indefinite_sparsegpt("model.layers.3.fc1", -60, device)
     with pytest.raises(ValueError, match=r"model\.layers\.3\.fc1.*900 tokens.*damping 1;"):
         pruner.prune_linear(W, "model.layers.3.fc1", NM(2, 4))
 

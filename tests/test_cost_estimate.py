@@ -25,7 +25,7 @@ from nnprune.experiment.cost_estimate import CostEstimate
 from nnprune.run import run
 sys.path.insert(0, "tests")
 from conftest import compose_config
-plans = lambda *more: compose_config(*sys.argv[2:], *more)
+plans = lambda *more: compose_config("runtime.device=cpu", *sys.argv[2:], *more)
 print(CostEstimate([build(plans())]).host_bytes) if sys.argv[1] == "plan" else print(run(plans()).peak_host_bytes)
 """
 

@@ -14,7 +14,13 @@ from nnprune.patterns import NM
 FENCES = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 README = FENCES.findall((ROOT / "README.md").read_text(encoding="utf-8"))
 DOCUMENT = FENCES.findall((ROOT / "docs" / "pruner.md").read_text(encoding="utf-8"))
-SMALL = ["calibration.num_samples=4", "calibration.seq_len=64", "evaluation.seq_len=64", "evaluation.max_windows=4"]
+SMALL = [
+    "runtime.device=cpu",
+    "calibration.num_samples=4",
+    "calibration.seq_len=64",
+    "evaluation.seq_len=64",
+    "evaluation.max_windows=4",
+]
 
 
 @pytest.fixture

@@ -254,7 +254,7 @@ def test_torchrun_goes_on_after_one_process_failed_and_the_first_logs(tmp_path):
     (tmp_path / "failing_on_rank_1.py").write_text(FAILING)
     one, two = tmp_path / "one", tmp_path / "two"
     settings = ["pruner=custom", *(f"calibration.{key}" for key in ("num_samples=5", "seq_len=64"))]
-    settings += [f"evaluation.{key}" for key in ("max_windows=5", "seq_len=64")]
+    settings += [f"evaluation.{key}" for key in ("max_windows=5", "seq_len=64")] + ["runtime.device=cpu"]
     own, wanda = "failing_on_rank_1.Failing", "nnprune.pruners.wanda.Wanda"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "nnprune.run", "-m"]
     command += [f"pruner._target_={own},{wanda}", *settings, f"outputs={two}"]

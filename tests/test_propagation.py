@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import compose_config
-from support.engine import IDS, Failing, Interrupted, engine_of, expected_inputs, prune, prune_model, recover
+from support.engine import ATOL, IDS, Failing, Interrupted, engine_of, expected_inputs, prune, prune_model, recover
 from support.families import FAMILIES
 
 from nnprune.method import Method
@@ -29,25 +29,25 @@ class Witness(Asymmetric):
         self.seen = {}
 
     def weights(self, dense, statistics):
-        self.seen |= {name: {kind: statistic.mean() for kind, statistic in statistics.items()} for name in dense}
+        self.seen |= {name: {kind: statistic.mean().cpu() for kind, statistic in statistics.items()} for name in dense}
         return super().weights(dense, statistics)
 
 
 @pytest.mark.parametrize("propagate", MODES)
 @torch.no_grad()
-def test_what_a_target_compares(propagate, tmp_path):
+def test_what_a_target_compares(propagate, tmp_path, device):
     dense, witness = FAMILIES["llama"]().state_dict(), Witness()
-    model, _ = prune_model(tmp_path, method=Method(Wanda(), witness), propagate=propagate, batch_tokens=32)
+    model, _ = prune_model(tmp_path, method=Method(Wanda(), witness), propagate=propagate, batch_tokens=32, device=device)
     X_dense = expected_inputs(dense, model.state_dict(), "dense")
     for name, X in expected_inputs(dense, model.state_dict(), propagate).items():
         seen = witness.seen[name]
-        torch.testing.assert_close(seen[Hessian], X.T @ X / len(X), rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(seen[CrossProduct], X_dense[name].T @ X / len(X), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(seen[Hessian], X.T @ X / len(X), rtol=1e-4, atol=ATOL[device])
+        torch.testing.assert_close(seen[CrossProduct], X_dense[name].T @ X / len(X), rtol=1e-4, atol=ATOL[device])
 
 
 @pytest.mark.parametrize("propagate", MODES)
 @pytest.mark.parametrize("layers", ["host", "disk"])
-def test_behind_a_tuned_layer_inputs_are_compared_within_it(layers, propagate, tiny_config, monkeypatch):
+def test_behind_a_tuned_layer_inputs_are_compared_within_it(layers, propagate, tiny_config, monkeypatch, device):
     """Behind `before`, X_dense are the tuned layer's own inputs: in `pruned` propagation the same as X."""
     seen, repair = [], Asymmetric._correction
     monkeypatch.setattr(Asymmetric, "_correction", lambda self, found, name: seen.append(found) or repair(self, found, name))
@@ -68,10 +68,10 @@ def outputs(model, index, hidden):
 
 
 @torch.no_grad()
-def test_a_tuned_layer_is_nearer_to_the_dense_one_and_keeps_its_zeros(tmp_path):
-    plain, _ = prune_model(tmp_path / "a", propagate="pruned")
+def test_a_tuned_layer_is_nearer_to_the_dense_one_and_keeps_its_zeros(tmp_path, device):
+    plain, _ = prune_model(tmp_path / "a", propagate="pruned", device=device)
     tuned, reports = prune_model(
-        tmp_path / "b", method=Method(SparseGPT(), recovery=recover(0, 30, lr=3e-3)), propagate="pruned"
+        tmp_path / "b", method=Method(SparseGPT(), recovery=recover(0, 30, lr=3e-3)), propagate="pruned", device=device
     )
     dense = FAMILIES["llama"]()
     hidden = Decoder(dense).embed(IDS)
@@ -87,18 +87,20 @@ def test_a_tuned_layer_is_nearer_to_the_dense_one_and_keeps_its_zeros(tmp_path):
         assert torch.equal(linear.read() != 0, other.read() != 0)  # the same mask: inputs of layer 0 are the same
 
 
-def test_the_next_layer_takes_up_the_errors_of_those_before_it(tmp_path):
-    _, reports = prune_model(tmp_path, method=Method(SparseGPT(), recovery=recover(8, 0, lr=1e-3)), propagate="pruned")
+def test_the_next_layer_takes_up_the_errors_of_those_before_it(tmp_path, device):
+    _, reports = prune_model(
+        tmp_path, method=Method(SparseGPT(), recovery=recover(8, 0, lr=1e-3)), propagate="pruned", device=device
+    )
     assert reports[0]["recovered"]["before"] == {"loss_before": 0, "loss_after": 0, "epoch": 0}
     for report in reports[1:]:
         before = report["recovered"]["before"]
         assert before["loss_after"] < before["loss_before"]
 
 
-def test_epochs_that_only_do_harm_change_nothing(tmp_path):
+def test_epochs_that_only_do_harm_change_nothing(tmp_path, device):
     wild = Reconstruction(0, 2, lr=1e3, batch_tokens=32)
-    plain, _ = prune_model(tmp_path / "a", method=Method(Wanda()))
-    tuned, reports = prune_model(tmp_path / "b", method=Method(Wanda(), recovery=wild))
+    plain, _ = prune_model(tmp_path / "a", method=Method(Wanda()), device=device)
+    tuned, reports = prune_model(tmp_path / "b", method=Method(Wanda(), recovery=wild), device=device)
     assert all(report["recovered"]["after"]["epoch"] == 0 for report in reports)
     for (name, one), two in zip(plain.state_dict().items(), tuned.state_dict().values(), strict=True):
         assert torch.equal(one, two), name
@@ -115,14 +117,21 @@ METHODS = {
 
 @pytest.mark.parametrize("propagate", MODES)
 @pytest.mark.parametrize("method", METHODS)
-def test_an_interrupted_run_goes_on_to_the_same_bits(method, propagate, tmp_path):
-    make, options = METHODS[method], {"propagate": propagate, "batch_tokens": 32}
+def test_an_interrupted_run_goes_on_to_the_same_weights(method, propagate, tmp_path, device):
+    make, options = METHODS[method], {"propagate": propagate, "batch_tokens": 32, "device": device}
     whole, _ = prune_model(tmp_path / "whole", method=make(Wanda()), **options)
     with pytest.raises(Interrupted):
         prune_model(tmp_path / "cut", method=make(Failing("model.layers.1.mlp.down_proj")), **options)
     resumed, _ = prune_model(tmp_path / "cut", method=make(Wanda()), **options)
     for (name, one), two in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(one, two), name
+        if device == "cuda" and method in (
+            "layer",
+            "next_layer",
+            "all",
+        ):  # gradients of attention are summed in any order there
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4, msg=name)
+        else:
+            assert torch.equal(one, two), name
 
 
 CASES = [
@@ -132,20 +141,20 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "propagate"), CASES)
-def test_every_family_takes_everything_at_once(family, propagate, tmp_path):
+def test_every_family_takes_everything_at_once(family, propagate, tmp_path, device):
     model = FAMILIES[family]()
-    engine = engine_of(model, tmp_path)
+    engine = engine_of(model, tmp_path, device)
     plan = dict.fromkeys(engine.decoder.shapes(), NM(2, 4))
     prune(engine, Method(ALPS(), Asymmetric(), Refit(), recover(1, 1)), plan, IDS, propagate)
     for index in range(engine.num_layers):
         for linear in engine.decoder.weights(index).values():
             assert linear.read().isfinite().all()
     with torch.no_grad():
-        assert model(IDS).logits.isfinite().all()
+        assert model.cpu()(IDS).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_sixteen_bits(dtype, tiny_config):
+def test_sixteen_bits(dtype, tiny_config, device):
     settings = ["pruner=alps", "sparsity=2:4", "target=asymmetric", "update=refit", "recover=layer", f"model.dtype={dtype}"]
     record = run(tiny_config(*settings))
     assert record.metrics["text_perplexity"] > 0

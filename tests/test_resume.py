@@ -203,7 +203,13 @@ def stopped(tiny_model_dir, small_text, tmp_path_factory):
         return compose_config(
             *("model=local", f"model.path={tiny_model_dir}", "calibration=text", f"calibration.path={small_text}"),
             *("calibration.num_samples=6", "calibration.seq_len=32", "evaluation=text", f"evaluation.path={small_text}"),
-            *("evaluation.seq_len=32", "evaluation.max_windows=3", "runtime.batch_tokens=128", f"outputs={outputs}"),
+            *(
+                "evaluation.seq_len=32",
+                "evaluation.max_windows=3",
+                "runtime.batch_tokens=128",
+                "runtime.device=cpu",
+                f"outputs={outputs}",
+            ),
             *("runtime.resume=true", "pruner=sparsegpt", "allocation=owl", f"+evaluation.datasets.more.path={small_text}"),
         )
 

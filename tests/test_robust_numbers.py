@@ -41,7 +41,14 @@ def test_perplexity_is_the_same_however_the_machine_is_used(name: str, texts: li
 
     def perplexity(folder: str, *settings: str) -> float:
         config = compose_config(
-            f"pruner={name}", "sparsity=0.5", *fewer, *texts, *TOKENS, *settings, f"outputs={tmp_path / folder}"
+            f"pruner={name}",
+            "sparsity=0.5",
+            "runtime.device=cpu",
+            *fewer,
+            *texts,
+            *TOKENS,
+            *settings,
+            f"outputs={tmp_path / folder}",
         )
         return run(config).metrics["text_perplexity"]
 

@@ -17,7 +17,7 @@ PRUNING = ("calibration", "prune", "write")
 def config(spec: Spec) -> DictConfig:
     """The config of the run that a spec asks for; what a path may hold is no matter, as none goes through a command line."""
     calibration = "random" if spec.calibration["path"] is None else "text"
-    groups = ["model=local", f"calibration={calibration}", "evaluation=none", f"pruner={spec.method}", "runtime=auto"]
+    groups = ["model=local", f"calibration={calibration}", "evaluation=none", "propagate=pruned", f"pruner={spec.method}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", rewrite_sparsity([*groups, f"sparsity={spec.pattern}", *spec.options.get("overrides", [])]))
     cfg.model.path = spec.model
@@ -29,7 +29,6 @@ def config(spec: Spec) -> DictConfig:
     if spec.threads:
         cfg.runtime.threads = spec.threads
     cfg.seed = spec.seed
-    cfg.propagate = "pruned"
     cfg.outputs = spec.scratch
     cfg.overwrite = True
     cfg.save = spec.save is not None

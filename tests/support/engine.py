@@ -24,8 +24,8 @@ def random_ids(rows: int = 2, seq_len: int = 24, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCAB_SIZE, (rows, seq_len), generator=torch.Generator().manual_seed(seed))
 
 
-def engine_of(model, folder, **runtime) -> LayerwiseEngine:
-    decoder, runtime = Decoder(model), Runtime(device="cpu", **runtime)
+def engine_of(model, folder, device="cpu", **runtime) -> LayerwiseEngine:
+    decoder, runtime = Decoder(model), Runtime(device, **runtime)
     store = LayerStore(decoder, runtime.torch_device, runtime.layers, LayerFiles(folder / "layers", decoder.path), None)
     return LayerwiseEngine(decoder, store, runtime, folder)
 
@@ -50,14 +50,17 @@ def through_layers(engine, ids, pruned=True):
 
 
 IDS = random_ids(rows=5, seq_len=16)
+ATOL = {"cpu": 1e-6, "cuda": 1e-5}
+"""Of statistics in float32 after some layers, against those computed on the CPU."""
 
 
 def prune_model(folder, family="llama", method=None, propagate="pruned", model=None, **runtime):
-    """The pruned model, and the reports of its layers; `method` may be a mere pruner."""
+    """The pruned model, on the CPU, and the reports of its layers; `method` may be a mere pruner, `runtime` names the device."""
     model = model or FAMILIES[family]()
     engine = engine_of(model, folder, **runtime)
     plan = dict.fromkeys(engine.decoder.shapes(), NM(2, 4))
-    return model, prune(engine, method or SparseGPT(), plan, IDS, propagate)
+    reports = prune(engine, method or SparseGPT(), plan, IDS, propagate)
+    return model.cpu(), reports
 
 
 @torch.no_grad()
@@ -113,7 +116,7 @@ def recover(before, after, lr=1e-2):
 
 
 class Witness(Pruner):
-    """Prunes by magnitude, and keeps the Hessians that it was given."""
+    """Prunes by magnitude, and keeps the Hessians that it was given, on the CPU."""
 
     statistic = Hessian
 
@@ -121,5 +124,5 @@ class Witness(Pruner):
         self.seen = {}
 
     def prune_linear(self, W, module_name, pattern):
-        self.seen[module_name] = self.statistics[module_name].mean()
+        self.seen[module_name] = self.statistics[module_name].mean().cpu()
         return torch.where(pattern.mask(W.abs()), W, 0)

@@ -6,12 +6,15 @@ import socket
 import sys
 import time
 
+import torch
+
 from nnprune.engine import parallel
 
 
 def _rank(index, num_ranks, port, function, arguments):
     os.environ.update(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(num_ranks), LOCAL_WORLD_SIZE=str(num_ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", TORCHELASTIC_RUN_ID="test")
+    torch.cuda.is_available = lambda: False  # a forked process cannot use the CUDA device of its parent
     parallel.start()
     try:
         function(*arguments)
