@@ -77,8 +77,8 @@ class Refit(Update):
     ) -> dict[str, Tensor]:
         names, sizes = list(pruned), [len(W) for W in pruned.values()]
         problem = ScaledProblem.of(statistic, self.damping, names[0])
-        B, B0 = (problem.scaled(torch.cat([weights[name].float() for name in names])).t() for weights in (pruned, targets))
+        B, B0 = (problem.scale_(torch.cat([weights[name].float().t() for name in names], 1)) for weights in (pruned, targets))
         found = problem.refit(B, B0, self.max_steps, self.tolerance)
         for name, residuals, steps in zip(names, found.residuals.split(sizes), found.steps.split(sizes), strict=True):
             self.notes[name] = {"refit_steps": int(steps.max()), "refit_residual": float(residuals.max())}
-        return dict(zip(names, problem.unscaled(found.B.t()).split(sizes), strict=True))
+        return {name: B.t() for name, B in zip(names, problem.unscale_(found.B).split(sizes, 1), strict=True)}

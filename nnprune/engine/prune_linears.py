@@ -94,11 +94,11 @@ def _prune_weights(
     # With a target or an update, float32 until the end: a later step could not undo the rounding of an earlier one.
     dense = weights if method.is_plain else {name: W.float() for name, W in weights.items()}
     targets = method.target.weights(dense, statistics)
-    copies = {name: W.clone() for name, W in targets.items()}  # for pruners that work in place
-    pruned = method.pruner.prune_group(copies, {name: plan[name] for name in weights})
+    del dense
+    pruned = method.pruner.prune_group(targets, {name: plan[name] for name in targets})
     if method.is_plain:
         return pruned
-    pruned = {name: _checked(method.pruner, pruned[name], W, name, plan[name]) for name, W in dense.items()}
+    pruned = {name: _checked(method.pruner, pruned[name], W, name, plan[name]) for name, W in targets.items()}
     return method.update.update_group(pruned, targets, statistics.get(method.update.statistic))
 
 
