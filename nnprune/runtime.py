@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import resource
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,6 +28,22 @@ TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 MAX_BATCH_TOKENS = 1 << 24
 """Upper bound of `batch_tokens`: even a narrow model's activations of so many tokens fill a large device."""
 
+MIN_DEVICE_MEMORY = 1 << 30
+"""Lower bound of `device_memory`: CUDA's libraries take about half of it."""
+
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+    "TIB": 1 << 40,
+}
+
 THREADS_PER_CPU = 4
 """Upper bound of `threads`: far more threads than CPUs take the machine down."""
 
@@ -43,6 +59,11 @@ class Runtime:
         activations: where the activations between two layers are kept: host, device, disk, or auto (the device while they fit).
         threads: CPU threads; None: PyTorch's choice.
         native: use the C kernels on a CPU if they can be compiled; there are none for CUDA.
+        device_memory: what a run may take of a CUDA device's memory, such as "12GiB" or a number of bytes; None: what is free.
+
+    Attributes:
+        reserved_bytes: device memory that hidden states leave to what computes.
+        one_by_one: whether linears that share an input are pruned one after the other, to save memory.
 
     Raises:
         ValueError: a setting that is impossible on this machine.
@@ -54,6 +75,9 @@ class Runtime:
     activations: str = "auto"
     threads: int | None = None
     native: bool = True
+    device_memory: int | str | None = None
+    reserved_bytes: int = field(default=0, init=False)
+    one_by_one: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if self.batch_tokens is not None:
@@ -76,6 +100,33 @@ class Runtime:
                 f"runtime.device={self.torch_device}: this machine has {torch.cuda.device_count()} CUDA devices; "
                 "use cpu, another device or fewer processes"
             )
+        if self.device_memory is not None:
+            self._check_device_memory()
+
+    def _check_device_memory(self) -> None:
+        key, limit = f"runtime.device_memory={quoted(self.device_memory)}", self.device_memory_bytes
+        if limit is None:
+            raise ValueError(f"{key}: must be a size such as 12GiB, a number of bytes, or null")
+        if self.torch_device.type != "cuda":
+            raise ValueError(f"{key}: is for a CUDA device, this run computes on the CPU; set runtime.device_memory=null")
+        if limit < MIN_DEVICE_MEMORY:
+            raise ValueError(f"{key}: must be at least {MIN_DEVICE_MEMORY >> 30}GiB")
+        if limit > (total := torch.cuda.get_device_properties(self.torch_device).total_memory):
+            raise ValueError(f"{key}: the device has {total / 2**30:.1f} GiB; lower it, or null for what is free")
+
+    @property
+    def device_memory_bytes(self) -> int | None:
+        """`device_memory` in bytes; None for no limit, or if it is no size."""
+        found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?) ?([KMGT]?I?B|)", str(self.device_memory).strip().upper())
+        return round(float(found[1]) * UNITS[found[2]]) if found and found[2] in UNITS else None
+
+    def free_device_bytes(self) -> int:
+        """CUDA memory that this process may still allocate: what is free, and no more than `device_memory` leaves."""
+        device = self.torch_device
+        allocated = torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - allocated  # it keeps what was freed
+        limit = self.device_memory_bytes
+        return free if limit is None else min(free, limit - allocated)
 
     @property
     def torch_device(self) -> torch.device:
@@ -108,6 +159,9 @@ class Runtime:
             torch.set_num_threads(self.threads)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        if self.torch_device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.torch_device).total_memory
+            torch.cuda.set_per_process_memory_fraction((self.device_memory_bytes or total) / total, self.torch_device)
         forget_peaks()
 
 
