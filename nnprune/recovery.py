@@ -39,6 +39,7 @@ class Recovery:
 
     epochs_before: int = 0
     epochs_after: int = 0
+    batch_tokens: int = 0
 
     @property
     def is_on(self) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import logging
+import math
 import os
 import re
 import resource
@@ -120,9 +121,12 @@ class Runtime:
         found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?) ?([KMGT]?I?B|)", str(self.device_memory).strip().upper())
         return round(float(found[1]) * UNITS[found[2]]) if found and found[2] in UNITS else None
 
-    def free_device_bytes(self) -> int:
-        """CUDA memory that this process may still allocate: what is free, and no more than `device_memory` leaves."""
+    def free_device_bytes(self) -> float:
+        """CUDA memory that this process may still allocate: what is free, and no more than `device_memory` leaves. Without CUDA the
+        device is the host, and this is infinite."""
         device = self.torch_device
+        if device.type != "cuda":
+            return math.inf
         allocated = torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - allocated  # it keeps what was freed
         limit = self.device_memory_bytes

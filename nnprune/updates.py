@@ -23,6 +23,9 @@ class Update:
     statistic: type[InputStatistic] | None = None
     """What it needs to know of the inputs."""
 
+    matrix_copies, weight_copies = 0, 0
+    """float32 matrices (I, I) and weights (O, I) that it holds at its peak, besides statistics: for estimates of memory."""
+
     # Created on first use, so that a subclass need not call super().__init__().
     @cached_property
     def notes(self) -> dict[str, dict[str, Any]]:
@@ -65,6 +68,7 @@ class Refit(Update):
     """
 
     statistic = Hessian
+    matrix_copies, weight_copies = 1, 9
 
     def __init__(self, tolerance: float = 0.1, max_steps: int = 30, damping: float = 0.01) -> None:
         self.tolerance = check_positive("update.tolerance", tolerance, below=1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from nnprune.runtime import Runtime
 
 DEVICE_SHARE = 0.4
-"""Share of a CUDA device's free memory that one buffer may take with activations=auto."""
+"""Share of a CUDA device's free memory that one buffer may take with activations=auto: the rest is for others, and for gaps."""
 
 
 class HiddenBuffer:
@@ -74,9 +74,7 @@ class HiddenBuffer:
 
 
 def _fits(runtime: Runtime, num_bytes: int) -> bool:
-    """Whether a buffer may be kept on the device. Without CUDA the device is the host."""
-    if runtime.torch_device.type != "cuda":
-        return True
+    """Whether a buffer may be kept on the device."""
     free = runtime.free_device_bytes()
     return num_bytes < min(DEVICE_SHARE * free, free - runtime.reserved_bytes)
 

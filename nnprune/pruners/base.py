@@ -28,6 +28,9 @@ class Pruner(ABC):
     statistic: type[InputStatistic] | None = None
     """What the engine accumulates from each linear's inputs; None: the method needs weights only."""
 
+    matrix_copies, weight_copies = 1, 4
+    """float32 matrices (I, I) and weights (O, I) that it holds at its peak, besides statistics: for estimates of memory."""
+
     # Created on first use, so that a subclass need not call super().__init__().
     @cached_property
     def statistics(self) -> dict[str, InputStatistic]:
