@@ -142,7 +142,8 @@ def fit_device(runtime: Runtime, load: Workload, free: float) -> bool:
     room = usable - base - hidden * (runtime.activations == "device")
     while (rows := runtime.rows_per_batch(load.seq_len)) > 1 and load.forward_bytes(rows * load.seq_len) > room:
         runtime.batch_tokens = rows // 2 * load.seq_len
-    runtime.one_by_one = load.prune_bytes(one_by_one=False) > room
+    together, alone = load.prune_bytes(one_by_one=False), load.prune_bytes(one_by_one=True)
+    runtime.one_by_one = together > max(room, alone)
     runtime.reserved_bytes = base + load.workspace_bytes(runtime)
     if runtime.device_memory is not None or runtime.one_by_one or before != (runtime.activations, runtime.batch_tokens):
         memory = (runtime.device_memory_bytes or free) / 2**30
