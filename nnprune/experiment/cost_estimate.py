@@ -19,7 +19,7 @@ from nnprune.records import read_completed
 from nnprune.runtime import available_host_bytes, peak_host_bytes, resident_host_bytes
 
 GIB = 1 << 30
-LIBRARIES = 48 << 20  # bytes of code and threads that a run touches before it loads weights
+LIBRARIES = 80 << 20  # bytes of code, buffers of libraries and threads that a run touches before it loads weights
 TIMED_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
