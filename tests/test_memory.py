@@ -130,9 +130,10 @@ def test_hidden_states_leave_what_computing_needs(monkeypatch, tmp_path):
 
 def test_a_run_says_what_it_chose_or_what_it_lacks(tiny_config, monkeypatch, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr(Runtime, "free_device_bytes", lambda _: 1 << 21)
+    monkeypatch.setattr(Runtime, "free_device_bytes", lambda _: 700_000)
     record = Job(build(tiny_config("pruner=sparsegpt"))).run()
     assert record.status == "completed"
+    assert "device memory 0.0 GiB: batches of" in caplog.text and "hidden states in host memory" in caplog.text
     monkeypatch.setattr(Runtime, "free_device_bytes", lambda _: 1 << 12)
     with pytest.raises(
         ValueError, match=r"runtime.device_memory=null: needs .* GiB beside embeddings and head, there are .*; use"

@@ -151,7 +151,7 @@ def fit_device(runtime: Runtime, load: Workload, free: float) -> bool:
         place = {"host": "in host memory", "disk": "on disk"}.get(runtime.activations, "on the device")
         text = "device memory %.1f GiB: batches of %d tokens, hidden states %s%s"
         log.info(text, memory, tokens, place, ", one linear at a time" if runtime.one_by_one else "")
-    return load.workspace_bytes(runtime) <= room
+    return load.workspace_bytes(runtime) <= room + free - usable  # what cannot be planned with may yet be enough
 
 
 @torch.no_grad()
