@@ -32,19 +32,6 @@ MAX_BATCH_TOKENS = 1 << 24
 MIN_DEVICE_MEMORY = 1 << 30
 """Lower bound of `device_memory`: CUDA's libraries take about half of it."""
 
-UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 1 << 10,
-    "MIB": 1 << 20,
-    "GIB": 1 << 30,
-    "TIB": 1 << 40,
-}
-
 THREADS_PER_CPU = 4
 """Upper bound of `threads`: far more threads than CPUs take the machine down."""
 
@@ -118,8 +105,10 @@ class Runtime:
     @property
     def device_memory_bytes(self) -> int | None:
         """`device_memory` in bytes; None for no limit, or if it is no size."""
-        found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?) ?([KMGT]?I?B|)", str(self.device_memory).strip().upper())
-        return round(float(found[1]) * UNITS[found[2]]) if found and found[2] in UNITS else None
+        found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?) ?([kMGT]?)(i?)B?", str(self.device_memory).strip(), re.IGNORECASE)
+        return (
+            round(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")) if found else None
+        )
 
     def free_device_bytes(self) -> float:
         """CUDA memory that this process may still allocate: what is free, and no more than `device_memory` leaves. Without CUDA the
@@ -165,7 +154,9 @@ class Runtime:
             torch.cuda.empty_cache()
         if self.torch_device.type == "cuda":
             total = torch.cuda.get_device_properties(self.torch_device).total_memory
-            torch.cuda.set_per_process_memory_fraction((self.device_memory_bytes or total) / total, self.torch_device)
+            torch.cuda.set_per_process_memory_fraction(
+                (self.device_memory_bytes or total) / total, self.torch_device.index or 0
+            )
         forget_peaks()
 
 

@@ -1,5 +1,7 @@
 """Device memory: the arithmetic against measured peaks, and what is chosen where it is short."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -149,6 +151,30 @@ def test_sizes(text, num_bytes):
     runtime = Runtime(device="cpu")
     runtime.device_memory = text
     assert runtime.device_memory_bytes == num_bytes
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A stand-in for a card of 24 GiB: 10 are free, 3 allocated, 2 kept by the allocator, the rest belongs to others."""
+    monkeypatch.setattr(Runtime, "torch_device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=24 * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10 * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 3 * GIB)
+
+
+@pytest.mark.parametrize(("memory", "free"), [(None, 12), ("24GiB", 12), ("8GiB", 5)])
+def test_what_is_free_knows_the_limit(card, memory, free):
+    assert Runtime(device_memory=memory).free_device_bytes() == free * GIB
+
+
+@pytest.mark.parametrize(
+    ("memory", "reason"), [("25GiB", "the device has 24.0 GiB"), ("12", "at least 1GiB"), (True, "must be a size")]
+)
+def test_limits_that_make_no_sense(card, memory, reason):
+    with pytest.raises(ValueError, match=rf"runtime.device_memory=\w+: .*{reason}"):
+        Runtime(device_memory=memory)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
