@@ -55,7 +55,7 @@ def prune_linears(
                 for part in [[name] for name in names] if one_by_one else [names]:
                     own.append(_prune_together(method, plan, collector, names[0], part, stored_dtype))
             if not keep_statistics:
-                collector.statistics[names[0]].clear()
+                collector.statistics[names[0]] = {}
     if not parallel.is_distributed():
         return list(chain(*own))
     for names, rank in zip(collector.groups, ranks, strict=True):
