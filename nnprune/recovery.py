@@ -39,6 +39,7 @@ class Recovery:
 
     epochs_before: int = 0
     epochs_after: int = 0
+    batch_tokens: int = 0
 
     @property
     def is_on(self) -> bool:
@@ -101,7 +102,6 @@ class Reconstruction(Recovery):
                 return float(inputs.total(torch.tensor(loss, dtype=torch.float64)))
 
         first = best = held_out()
-        kept = [parameter.detach().clone() for parameter in parameters]
         epoch_kept, step, num_steps = 0, 0, num_epochs * -(-len(used) // batch)
         scales = [_rms(parameter) for parameter in parameters]
         smallest = min(filter(None, scales), default=1.0)  # for tensors of zeros, such as the biases of an untrained model
@@ -125,9 +125,8 @@ class Reconstruction(Recovery):
                     step += 1
                 if (loss := held_out()) < best:
                     best, epoch_kept = loss, epoch
-                    kept = [parameter.detach().clone() for parameter in parameters]
-        for parameter, value in zip(layer.parameters(), kept, strict=True):
-            parameter.data.copy_(value)
+                    for parameter, value in zip(layer.parameters(), parameters, strict=True):
+                        parameter.data.copy_(value.detach())
         log.debug("layer %d: held-out loss %.3e -> %.3e at epoch %d of %d", index, first, best, epoch_kept, num_epochs)
         return {"loss_before": first, "loss_after": best, "epoch": epoch_kept}
 

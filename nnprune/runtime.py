@@ -8,7 +8,7 @@ import math
 import os
 import re
 import resource
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,6 +33,9 @@ MAX_BATCH_TOKENS = 1 << 24
 SECONDS_UNSAVED = 60
 """Of `resume="auto"`: a short run writes no layer at all."""
 
+MIN_DEVICE_MEMORY = 1 << 30
+"""Lower bound of `device_memory`: CUDA's libraries take about half of it."""
+
 THREADS_PER_CPU = 4
 """Upper bound of `threads`: far more threads than CPUs take the machine down."""
 
@@ -51,6 +54,11 @@ class Runtime:
         resume: whether pruned layers are written to the disk, for a killed run to resume from: true: each at once; false: none;
             auto: all so far whenever a kill would lose a minute. Where files are the model, in a grid, for save=true and with
             layers=disk, each is written whatever this says.
+        device_memory: what a run may take of a CUDA device's memory, such as "12GiB" or a number of bytes; None: what is free.
+
+    Attributes:
+        reserved_bytes: device memory that hidden states leave to what computes.
+        one_by_one: whether linears that share an input are pruned one after the other, to save memory.
 
     Raises:
         ValueError: a setting that is impossible on this machine.
@@ -63,6 +71,9 @@ class Runtime:
     threads: int | None = None
     native: bool = True
     resume: bool | str = "auto"
+    device_memory: int | str | None = None
+    reserved_bytes: int = field(default=0, init=False)
+    one_by_one: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if self.batch_tokens is not None:
@@ -87,6 +98,38 @@ class Runtime:
                 f"runtime.device={self.torch_device}: this machine has {torch.cuda.device_count()} CUDA devices; "
                 "use cpu, another device or fewer processes"
             )
+        if self.device_memory is not None:
+            self._check_device_memory()
+
+    def _check_device_memory(self) -> None:
+        key, limit = f"runtime.device_memory={quoted(self.device_memory)}", self.device_memory_bytes
+        if limit is None:
+            raise ValueError(f"{key}: must be a size such as 12GiB, a number of bytes, or null")
+        if self.torch_device.type != "cuda":
+            raise ValueError(f"{key}: is for a CUDA device, this run computes on the CPU; set runtime.device_memory=null")
+        if limit < MIN_DEVICE_MEMORY:
+            raise ValueError(f"{key}: must be at least {MIN_DEVICE_MEMORY >> 30}GiB")
+        if limit > (total := torch.cuda.get_device_properties(self.torch_device).total_memory):
+            raise ValueError(f"{key}: the device has {total / 2**30:.1f} GiB; lower it, or null for what is free")
+
+    @property
+    def device_memory_bytes(self) -> int | None:
+        """`device_memory` in bytes; None for no limit, or if it is no size."""
+        found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?) ?([kMGT]?)(i?)B?", str(self.device_memory).strip(), re.IGNORECASE)
+        return (
+            round(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")) if found else None
+        )
+
+    def free_device_bytes(self) -> float:
+        """CUDA memory that this process may still allocate: what is free, and no more than `device_memory` leaves. Without CUDA the
+        device is the host, and this is infinite."""
+        device = self.torch_device
+        if device.type != "cuda":
+            return math.inf
+        allocated = torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - allocated  # it keeps what was freed
+        limit = self.device_memory_bytes
+        return free if limit is None else min(free, limit - allocated)
 
     @property
     def torch_device(self) -> torch.device:
@@ -125,11 +168,12 @@ class Runtime:
         if self.threads:
             torch.set_num_threads(self.threads)
         if torch.cuda.is_available():
-            if (
-                self.torch_device.type == "cuda"
-            ):  # pinned memory takes memory of the current device, whose peaks are reset below
-                torch.cuda.set_device(self.torch_device.index or 0)
             torch.cuda.empty_cache()
+        if self.torch_device.type == "cuda":
+            index = self.torch_device.index or 0
+            torch.cuda.set_device(index)  # pinned memory takes memory of the current device, whose peaks are reset below
+            total = torch.cuda.get_device_properties(index).total_memory
+            torch.cuda.set_per_process_memory_fraction((self.device_memory_bytes or total) / total, index)
         forget_peaks()
 
 

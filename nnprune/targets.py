@@ -16,6 +16,9 @@ class Target:
     statistics: tuple[type[InputStatistic], ...] = ()
     """What it needs to know of the inputs. CrossProduct asks for the dense model's inputs beside the pruned model's."""
 
+    matrix_copies, weight_copies = 0, 0
+    """float32 matrices (I, I) and weights (O, I) that it holds at its peak, besides statistics: for estimates of memory."""
+
     def weights(self, dense: dict[str, Tensor], statistics: dict[type[InputStatistic], InputStatistic]) -> dict[str, Tensor]:
         """The weights to prune in place of the dense ones.
 
@@ -46,6 +49,7 @@ class Asymmetric(Target):
     """
 
     statistics = (Hessian, CrossProduct)
+    matrix_copies, weight_copies = 1, 1
 
     def __init__(self, alpha: float = 0.25, damping: float = 0.01) -> None:
         if type(alpha) not in (int, float) or not 0 < alpha <= 1:

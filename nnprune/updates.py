@@ -23,6 +23,9 @@ class Update:
     statistic: type[InputStatistic] | None = None
     """What it needs to know of the inputs."""
 
+    matrix_copies, weight_copies = 0, 0
+    """float32 matrices (I, I) and weights (O, I) that it holds at its peak, besides statistics: for estimates of memory."""
+
     # Created on first use, so that a subclass need not call super().__init__().
     @cached_property
     def notes(self) -> dict[str, dict[str, Any]]:
@@ -65,6 +68,7 @@ class Refit(Update):
     """
 
     statistic = Hessian
+    matrix_copies, weight_copies = 1, 9
 
     def __init__(self, tolerance: float = 0.1, max_steps: int = 30, damping: float = 0.01) -> None:
         self.tolerance = check_positive("update.tolerance", tolerance, below=1)
@@ -77,8 +81,8 @@ class Refit(Update):
     ) -> dict[str, Tensor]:
         names, sizes = list(pruned), [len(W) for W in pruned.values()]
         problem = ScaledProblem.of(statistic, self.damping, names[0])
-        B, B0 = (problem.scaled(torch.cat([weights[name].float() for name in names])).t() for weights in (pruned, targets))
+        B, B0 = (problem.scale_(torch.cat([weights[name].float().t() for name in names], 1)) for weights in (pruned, targets))
         found = problem.refit(B, B0, self.max_steps, self.tolerance)
         for name, residuals, steps in zip(names, found.residuals.split(sizes), found.steps.split(sizes), strict=True):
             self.notes[name] = {"refit_steps": int(steps.max()), "refit_residual": float(residuals.max())}
-        return dict(zip(names, problem.unscaled(found.B.t()).split(sizes), strict=True))
+        return {name: B.t() for name, B in zip(names, problem.unscale_(found.B).split(sizes, 1), strict=True)}

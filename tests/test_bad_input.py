@@ -62,6 +62,8 @@ SETTINGS = [
     ("model.layers_path=model.layers", "model.layers_path=model.layers: ", "no list of layers"),
     ("+model.color=red", "model.color=red: no such setting", "dtype"),
     ("+runtime.bath_tokens=2", "runtime.bath_tokens=2: no such setting", "batch_tokens"),
+    ("runtime.device_memory=much", "runtime.device_memory=much: must be a size such as 12GiB", "null"),
+    ("runtime.device_memory=12GiB", "runtime.device_memory=12GiB: is for a CUDA device", "runtime.device_memory=null"),
     ("runtime.batch_tokens=0", "runtime.batch_tokens=0: ", "at least 1"),
     ("runtime.batch_tokens=1.5", "runtime.batch_tokens=1.5: ", "whole number"),
     ("runtime.threads=x", "runtime.threads=x: ", "whole number"),

@@ -232,7 +232,7 @@ def test_the_record_tells_of_halved_batches(tiny_config, monkeypatch, device):
         return original(self, index, layer, hidden)
 
     monkeypatch.setattr(HiddenStates, "run", small_device)
-    assert run(tiny_config("pruner=wanda")).notes == ["out of device memory: went on with runtime.batch_tokens=64"]
+    assert run(tiny_config("pruner=wanda")).notes == ["short of device memory: runtime.batch_tokens=64"]
 
 
 def test_a_row_that_does_not_fit_is_an_error(tmp_path, device):

@@ -8,13 +8,16 @@ import torch
 
 import nnprune.engine.hidden_buffer
 from nnprune.engine.hidden_buffer import HiddenBuffer
+from nnprune.runtime import Runtime
 
-CPU = torch.device("cpu")
+
+def on_cpu(activations):
+    return Runtime(device="cpu", activations=activations)
 
 
 @pytest.fixture(params=["host", "device", "disk", "auto"])
 def buffer(request, tmp_path):
-    return HiddenBuffer((5, 3, 4), torch.float32, CPU, request.param, tmp_path / "new" / "hidden.bin")
+    return HiddenBuffer((5, 3, 4), torch.float32, on_cpu(request.param), tmp_path / "new" / "hidden.bin")
 
 
 def test_what_is_put_is_what_is_got(buffer):
@@ -29,7 +32,7 @@ def test_what_is_put_is_what_is_got(buffer):
 
 def test_a_mapped_file_is_as_large_as_it_must_be_and_removed(tmp_path):
     path = tmp_path / "hidden.bin"
-    buffer = HiddenBuffer((5, 3, 4), torch.bfloat16, CPU, "disk", path)
+    buffer = HiddenBuffer((5, 3, 4), torch.bfloat16, on_cpu("disk"), path)
     assert path.stat().st_size == 5 * 3 * 4 * 2
     assert not buffer.is_on_device
     buffer.close()
@@ -52,7 +55,7 @@ class Late:
 
 
 def test_the_host_reads_only_what_has_arrived(tmp_path, monkeypatch):
-    buffer = HiddenBuffer((5, 3, 4), torch.float32, CPU, "host", tmp_path / "hidden.bin")
+    buffer = HiddenBuffer((5, 3, 4), torch.float32, on_cpu("host"), tmp_path / "hidden.bin")
     buffer.device, buffer.tensor = torch.device("cuda"), Late(torch.zeros(5, 3, 4))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: buffer.tensor)
     wanted = torch.arange(60.0).view(5, 3, 4)
@@ -63,7 +66,7 @@ def test_the_host_reads_only_what_has_arrived(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("offload", ["host", "device", "auto"])
 def test_in_memory_there_is_no_file(offload, tmp_path):
-    buffer = HiddenBuffer((2, 3, 4), torch.float32, CPU, offload, tmp_path / "hidden.bin")
+    buffer = HiddenBuffer((2, 3, 4), torch.float32, on_cpu(offload), tmp_path / "hidden.bin")
     assert buffer.is_on_device
     buffer.close()
     assert not list(tmp_path.iterdir())
@@ -76,5 +79,5 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(nnprune.engine.hidden_buffer.os, "posix_fallocate", full, raising=False)
     path = tmp_path / "hidden.bin"
     with pytest.raises(OSError, match=r"hidden.bin cannot hold 96 bytes .*No space left.*set runtime\.activations=host"):
-        HiddenBuffer((2, 3, 4), torch.float32, CPU, "disk", path)
+        HiddenBuffer((2, 3, 4), torch.float32, on_cpu("disk"), path)
     assert not path.exists()

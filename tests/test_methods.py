@@ -35,7 +35,7 @@ def test_a_longer_search_finds_better_supports():
 def test_with_one_rho_alps_takes_the_paper_s_steps():
     W, X, statistic = problem(8, 32, 500)
     damped = ScaledProblem(statistic, 0.01, "l")
-    A, B0 = damped.A.double(), damped.scaled(W).t().double()
+    A, B0 = damped.A.double(), damped.scale_(W.t().clone()).double()
     B, U, rho = B0, torch.zeros_like(B0), 0.5
     for _ in range(7):
         mask = NM(2, 4).mask((B + U).t().abs()).t()

@@ -94,7 +94,7 @@ class CachedOutputs:
             if too_large or not like.is_on_device:
                 return None
         path = self.path.with_name(f"{self.path.name}-{name}.bin")
-        buffer = HiddenBuffer(shape, like.tensor.dtype, device, self.states.runtime.activations, path)
+        buffer = HiddenBuffer(shape, like.tensor.dtype, self.states.runtime, path)
         return buffer if buffer.is_on_device or not is_output else None
 
     def close(self) -> None:

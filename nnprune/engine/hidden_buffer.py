@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nnprune.runtime import Runtime
+
 DEVICE_SHARE = 0.4
-"""Share of a CUDA device's free memory that one buffer may take with offload="auto"."""
+"""Share of a CUDA device's free memory that one buffer may take with activations=auto: the rest is for others, and for gaps."""
 
 
 class HiddenBuffer:
@@ -20,16 +22,16 @@ class HiddenBuffer:
     Args:
         shape: (N, T, D).
         dtype: the model's.
-        device: where batches are computed.
-        offload: host, device, disk, or auto (the device if the buffer fits there with room to spare, else the host).
-        path: the mapped file for offload="disk"; removed by `close`.
+        runtime: the device where batches are computed, and `activations`: host, device, disk, or auto (the device if the buffer
+            fits there with room to spare, else the host).
+        path: the mapped file for disk; removed by `close`.
 
     Raises:
         OSError: the disk has no room for the mapped file.
     """
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, offload: str, path: Path) -> None:
-        self.device = device
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, runtime: Runtime, path: Path) -> None:
+        self.device, offload = runtime.torch_device, runtime.activations
         self.shape = shape
         self._arrived: torch.cuda.Event | None = None  # all that was put, where the host may read it before it has arrived
         size = math.prod(shape)
@@ -38,10 +40,10 @@ class HiddenBuffer:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _reserve(path, size * dtype.itemsize)
             self.tensor = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
-        elif offload == "device" or (offload == "auto" and _fits(device, size * dtype.itemsize)):
-            self.tensor = torch.empty(shape, dtype=dtype, device=device)
+        elif offload == "device" or (offload == "auto" and _fits(runtime, size * dtype.itemsize)):
+            self.tensor = torch.empty(shape, dtype=dtype, device=self.device)
         else:  # pinned, so that copies to and from a CUDA device overlap with its work
-            self.tensor = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+            self.tensor = torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
 
     def get(self, rows: slice) -> Tensor:
         """The hidden states (B, T, D) of `rows`, on the device."""
@@ -71,9 +73,10 @@ class HiddenBuffer:
             self.path.unlink(missing_ok=True)
 
 
-def _fits(device: torch.device, num_bytes: int) -> bool:
-    """Whether a buffer may be kept on the device. Without CUDA the device is the host."""
-    return device.type != "cuda" or num_bytes < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+def _fits(runtime: Runtime, num_bytes: int) -> bool:
+    """Whether a buffer may be kept on the device."""
+    free = runtime.free_device_bytes()
+    return num_bytes < min(DEVICE_SHARE * free, free - runtime.reserved_bytes)
 
 
 def _reserve(path: Path, num_bytes: int) -> None:

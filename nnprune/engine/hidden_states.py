@@ -45,7 +45,7 @@ class HiddenStates:
         self.share = parallel.share(len(ids), whole)  # of this rank
         self.ids = ids[self.share]
         shape = (len(self.ids), *self.shape[1:])
-        self.activations = HiddenBuffer(shape, first.dtype, self.device, runtime.activations, path)
+        self.activations = HiddenBuffer(shape, first.dtype, runtime, path)
         self.rows = slice(0, 0)  # the current batch of `each_batch`
         self._calls: dict[torch.Size, list[LayerCall]] = {}
         self._each_batch(lambda rows: self.activations.put(rows, decoder.embed(self.ids[rows].to(self.device))))

@@ -23,23 +23,39 @@ from nnprune.solvers.layer_error import relative_error, squared_output
 from nnprune.statistics import InputStatistic
 
 
-def prune_linears(method: Method, plan: Plan, collector: InputCollector, stored_dtype: torch.dtype) -> list[dict[str, Any]]:
+def prune_linears(
+    method: Method,
+    plan: Plan,
+    collector: InputCollector,
+    stored_dtype: torch.dtype,
+    one_by_one: bool = False,
+    keep_statistics: bool = False,
+) -> list[dict[str, Any]]:
     """Prune in place all linears whose inputs were collected, and return a report on each, as in `RunRecord.per_linear`.
 
-    Pruned weights are rounded to `stored_dtype` before they are checked and measured. Raises ValueError, naming the linear, for
-    a weight that is not finite and for a pruner that breaks its contract.
-
     Several processes prune some of the groups each; a pruner that collects its own statistics has them on rank 0.
+
+    Args:
+        method: how.
+        plan: a pattern for each linear.
+        collector: what it holds of a group is freed once that is pruned, unless other methods need it: `keep_statistics`.
+        stored_dtype: pruned weights are rounded to it before they are checked and measured.
+        one_by_one: the linears of a group one after the other, which takes less memory, not together.
+
+    Raises:
+        ValueError: naming the linear: a weight that is not finite, or a pruner that breaks its contract.
     """
     ranks = [0] * len(collector.groups)
     if method.pruner.shares_statistics:
         ranks = parallel.assign([_cost(collector, names) for names in collector.groups])
     with parallel.together():
-        own = [
-            _prune_group(method, plan, collector, names, stored_dtype)
-            for names, rank in zip(collector.groups, ranks, strict=True)
-            if rank == parallel.rank()
-        ]
+        own = []
+        for names, rank in zip(collector.groups, ranks, strict=True):
+            if rank == parallel.rank():
+                for part in [[name] for name in names] if one_by_one else [names]:
+                    own.append(_prune_together(method, plan, collector, names[0], part, stored_dtype))
+            if not keep_statistics:
+                collector.statistics[names[0]] = {}
     if not parallel.is_distributed():
         return list(chain(*own))
     for names, rank in zip(collector.groups, ranks, strict=True):
@@ -55,16 +71,16 @@ def _cost(collector: InputCollector, names: list[str]) -> int:
     return num_inputs**2 * (num_inputs + sum(collector.weights[name].shape[0] for name in names))
 
 
-def _prune_group(
-    method: Method, plan: Plan, collector: InputCollector, names: list[str], stored_dtype: torch.dtype
+def _prune_together(
+    method: Method, plan: Plan, collector: InputCollector, leader: str, names: list[str], stored_dtype: torch.dtype
 ) -> list[dict[str, Any]]:
-    """Prune the linears `names`, which share an input."""
+    """Prune the linears `names`, all or some of the group whose first one is `leader`."""
     start = time.perf_counter()
-    pruner, sample = method.pruner, collector.sample(names)
+    pruner, sample = method.pruner, collector.sample([leader])
     weights = {name: collector.weights[name].read().contiguous() for name in names}
     for name, W in weights.items():
         check_weight(name, W)
-    statistics = collector.statistics[names[0]]
+    statistics = collector.statistics[leader]
     if pruner.shares_statistics and pruner.statistic is not None:
         pruner.statistics.update(dict.fromkeys(names, statistics[pruner.statistic]))
     pruned = weights | _prune_weights(method, {name: weights[name] for name in names if plan[name].sparsity}, plan, statistics)
@@ -96,11 +112,11 @@ def _prune_weights(
     # With a target or an update, float32 until the end: a later step could not undo the rounding of an earlier one.
     dense = weights if method.is_plain else {name: W.float() for name, W in weights.items()}
     targets = method.target.weights(dense, statistics)
-    copies = {name: W.clone() for name, W in targets.items()}  # for pruners that work in place
-    pruned = method.pruner.prune_group(copies, {name: plan[name] for name in weights})
+    del dense
+    pruned = method.pruner.prune_group(targets, {name: plan[name] for name in targets})
     if method.is_plain:
         return pruned
-    pruned = {name: _checked(method.pruner, pruned[name], W, name, plan[name]) for name, W in dense.items()}
+    pruned = {name: _checked(method.pruner, pruned[name], W, name, plan[name]) for name, W in targets.items()}
     return method.update.update_group(pruned, targets, statistics.get(method.update.statistic))
 
 

@@ -47,7 +47,7 @@ def prune_grid(experiments: Sequence[Experiment]) -> None:
         experiments = fitting
         if not experiments:
             return
-        job = Job(experiments[0])
+        job = Job(experiments[0], [experiment.method for experiment in experiments])
         decoder = job.engine.decoder
         folders = [experiment.folder / SCRATCH for experiment in experiments]
         requests = [PlanRequest(one.allocation, one.pattern, folder) for one, folder in zip(experiments, folders, strict=True)]

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import math
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +14,7 @@ from nnprune.allocations.base import Plan
 from nnprune.calibration import token_hash
 from nnprune.engine import parallel
 from nnprune.engine.consistency_check import check_consistency
+from nnprune.engine.memory import fit_device, groups_of
 from nnprune.engine.prune_linears import fractions_of_zeros
 from nnprune.engine.pruning_pass import PruneTask, PruningPass
 from nnprune.engine.stopwatch import Stopwatch
@@ -27,8 +30,10 @@ from nnprune.experiment.preparation import (
     skeleton,
     token_ids,
     warn_of_demo_texts,
+    workload,
 )
 from nnprune.experiment.provenance import new_record, now
+from nnprune.method import Method
 from nnprune.model.checkpoint import Checkpoint
 from nnprune.model.export import check_names, save_model
 from nnprune.model.loading import quieten_transformers
@@ -44,7 +49,7 @@ Metrics = dict[str, dict[str, float]]
 class Job:
     """Prunes, measures and records one experiment, resuming after its last finished layer."""
 
-    def __init__(self, experiment: Experiment) -> None:
+    def __init__(self, experiment: Experiment, methods: Sequence[Method] = ()) -> None:
         quieten_transformers()
         self.experiment = experiment
         self.stopwatch = Stopwatch()
@@ -60,6 +65,7 @@ class Job:
         with self.stopwatch.stage("load"):
             self.engine = open_engine(experiment, self.config)
             check_consistency(self.engine)
+            self._fit_device(methods or [experiment.method])
             if experiment.config["save"]:
                 self._check_that_it_can_be_saved()
 
@@ -177,6 +183,21 @@ class Job:
                 pruned.notes.append(f"pruned in one pass with {num_cells - 1} other cells; `seconds` leaves that pass out")
         return metrics, dense_metrics
 
+    def _fit_device(self, methods: Sequence[Method]) -> None:
+        """Choose what a limited device has room for. Raises ValueError if it cannot hold what pruning with `methods` takes."""
+        runtime, free = self.experiment.runtime, self.experiment.runtime.free_device_bytes()
+        if math.isinf(free):
+            return
+        windows = list(self.evaluation_ids.values())
+        load = workload(self.experiment, self.engine.decoder, groups_of(self.engine), methods, self.calibration_ids, windows)
+        if not fit_device(runtime, load, free):
+            need = (load.fetched_bytes() * (runtime.layers != "device") + load.workspace_bytes(runtime)) / 2**30
+            limit = "null" if runtime.device_memory is None else runtime.device_memory
+            raise ValueError(
+                f"runtime.device_memory={limit}: needs {need:.1f} GiB beside embeddings and head, there are {free / 2**30:.1f}; "
+                "use a larger device, a cheaper pruner, runtime.layers=host or a shorter calibration.seq_len"
+            )
+
     def _check_that_it_can_be_saved(self) -> None:
         source, decoder = self.experiment.source, self.engine.decoder
         checkpoint = Checkpoint(source.files.weights(), decoder.model, source.label)
@@ -201,7 +222,7 @@ class Job:
         record.peak_host_bytes = peak_host_bytes()
         record.peak_device_bytes = peak_device_bytes()
         if runtime.batch_tokens != self.experiment.config["runtime"]["batch_tokens"]:
-            record.notes.append(f"out of device memory: went on with runtime.batch_tokens={runtime.batch_tokens}")
+            record.notes.append(f"short of device memory: runtime.batch_tokens={runtime.batch_tokens}")
         if parallel.is_distributed():
             record.notes.append(f"computed by {parallel.world_size()} processes; peaks of memory are those of the first")
         record.finished = now()

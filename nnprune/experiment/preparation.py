@@ -1,6 +1,7 @@
 """What a run is prepared from its checked settings: skeleton, token ids and engine."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,9 +10,12 @@ from torch import Tensor
 from nnprune.allocations.uniform import Uniform
 from nnprune.engine import parallel
 from nnprune.engine.engine import LayerwiseEngine
+from nnprune.engine.input_collector import PROBE_TOKENS, rows_needed
 from nnprune.engine.layer_files import LayerFiles
 from nnprune.engine.layer_store import LayerStore
+from nnprune.engine.memory import Workload
 from nnprune.experiment.build import Experiment
+from nnprune.method import Method
 from nnprune.model.attention import use_kernel
 from nnprune.model.decoder import Decoder
 from nnprune.model.dtypes import name_of
@@ -69,6 +73,33 @@ def token_ids(experiment: Experiment, config: Any, tokenizer: Any) -> tuple[Tens
     if experiment.is_dense:
         return torch.empty(0, experiment.calibration.seq_len, dtype=torch.int64), evaluation
     return experiment.calibration.token_ids(tokenizer, vocab_size), evaluation
+
+
+def workload(
+    experiment: Experiment,
+    decoder: Decoder,
+    groups: list[list[str]],
+    methods: Sequence[Method],
+    calibration: Tensor,
+    windows: Sequence[Tensor],
+    num_measured: int = 2,
+) -> Workload:
+    """What pruning with `methods` computes for ids (N, T) of the calibration and of each evaluation, whose windows `num_measured` models
+    run."""
+    methods = [] if experiment.is_dense else methods
+    calibration = rows_needed(methods, calibration)
+    return Workload(
+        shapes=decoder.shapes_by_layer()[0],
+        groups=groups,
+        methods=methods,
+        is_sequential=experiment.config["propagate"] == "sequential",
+        itemsize=experiment.computing_dtype.itemsize,
+        hidden_size=decoder.text_config.hidden_size,
+        seq_len=max((rows.shape[1] for rows in (calibration, *windows) if len(rows)), default=PROBE_TOKENS),
+        vocab_size=decoder.vocab_size if windows else 0,
+        calibration=calibration.numel(),
+        windows=num_measured * sum(map(torch.numel, windows)),
+    )
 
 
 def open_engine(experiment: Experiment, config: Any) -> LayerwiseEngine:

@@ -44,7 +44,7 @@ class ADMM(StackedPruner):
         problem = ScaledProblem.of(statistic, self.damping, names[0])
         inverse = statistic.memo((ADMM, self.damping, self.rho), lambda: FastFactor(problem.inverse(self.rho)))
         projection = Projection(pattern, sizes)
-        search = ADMMIterations(problem.scaled(weight_IO.t()).t(), inverse, self.rho, projection)
+        search = ADMMIterations(problem.scale_(weight_IO), inverse, self.rho, projection)
         mask = None
         for iteration in range(1, self.num_iterations + 1):
             if iteration < self.num_mask_iterations:
@@ -54,4 +54,4 @@ class ADMM(StackedPruner):
                 if mask is None:
                     mask = projection.exact(search.total.abs_()).float()  # products with bool are slow on a CPU
                 search.advance(self.rho, mask=mask)
-        return problem.unscaled(search.total.mul_(mask).t()).t()
+        return problem.unscale_(search.total.mul_(mask))

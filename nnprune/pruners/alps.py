@@ -62,11 +62,12 @@ class ALPS(StackedPruner):
         problem = ScaledProblem.of(statistic, self.damping, names[0])
         inverse = statistic.memo((ALPS, self.damping, self.alpha), lambda: FastFactor(problem.inverse(self.alpha)))
         projection = Projection(pattern, sizes)
-        search = ADMMIterations(problem.scaled(weight_IO.t()).t(), inverse, self.alpha, projection)
+        search = ADMMIterations(problem.scale_(weight_IO), inverse, self.alpha, projection)
         for rho in self.rhos:
             search.advance(rho)
         B = search.B.mul_(projection.exact(search.total.abs_()))
-        found = problem.refit(B, search.B0, self.num_refit_steps)
+        del search  # it holds two matrices
+        found = problem.refit(B, weight_IO, self.num_refit_steps)
         for name, residuals in zip(names, found.residuals.split(sizes), strict=True):
             self.notes[name] = {"refit_residual": float(residuals.max())}
-        return problem.unscaled(found.B.t()).t()
+        return problem.unscale_(found.B)

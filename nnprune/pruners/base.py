@@ -28,6 +28,9 @@ class Pruner(ABC):
     statistic: type[InputStatistic] | None = None
     """What the engine accumulates from each linear's inputs; None: the method needs weights only."""
 
+    matrix_copies, weight_copies = 1, 4
+    """float32 matrices (I, I) and weights (O, I) that it holds at its peak, besides statistics: for estimates of memory."""
+
     # Created on first use, so that a subclass need not call super().__init__().
     @cached_property
     def statistics(self) -> dict[str, InputStatistic]:
@@ -68,9 +71,9 @@ class Pruner(ABC):
     def prune_group(self, weights: dict[str, Tensor], patterns: dict[str, SparsityPattern]) -> dict[str, Tensor]:
         """The pruned weights (O, I), by name, of linears that receive the same input: what the engine calls.
 
-        By default one linear after the other; override it to share work between linears.
+        By default one linear after the other; override it to share work between linears, without modifying `weights`.
         """
-        return {name: self.prune_linear(W, name, patterns[name]) for name, W in weights.items()}
+        return {name: self.prune_linear(W.clone(), name, patterns[name]) for name, W in weights.items()}  # some work in place
 
     def prune_linear_unstruct(self, W: Tensor, module_name: str, k: int) -> Tensor:
         """The pruned weight (O, I) with at least `k` zeros."""

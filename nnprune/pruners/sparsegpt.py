@@ -40,6 +40,8 @@ class SparseGPT(StackedPruner):
         damp_inverse: also damp the inverse hessian before it is factorised.
     """
 
+    matrix_copies, weight_copies = 2, 2
+
     def __init__(
         self,
         block_size: int = 128,

@@ -17,6 +17,7 @@ class StackedPruner(Pruner):
     """Prunes from the hessian. Subclasses override `prune_stack`, which sees linears that share an input and a pattern as one."""
 
     statistic = Hessian
+    matrix_copies, weight_copies = 3, 7
 
     @abstractmethod
     def prune_stack(self, weight_IO: Tensor, sizes: list[int], pattern: SparsityPattern, names: list[str]) -> Tensor:

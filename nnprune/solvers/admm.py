@@ -34,14 +34,14 @@ class ADMMIterations:
     """ADMM, starting at B = B0 and U = 0.
 
     Args:
-        B0: the target (I, O), float32.
+        B0: the target (I, O), float32, contiguous.
         inverse: (A + alpha 1)^-1, shape (I, I).
         alpha: the shift of `inverse`.
         projection: P.
     """
 
     def __init__(self, B0: Tensor, inverse: FastFactor, alpha: float, projection: Projection) -> None:
-        self.B0 = B0.contiguous()
+        self.B0 = B0
         self.inverse = inverse
         self.alpha = alpha
         self.projection = projection
@@ -63,8 +63,8 @@ class ADMMIterations:
         mask = self.projection.fast(total.abs(), sparsity) if mask is None else mask
         right = self._E.mul_(last * pull).addcmul_(total, mask)
         U = total.addcmul_(total, mask, value=-1)
-        self._total = torch.add(self.B0, U, alpha=growth)
-        self._E = self.inverse.times(right.sub_(self._total))
+        torch.add(self.B0, U, alpha=growth, out=self._total)
+        self._E = self.inverse.times(right.sub_(self._total), out=U)
         self._rho = rho
 
     @property

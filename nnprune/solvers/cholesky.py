@@ -19,9 +19,8 @@ def factor_of_inverse(hessian: Tensor) -> tuple[Tensor, bool]:
     Args:
         hessian: H (I, I), symmetric, float32; overwritten.
     """
-    lower, info = torch.linalg.cholesky_ex(
-        hessian.flip(0, 1), out=(hessian, torch.empty(0, dtype=torch.int32, device=hessian.device))
-    )
+    hessian.copy_(hessian.flip(0, 1))  # so that no third matrix is alive during the factorisation
+    lower, info = torch.linalg.cholesky_ex(hessian, out=(hessian, torch.empty(0, dtype=torch.int32, device=hessian.device)))
     if info.item():
         return lower, True
     _invert_lower(lower)

@@ -54,13 +54,12 @@ def conjugate_gradients(A: Tensor, B: Tensor, B0: Tensor, max_steps: int, tolera
 
     Args:
         A: (I, I), symmetric positive definite, of constant diagonal.
-        B: (I, O), where to start; its zeros stay.
+        B: (I, O), contiguous, where to start; overwritten, but its zeros stay.
         B0: (I, O), the target.
         max_steps: of each output.
         tolerance: relative residual norm at which an output stops after MIN_STEPS; 0: all take `max_steps`.
     """
     factor = FastFactor(A)
-    B = B.clone(memory_format=torch.contiguous_format)
     work = _Outputs.start(A, B, B0, tolerance)
     first, residuals, steps = work.norm.clone(), work.norm.clone(), torch.zeros_like(work.columns)
     every = STEPS_PER_READ[B.device.type]
@@ -70,7 +69,7 @@ def conjugate_gradients(A: Tensor, B: Tensor, B0: Tensor, max_steps: int, tolera
             num_running = int(work.running().count_nonzero())
             if num_running < SHRINK_BELOW * len(work.columns):
                 work.store(B, residuals, steps)
-                work = work.select(work.running())
+                work.select(work.running())
             if not num_running:
                 break
     work.store(B, residuals, steps)
@@ -119,7 +118,7 @@ class _Outputs:
         length.nan_to_num_(0, 0, 0).clamp_(min=0).mul_(running)  # nothing left to do, or nothing but rounding
         self.B.addcmul_(self.direction, length)
         self.residual.addcmul_(product.mul_(self.support), length, value=-1)
-        norm = self.residual.square().sum(0)
+        norm = torch.mul(self.residual, self.residual, out=product).sum(0)
         self.direction.mul_((norm / self.norm).nan_to_num_(0, 0, 0)).add_(self.residual)
         self.norm = norm
         self.steps += running
@@ -131,13 +130,8 @@ class _Outputs:
         residuals[self.columns] = self.norm
         steps[self.columns] = self.steps
 
-    def select(self, chosen: Tensor) -> "_Outputs":
-        """A copy of the outputs where `chosen` (n,) is True."""
+    def select(self, chosen: Tensor) -> None:
+        """Leave out the outputs where `chosen` (n,) is False."""
         place = chosen.nonzero().flatten()
-        matrices = (self.B, self.support, self.residual, self.direction)
-        vectors = (self.norm, self.limit, self.steps)
-        return _Outputs(
-            self.columns[place],
-            *(matrix.index_select(1, place) for matrix in matrices),
-            *(vector[place] for vector in vectors),
-        )
+        for name, tensor in vars(self).items():  # one after the other: each frees what it replaces
+            setattr(self, name, tensor.index_select(-1, place))

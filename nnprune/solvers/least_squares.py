@@ -47,13 +47,13 @@ class ScaledProblem:
         """The problem, built once for each statistic and damping."""
         return statistic.memo((cls, damping), lambda: cls(statistic, damping, name))
 
-    def scaled(self, weight: Tensor) -> Tensor:
-        """B^T (O, I), float32, of a weight (O, I)."""
-        return weight * self.scale
+    def scale_(self, weight_IO: Tensor) -> Tensor:
+        """B (I, O) of a weight (I, O), float32, in place."""
+        return weight_IO.mul_(self.scale[:, None])
 
-    def unscaled(self, B_OI: Tensor) -> Tensor:
-        """The weight (O, I) of B^T (O, I)."""
-        return B_OI / self.scale
+    def unscale_(self, B: Tensor) -> Tensor:
+        """The weight (I, O) of B (I, O), in place."""
+        return B.div_(self.scale[:, None])
 
     def inverse(self, rho: float) -> Tensor:
         """(A + rho 1)^-1, shape (I, I). Raises ValueError, naming the linear, if A + rho 1 is not positive definite."""
@@ -68,5 +68,5 @@ class ScaledProblem:
         return torch.cholesky_inverse(lower)
 
     def refit(self, B: Tensor, B0: Tensor, max_steps: int, tolerance: float = 0.0) -> Solution:
-        """The nonzeros of B (I, O), moved towards the best values for their support: see `conjugate_gradients`."""
+        """The nonzeros of B (I, O), moved in place towards the best values for their support: see `conjugate_gradients`."""
         return conjugate_gradients(self.A, B, B0, max_steps, tolerance)

@@ -1,0 +1,162 @@
+"""What the device holds at the peak of a run, by arithmetic, and the settings that keep this below the memory that there is.
+
+Letters: D hidden, O output features, I input features, V vocabulary.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nnprune.engine.engine import LayerwiseEngine
+from nnprune.engine.hidden_states import tokens_of_logits
+from nnprune.engine.input_collector import PROBE_TOKENS, SAMPLED_TOKENS, input_groups
+from nnprune.method import Method
+from nnprune.runtime import Runtime
+from nnprune.statistics import CrossProduct, Hessian
+
+log = logging.getLogger(__name__)
+
+FETCHED = 3
+"""Layers in memory where they come and go: one computes, the next arrives, beside a file or a copy."""
+
+USABLE = 0.9
+"""Share of the free memory that can be planned with: the allocator leaves gaps, and libraries have their own workspaces."""
+
+TUNED_BYTES = 19
+"""Of a tuned parameter: itself, its gradient, Adam's two, a 16-bit copy, its mask."""
+
+TUNED_ACTIVATIONS = 5
+"""Bytes beside those of its dtype that a step of tuning keeps for each output of a linear and token."""
+
+
+@dataclass
+class Workload:
+    """What a run computes, as far as its memory depends on it.
+
+    Args:
+        shapes: linear name -> (O, I) of a decoder layer.
+        groups: names of those that share an input, in order of use.
+        methods: none for a dense run.
+        is_sequential: whether groups are pruned one after the other, each from its own forwards.
+        itemsize: bytes of a number in the computing dtype.
+        hidden_size: D.
+        seq_len: tokens of the longest sequence.
+        vocab_size: V, or 0 without an evaluation.
+        calibration: tokens of the calibration.
+        windows: tokens of all evaluations, of the dense and of the pruned model.
+    """
+
+    shapes: dict[str, tuple[int, int]]
+    groups: list[list[str]]
+    methods: Sequence[Method]
+    is_sequential: bool
+    itemsize: int
+    hidden_size: int
+    seq_len: int
+    vocab_size: int
+    calibration: int
+    windows: int
+
+    def hidden_bytes(self, is_cached: bool = True) -> tuple[int, int]:
+        """Hidden states of the calibration, and of the windows. In a sequential run the outputs of linears may be cached beside."""
+        outputs = sum(shape[0] for shape in self.shapes.values()) * (self.is_sequential and is_cached)
+        copies = (1 + any(method.needs_reference for method in self.methods)) * (1 + self.is_sequential)
+        calibration = self.calibration * (self.hidden_size * copies + outputs)
+        return self.itemsize * calibration, self.itemsize * self.windows * self.hidden_size
+
+    def forward_bytes(self, tokens: int) -> int:
+        """A batch of `tokens` in a decoder layer, and the statistics that it is added to."""
+        inputs = [self.shapes[names[0]][1] for names in self.groups]
+        batch = tokens * (self.itemsize * sum(shape[0] for shape in self.shapes.values()) + 4 * max(inputs))
+        kept = tokens * self.itemsize * (max(inputs) if self.is_sequential else sum(inputs))  # for the other model's inputs
+        return batch + kept * (CrossProduct in self._kinds) + max(self._sums()) + self._sample_bytes()
+
+    def prune_bytes(self, one_by_one: bool) -> int:
+        """Statistics, factorisations and weights while the linears of a group are pruned, together or one by one."""
+        most, kept = 0, 0
+        for names, sums in zip(self.groups, self._sums(), strict=True):
+            width, outputs = self.shapes[names[0]][1], [self.shapes[name][0] for name in names]
+            num_outputs = max(outputs) if one_by_one else sum(outputs)
+            for method in self.methods:
+                pruner, update, target = method.pruner, method.update, method.target
+                matrices = pruner.matrix_copies * bool(sums) + update.matrix_copies + target.matrix_copies
+                weights = max(pruner.weight_copies, update.weight_copies) + target.weight_copies
+                most = max(most, sums + kept + 4 * width * (width * matrices + num_outputs * weights))
+                kept += 4 * width * width * matrices * (len(self.methods) > 1)  # a grid keeps them for its other cells
+        return most + self._sample_bytes()
+
+    def tune_bytes(self) -> int:
+        """Block-wise reconstruction of a decoder layer, with a step's activations."""
+        recoveries = [method.recovery for method in self.methods if method.recovery.is_on]
+        tokens = max((max(one.batch_tokens, self.seq_len) for one in recoveries), default=0)
+        outputs = sum(shape[0] for shape in self.shapes.values())
+        return bool(recoveries) * (TUNED_BYTES * self._num_weights + (TUNED_ACTIVATIONS + self.itemsize) * tokens * outputs)
+
+    def workspace_bytes(self, runtime: Runtime) -> int:
+        """What computing takes at most, beside weights and hidden states."""
+        tokens = runtime.rows_per_batch(self.seq_len) * self.seq_len
+        logits = (self.itemsize + 8) * self.vocab_size
+        if self.vocab_size:
+            logits *= tokens_of_logits(runtime.torch_device, self.seq_len, self.vocab_size)
+        return max(self.forward_bytes(tokens), self.prune_bytes(runtime.one_by_one), self.tune_bytes(), logits)
+
+    def _sample_bytes(self) -> int:
+        """Inputs on which errors are measured, and those of a group in float32."""
+        inputs = [self.shapes[names[0]][1] for names in self.groups]
+        return SAMPLED_TOKENS * (self.itemsize * (max(inputs) if self.is_sequential else sum(inputs)) + 4 * max(inputs))
+
+    def fetched_bytes(self) -> int:
+        """Weights of the layers on the device where they come and go."""
+        return FETCHED * self.itemsize * self._num_weights
+
+    @property
+    def _num_weights(self) -> int:
+        return sum(map(math.prod, self.shapes.values()))
+
+    @property
+    def _kinds(self) -> set[type]:
+        return {kind for method in self.methods for kind in method.statistics if kind in (Hessian, CrossProduct)}
+
+    def _sums(self) -> list[int]:
+        """Statistics alive when each group is pruned: its own, and those of groups pruned later, or of all in a grid."""
+        own = [4 * len(self._kinds) * self.shapes[names[0]][1] ** 2 for names in self.groups]
+        if self.is_sequential:
+            return own
+        return [sum(own[0 if len(self.methods) > 1 else place :]) for place in range(len(own))]
+
+
+def fit_device(runtime: Runtime, load: Workload, free: float) -> bool:
+    """Set in `runtime` where hidden states are kept, the tokens of a batch and how linears are pruned so that `load` takes no more than
+    `free` bytes of the device, and log what was chosen. Returns whether it fits.
+
+    Hidden states go to the host first, which costs least; then the part that does not fit is made smaller.
+    """
+    before, usable = (runtime.activations, runtime.batch_tokens), USABLE * free
+    hidden = sum(load.hidden_bytes())
+    base = load.fetched_bytes() * (runtime.layers != "device")
+    if runtime.activations == "auto" and base + hidden + load.workspace_bytes(runtime) > usable:
+        runtime.activations = "host"
+    room = usable - base - hidden * (runtime.activations == "device")
+    while (rows := runtime.rows_per_batch(load.seq_len)) > 1 and load.forward_bytes(rows * load.seq_len) > room:
+        runtime.batch_tokens = rows // 2 * load.seq_len
+    together, alone = load.prune_bytes(one_by_one=False), load.prune_bytes(one_by_one=True)
+    runtime.one_by_one = together > max(room, alone)
+    runtime.reserved_bytes = base + load.workspace_bytes(runtime)
+    if runtime.device_memory is not None or runtime.one_by_one or before != (runtime.activations, runtime.batch_tokens):
+        memory = (runtime.device_memory_bytes or free) / 2**30
+        tokens = runtime.rows_per_batch(load.seq_len) * load.seq_len
+        place = {"host": "in host memory", "disk": "on disk"}.get(runtime.activations, "on the device")
+        text = "device memory %.1f GiB: batches of %d tokens, hidden states %s%s"
+        log.info(text, memory, tokens, place, ", one linear at a time" if runtime.one_by_one else "")
+    return load.workspace_bytes(runtime) <= room + free - usable  # what cannot be planned with may yet be enough
+
+
+@torch.no_grad()
+def groups_of(engine: LayerwiseEngine) -> list[list[str]]:
+    """Names of the linears of the first decoder layer that share an input."""
+    with engine.hidden_states(torch.zeros(1, PROBE_TOKENS, dtype=torch.int64), "probe") as states:
+        layer, probe = engine.store.fetch(0, pruned=False), states.probe(PROBE_TOKENS)
+        return input_groups(engine.decoder.weights(0), lambda: states.run(0, layer, probe))
