@@ -50,8 +50,8 @@ def test_nnprune_and_the_official_loop_prune_alike(llama_dir, small_text, tmp_pa
 
     measured = json.loads(report.read_text())
     ours, official = measured["programs"]["nnprune"], measured["programs"]["official"]
-    assert abs(ours["perplexity"] / measured["dense_perplexity"] - 1) > 0.02  # else the next line shows nothing
-    assert ours["perplexity"] == pytest.approx(official["perplexity"], rel=0.01)
+    assert abs(ours["perplexity"] / measured["dense_perplexity"] - 1) > 0.01  # else the next line shows nothing
+    assert ours["perplexity"] == pytest.approx(official["perplexity"], rel=0.005)
     assert ours["sparsity"] == official["sparsity"] == 0.5
     for program in (ours, official):
         assert 0 < program["prune_seconds_median"] < program["process_seconds"][0]

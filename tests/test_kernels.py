@@ -1,6 +1,7 @@
 """The kernels in C against float64, whatever the shape and the number of threads."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +111,9 @@ def test_a_setting_turns_them_off() -> None:
 
 def test_on_cuda_none_is_compiled_or_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("set_device", "set_per_process_memory_fraction"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=1 << 34))
     monkeypatch.setattr(library, "_load", lambda: pytest.fail("loaded"))
     try:
         Runtime(device="cuda:0").start(seed=0)

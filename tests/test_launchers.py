@@ -25,7 +25,9 @@ def machine(monkeypatch, tmp_path):
     def show(visible, free=None):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(visible))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(visible))
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=visible[index]))
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=visible[index], total_memory=1 << 34)
+        )
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free[index], 80))
 
     show(GPUS)
@@ -123,8 +125,8 @@ def test_a_run_works_on_its_device_alone(start, monkeypatch):
     """Else pinned memory takes some of GPU 0, and the peaks of the device are not reset."""
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    for name in ("empty_cache", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name in ("empty_cache", "reset_peak_memory_stats", "set_per_process_memory_fraction"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     assert start().gpu() == 0
     Runtime().start(seed=0)
     Runtime(device="cuda:3").start(seed=0)

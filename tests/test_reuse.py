@@ -245,7 +245,7 @@ def test_a_class_that_exec_made_is_in_no_file(mine, tiny_config, caplog):
 
 def test_an_interrupted_overwrite_resumes(tiny_config, monkeypatch):
     run(tiny_config("pruner=wanda"))
-    cfg = tiny_config("pruner=wanda", "overwrite=true")
+    cfg = tiny_config("pruner=wanda", "overwrite=true", "runtime.resume=true")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
         patch.setattr("nnprune.experiment.job.Job._finish", lambda *_: (_ for _ in ()).throw(RuntimeError("stopped")))
         run(cfg)

@@ -59,6 +59,7 @@ def test_jobs_of_a_sweep_that_are_stopped_are_queued_again_and_resume(
         *("model=local", f"model.path={tiny_model_dir}", "pruner=custom", "pruner._target_=stopped.Stopped"),
         *("calibration=text", f"calibration.path={small_text}", "calibration.num_samples=2", "calibration.seq_len=32"),
         *("evaluation=text", f"evaluation.path={small_text}", "evaluation.seq_len=32", "evaluation.max_windows=2"),
+        "runtime.resume=true",
     ]
     resources = ("gpus_per_node=null", "cpus_per_task=1", "mem_gb=1", "timeout_min=5")
     launcher = ["hydra/launcher=slurm", *(f"hydra.launcher.{setting}" for setting in resources)]
