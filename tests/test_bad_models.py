@@ -5,9 +5,10 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, save_random
+from support.families import COMMON
 from support.runs import failure
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 
 
 def model_dir(folder, config, architecture=None):
@@ -106,3 +107,14 @@ def test_nan_activations_are_named(tiny_config, tiny_model_dir, tmp_path, pruner
     message = failure(tiny_config(f"model.path={folder}", f"pruner={pruner}"))
     assert message.startswith("model.decoder.layers.1.fc1: its inputs hold NaN")
     assert "model.dtype" in message
+
+
+def test_a_model_of_other_hidden_states_is_refused(tiny_config, tmp_path):
+    config = Gemma3nTextConfig(
+        **{**COMMON, "intermediate_size": [64] * 3, "head_dim": 8, "sliding_window": 8, "num_key_value_heads": 2},
+        **{"layer_types": ["full_attention"] * 3, "num_kv_shared_layers": 1, "activation_sparsity_pattern": [0.0] * 3},
+        **{"vocab_size_per_layer_input": 264, "hidden_size_per_layer_input": 8, "altup_num_inputs": 2, "laurel_rank": 4},
+    )
+    folder = save_random(config, tmp_path / "gemma3n")
+    message = failure(tiny_config(f"model.path={folder}", "pruner=wanda"))
+    assert message.startswith("model.path: Gemma3nForCausalLM gives its decoder layers hidden states (2, 2, 16, 32) instead of")

@@ -26,9 +26,12 @@ def parameters_on_meta() -> Iterator[None]:
 
 def recompute_buffers(model: PreTrainedModel) -> None:
     """Compute the buffers that no checkpoint holds as transformers' loader does: in float32, whatever the dtype of the model."""
-    for module in model.modules():
+    # Parts that are models of their own know how; they come after the model that they are in.
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    owners = {module: owner for owner in models for module in owner.modules()}
+    for module, owner in owners.items():
         if module._non_persistent_buffers_set:
-            model._init_weights(module)
+            owner._init_weights(module)
 
 
 def keep_float32(model: PreTrainedModel) -> None:
