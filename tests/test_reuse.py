@@ -132,6 +132,13 @@ def test_a_finished_record_of_other_code_is_reported_in_one_line(tiny_config, ca
     assert "overwrite=true" in line
 
 
+def test_a_dense_record_is_of_no_method(tiny_config, caplog):
+    run(tiny_config("pruner=wanda"))  # measures the dense model too
+    run(tiny_config("pruner=sparsegpt", "sparsity=dense"))
+    assert "finished already, nothing to do" in caplog.text
+    assert "other code" not in caplog.text
+
+
 def test_figures_of_a_model_that_other_code_pruned_are_not_kept(tiny_config, more, monkeypatch):
     first = run(tiny_config("pruner=wanda", "evaluation.max_windows=2"))
     edit(monkeypatch, "wanda.py")
@@ -157,7 +164,7 @@ def test_layers_that_other_code_pruned_are_not_resumed_from(tiny_config, caplog,
 
 def test_the_code_of_a_method_is_what_its_classes_use(tiny_config):
     experiment = build(tiny_config("pruner=sparsegpt", "allocation=owl"))
-    files = identity.own_code(experiment.method, experiment.allocation).keys()
+    files = identity.own_code(experiment).keys()
     assert {"pruners/sparsegpt.py", "pruners/stacked.py", "solvers/cholesky.py", "allocations/owl.py", "updates.py"} <= files
     assert not {"pruners/wanda.py", "run.py", "experiment/job.py", "engine/pruning_pass.py"} & files
 

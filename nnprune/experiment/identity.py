@@ -13,13 +13,12 @@ import pickle
 import sys
 import sysconfig
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnprune.evaluation import Evaluator
-from nnprune.method import Method
 from nnprune.model.dtypes import name_of
 from nnprune.records import NOT_SCIENCE, fingerprint
 
@@ -82,20 +81,28 @@ def evaluation_fingerprints(evaluators: Mapping[str, Evaluator]) -> dict[str, st
     }
 
 
-def own_code(method: Method, allocation: Any) -> dict[str, str]:
-    """Each file of nnprune that a method's classes are in or use, with a hash of it.
+def own_code(experiment: "Experiment") -> dict[str, str]:
+    """Each file of nnprune that the classes of an experiment's method are in or use, with a hash of it; none for the dense model.
 
     It is no part of a fingerprint, since nnprune's versions should agree, but a record that other code made is worth a line.
     """
-    parts = (method.pruner, method.target, method.update, method.recovery, allocation)
-    first = {kind.__module__ for part in parts for kind in type(part).__mro__}
-    found = _reachable(first, lambda name: name.startswith("nnprune."))
+    if experiment.is_dense:
+        return {}
+    method = experiment.method
+    parts = (method.pruner, method.target, method.update, method.recovery, experiment.allocation)
     root = Path(__file__).parent.parent
-    files = sorted(Path(sys.modules[name].__file__ or "") for name in found)
+    files = _own_files(frozenset(kind.__module__ for part in parts for kind in type(part).__mro__))
     return {file.relative_to(root).as_posix(): _hash(file) for file in files}
 
 
-def _reachable(first: set[str], is_wanted: Callable[[str], bool]) -> set[str]:
+@cache  # what is imported does not change, and each record of a sweep asks
+def _own_files(modules: frozenset[str]) -> list[Path]:
+    """The files of nnprune that `modules` are in or use."""
+    found = _reachable(modules, lambda name: name.startswith("nnprune."))
+    return sorted(Path(sys.modules[name].__file__ or "") for name in found)
+
+
+def _reachable(first: Set[str], is_wanted: Callable[[str], bool]) -> set[str]:
     """The wanted ones of the modules `first`, and of those that wanted ones import from, and so on."""
     found: set[str] = set()
     todo = first

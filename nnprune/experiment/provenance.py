@@ -35,7 +35,7 @@ def new_record(experiment: Experiment) -> RunRecord:
         config=experiment.config,
         model_hash=source.digest(),
         commits={key: found for key, found in commits.items() if found},
-        code=own_code(experiment.method, experiment.allocation),
+        code=own_code(experiment),
         command=command(experiment),
         versions=versions(experiment.runtime.torch_device.type),
         commit=head,

@@ -30,7 +30,7 @@ def reusable_record(experiment: Experiment, keep_layers: bool = False) -> RunRec
     that was interrupted. The old record stays until the new one is written.
     """
     folder, config = experiment.folder, experiment.config
-    code = own_code(experiment.method, experiment.allocation)
+    code = own_code(experiment)
     if config["overwrite"]:
         record = None
         if not keep_layers and not (folder / SCRATCH / OVERWRITING).exists():
