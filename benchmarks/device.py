@@ -38,8 +38,6 @@ from benchmarks.report import device_report
 from nnprune.calibration import RandomCalibration, token_hash
 from nnprune.run import run
 
-GIB = 2**30
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -165,10 +163,10 @@ class Bench:
         result, seconds = program.run(self.spec, "compared", timeout=max(self.left(), 1))
         return {**asdict(result), "process_seconds": seconds}
 
-    def prune(self, row: str, num_layers: int) -> dict[str, Any]:
-        """A row of RUNS in this process: seconds by stage, device memory, and FLOP/s of forwards with statistics and of the solver."""
+    def prune(self, row: str, num_layers: int, more: tuple[str, ...] = ()) -> dict[str, Any]:
+        """A row of RUNS, with `more` settings, in this process: seconds by stage, device memory, and FLOP/s of forwards with statistics and of the solver."""
         method, pattern, settings, _ = RUNS[row]
-        model, options = str(self.checkpoint(num_layers)), {"overrides": list(settings)}
+        model, options = str(self.checkpoint(num_layers)), {"overrides": [*settings, *more]}
         try:
             record = run(config(replace(self.spec, model=model, method=method, pattern=pattern, options=options)))
         finally:
@@ -183,16 +181,11 @@ class Bench:
 
     def limited(self, gibibytes: int, row: str) -> dict[str, Any]:
         """A row of RUNS with so much memory of the CUDA device. Failing for lack of memory is a result."""
-        if self.args.device == "cuda":
-            total = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(gibibytes * GIB / total, 1.0))
+        limit = (f"runtime.device_memory={gibibytes}GiB",) if self.args.device == "cuda" else ()
         try:
-            return self.prune(row, self.shape.few)
+            return self.prune(row, self.shape.few, limit)
         except (torch.OutOfMemoryError, ValueError) as error:
             return {"error": str(error).split("\n")[0]}
-        finally:
-            if self.args.device == "cuda":
-                torch.cuda.set_per_process_memory_fraction(1.0)
 
     def measure(self) -> None:
         """All parts in order of importance."""

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -66,3 +67,10 @@ def test_a_part_that_does_not_exist_is_refused(capsys):
     with pytest.raises(SystemExit):
         device.parse_args(["--device=cpu", "--parts=kernel"])
     assert "there is no kernel; there are kernels, " in capsys.readouterr().err
+
+
+def test_a_memory_limit_is_the_setting_that_a_run_keeps(tmp_path, monkeypatch):
+    """A limit set in PyTorch beforehand would be taken back at the start of the run."""
+    bench = device.Bench(SimpleNamespace(device="cuda", shape="tiny"), tmp_path)
+    monkeypatch.setattr(bench, "prune", lambda row, num_layers, more: {"asked": more})
+    assert bench.limited(12, "sparsegpt 2:4") == {"asked": ("runtime.device_memory=12GiB",)}
