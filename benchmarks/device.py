@@ -164,7 +164,8 @@ class Bench:
         return {**asdict(result), "process_seconds": seconds}
 
     def prune(self, row: str, num_layers: int, more: tuple[str, ...] = ()) -> dict[str, Any]:
-        """A row of RUNS, with `more` settings, in this process: seconds by stage, device memory, and FLOP/s of forwards with statistics and of the solver."""
+        """A row of RUNS, with `more` settings, in this process: seconds by stage, device memory, and FLOP/s of forwards with statistics
+        and of the solver."""
         method, pattern, settings, _ = RUNS[row]
         model, options = str(self.checkpoint(num_layers)), {"overrides": [*settings, *more]}
         try:

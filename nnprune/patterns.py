@@ -130,9 +130,14 @@ def keep_where(mask: Tensor, weight: Tensor) -> Tensor:
     return (weight.view(integers) * mask).view(weight.dtype)
 
 
+def zeros_on_device(weight: Tensor) -> Tensor:
+    """Number of zeros of a tensor, int64 (), on its device. `count_nonzero` is fast only for bool, and `sum` would convert to int64."""
+    return weight.numel() - weight.bool().count_nonzero()
+
+
 def zeros_in(weight: Tensor) -> int:
-    """Number of zeros of a tensor. `count_nonzero` is fast only for bool, and `sum` would convert to int64."""
-    return weight.numel() - int(weight.bool().count_nonzero())
+    """Number of zeros of a tensor, for which the host waits."""
+    return int(zeros_on_device(weight))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nnprune.allocations.base import DenseLayer
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.hidden_states import HiddenStates
-from nnprune.engine.input_collector import PROBE_TOKENS, InputCollector, check_weight, input_groups
+from nnprune.engine.input_collector import InputCollector, check_weight, layer_groups
 from nnprune.statistics import InputStatistic, SquaredNorm
 
 Measure = Callable[[DenseLayer], float]
@@ -68,8 +68,9 @@ def collect_inputs(
     """Statistics of the inputs of decoder layer `index`, fetched as `layer`. The hidden states advance to the next layer unless
     it `is_last`."""
     weights = states.decoder.weights(index)
-    groups = input_groups(weights, lambda: states.run(index, layer, states.probe(PROBE_TOKENS)))
-    collector = InputCollector(statistics, [], groups, weights, states.shape[1], first_row=states.share.start)
+    collector = InputCollector(
+        statistics, [], layer_groups(states, index, layer), weights, states.shape[1], first_row=states.share.start
+    )
 
     with collector.observing(stop=is_last):
         states.each_batch(lambda rows, hidden: collector.run(rows, lambda: states.run(index, layer, hidden)))

@@ -8,10 +8,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnprune.checks import is_finite
 from nnprune.engine import parallel
+from nnprune.engine.hidden_states import HiddenStates
 from nnprune.method import Method
 from nnprune.model.decoder import StopForward
 from nnprune.model.weight_views import WeightView
@@ -43,6 +44,11 @@ def input_groups(weights: dict[str, WeightView], forward: Callable[[], object]) 
     if unused := set(weights) - {name for names in groups.values() for name in names}:
         raise ValueError(f"{min(unused)}: never receives an input, so it cannot be pruned with this model's own forward")
     return list(groups.values())
+
+
+def layer_groups(states: HiddenStates, index: int, layer: nn.Module) -> list[list[str]]:
+    """The `input_groups` of decoder layer `index`, fetched as `layer`, which is run on a few tokens."""
+    return input_groups(states.decoder.weights(index), lambda: states.run(index, layer, states.probe(PROBE_TOKENS)))
 
 
 class InputCollector:

@@ -12,7 +12,7 @@ import torch
 
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.hidden_states import tokens_of_logits
-from nnprune.engine.input_collector import PROBE_TOKENS, SAMPLED_TOKENS, input_groups
+from nnprune.engine.input_collector import PROBE_TOKENS, SAMPLED_TOKENS, layer_groups
 from nnprune.method import Method
 from nnprune.runtime import Runtime
 from nnprune.statistics import CrossProduct, Hessian
@@ -158,5 +158,4 @@ def fit_device(runtime: Runtime, load: Workload, free: float) -> bool:
 def groups_of(engine: LayerwiseEngine) -> list[list[str]]:
     """Names of the linears of the first decoder layer that share an input."""
     with engine.hidden_states(torch.zeros(1, PROBE_TOKENS, dtype=torch.int64), "probe") as states:
-        layer, probe = engine.store.fetch(0, pruned=False), states.probe(PROBE_TOKENS)
-        return input_groups(engine.decoder.weights(0), lambda: states.run(0, layer, probe))
+        return layer_groups(states, 0, engine.store.fetch(0, pruned=False))

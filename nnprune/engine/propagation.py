@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nnprune.engine.cached_outputs import CachedOutputs, find_parts
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.hidden_states import HiddenStates
-from nnprune.engine.input_collector import PROBE_TOKENS, InputCollector, input_groups
+from nnprune.engine.input_collector import PROBE_TOKENS, InputCollector, layer_groups
 from nnprune.engine.stopwatch import Stopwatch
 from nnprune.method import Method
 from nnprune.model.weight_views import weight_views
@@ -67,7 +67,7 @@ class Propagation:
 
         Afterwards the reference has passed through this layer and, in dense mode with `hand_on`, so has the calibration.
         """
-        groups = self._groups(index, layer) if self._next_collector is None else self._next_collector.groups
+        groups = layer_groups(self.calibration, index, layer) if self._next_collector is None else self._next_collector.groups
         passes, dense = [groups], layer
         if self.mode == "sequential":
             passes = [[names] for names in groups]
@@ -105,7 +105,7 @@ class Propagation:
                 return
             with self.stopwatch.stage("load"):
                 following = self.engine.store.fetch(index + 1, pruned=False)
-            groups = self._groups(index + 1, following)
+            groups = layer_groups(self.calibration, index + 1, following)
             before = (index, layer)
             self._next_collector = self._collect(index + 1, following, following, methods, groups, False, True, before)
 
@@ -167,7 +167,3 @@ class Propagation:
 
     def _prefix(self, index: int) -> str:
         return f"{self.engine.decoder.path}.{index}"
-
-    def _groups(self, index: int, layer: nn.Module) -> list[list[str]]:
-        hidden = self.calibration.probe(PROBE_TOKENS)
-        return input_groups(self.engine.decoder.weights(index), lambda: self.calibration.run(index, layer, hidden))

@@ -17,7 +17,7 @@ from nnprune.engine.input_collector import InputCollector, check_weight
 from nnprune.method import Method
 from nnprune.model.decoder import Decoder
 from nnprune.model.weight_views import WeightView
-from nnprune.patterns import PatternError, SparsityPattern, zeros_in
+from nnprune.patterns import PatternError, SparsityPattern, zeros_in, zeros_on_device
 from nnprune.pruners.base import Pruner
 from nnprune.solvers.layer_error import relative_error, squared_output
 from nnprune.statistics import InputStatistic
@@ -91,7 +91,7 @@ def _prune_together(
         dense_output = collector.squared_output(name, lambda W=W: squared_output(W, sample))
         error = relative_error(W, weight, sample, dense_output)
         collector.weights[name].write(weight)  # if W is a view, it holds the pruned weight from here on
-        figures.append(torch.stack([_zeros_in(weight).double() / weight.numel(), error]))
+        figures.append(torch.stack([zeros_on_device(weight).double() / weight.numel(), error]))
     figures = torch.stack(figures).tolist()  # waits for the device once
     seconds = time.perf_counter() - start
     size = sum(W.numel() for W in weights.values())
@@ -146,15 +146,10 @@ def count_zeros(layer: nn.Module, weights: dict[str, WeightView]) -> dict[str, i
     others = [parameter for parameter in layer.parameters() if parameter not in inside]
     linears = [weight.read() for weight in weights.values()]
     linear_size = sum(map(torch.numel, linears))
-    zeros = torch.stack([_zeros_in(tensor) for tensor in (*linears, *others)]).tolist()
+    zeros = torch.stack([zeros_on_device(tensor) for tensor in (*linears, *others)]).tolist()
     linear_zeros = sum(zeros[: len(linears)])
     size = linear_size + sum(map(torch.numel, others))
     return {"zeros": sum(zeros), "size": size, "linear_zeros": linear_zeros, "linear_size": linear_size}
-
-
-def _zeros_in(tensor: Tensor) -> Tensor:
-    """As `zeros_in`, but the number stays on the device."""
-    return tensor.numel() - tensor.bool().count_nonzero()
 
 
 def fractions_of_zeros(decoder: Decoder, layers: list[dict[str, int]]) -> tuple[float, float]:

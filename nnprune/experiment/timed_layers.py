@@ -11,7 +11,7 @@ from nnprune.allocations.uniform import Uniform
 from nnprune.engine.consistency_check import check_consistency
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.importance_pass import run_importance_pass
-from nnprune.engine.input_collector import PROBE_TOKENS, input_groups
+from nnprune.engine.input_collector import layer_groups
 from nnprune.engine.layer_files import LayerFiles
 from nnprune.engine.layer_store import LayerStore
 from nnprune.engine.pruning_pass import PruneTask, PruningPass
@@ -52,8 +52,7 @@ def time_layers(cells: Sequence[Experiment], ids: torch.Tensor, path: str) -> tu
             if not cell.is_dense
         ]
         with engine.hidden_states(ids, "windows") as states:
-            layer, probe = store.fetch(0), states.probe(PROBE_TOKENS)
-            groups = input_groups(decoder.weights(0), lambda: states.run(0, layer, probe))
+            groups = layer_groups(states, 0, store.fetch(0))
             if tasks and first.allocation.looks_at != "nothing":
                 with watch.stage("allocation"):
                     run_importance_pass(engine, ids, {"": lambda one: first.allocation.measure(one, first.pattern)})
