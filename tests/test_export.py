@@ -198,8 +198,11 @@ def test_what_cannot_be_saved_is_refused_before_pruning(tiny_config, monkeypatch
     def without_one(self, *args):  # as if transformers made this weight of others
         known(self, *args)
         self.places.pop(name)
+        self._converts.add(name)
 
-    monkeypatch.setattr("nnprune.experiment.job.Checkpoint", type("Fused", (Checkpoint,), {"__init__": without_one}))
+    fused = type("Fused", (Checkpoint,), {"__init__": without_one})
+    for place in ("nnprune.experiment.job", "nnprune.model.loading"):
+        monkeypatch.setattr(f"{place}.Checkpoint", fused)
     monkeypatch.setattr(PruneTask, "__init__", refuse)
     with pytest.raises(ValueError, match=r"save=true: transformers computes model\.decoder\.layers\.1\.fc1 from other tensors"):
         run(tiny_config("pruner=wanda", "save=true"))

@@ -57,7 +57,7 @@ def on_disk(source):
     model = source.skeleton(source.config())
     checkpoint = source.checkpoint(model)
     inside = [name for name in model.state_dict() if ".layers." in name]
-    checkpoint.load_shell([name for name in model.state_dict() if name not in inside])
+    checkpoint.load_embeddings_and_head([name for name in model.state_dict() if name not in inside])
     return {**model.state_dict(), **checkpoint.read(inside)}
 
 
@@ -104,7 +104,7 @@ def test_tied_heads(tmp_path, stored):
     assert_as_transformers(folder)
     source = ModelSource(str(folder))
     model = source.skeleton(source.config())
-    source.checkpoint(model).load_shell([name for name in model.state_dict() if ".layers." not in name])
+    source.checkpoint(model).load_embeddings_and_head([name for name in model.state_dict() if ".layers." not in name])
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == (stored != "both")
     assert source.checkpoint(source.skeleton(source.config())).can_read("model.layers.")
 

@@ -9,7 +9,7 @@ from support.families import FAMILIES
 from support.runs import refuse
 
 from nnprune.experiment.build import build
-from nnprune.experiment.preparation import open_engine
+from nnprune.experiment.preparation import open_engine, skeleton
 from nnprune.model.checkpoint import Checkpoint
 from nnprune.model.decoder import Decoder
 from nnprune.model.loading import ModelSource
@@ -25,7 +25,7 @@ def test_a_model_read_in_parts_is_the_one_that_transformers_loads(family, dtype,
     checkpoint, wanted = source.checkpoint(decoder.model), source.load(source.config())
     assert checkpoint.can_read(f"{decoder.path}.")
     inside = [name for name in decoder.model.state_dict() if name.startswith(f"{decoder.path}.")]
-    checkpoint.load_shell([name for name in decoder.model.state_dict() if name not in inside])
+    checkpoint.load_embeddings_and_head([name for name in decoder.model.state_dict() if name not in inside])
     found = {**decoder.model.state_dict(), **dict(decoder.model.named_buffers()), **checkpoint.read(inside)}
     for name, tensor in {**wanted.state_dict(), **dict(wanted.named_buffers())}.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found.pop(name), tensor), name
@@ -44,7 +44,7 @@ def test_layers_are_read_when_they_are_first_fetched(layers, dtype, stays, tiny_
     monkeypatch.setattr(ModelSource, "stored_dtype", getattr(torch, dtype))
     monkeypatch.setattr(ModelSource, "computing_dtype", lambda *_: torch.float32)
     experiment = build(tiny_config(f"runtime.layers={layers}"))
-    engine = open_engine(experiment, experiment.source.config())
+    engine = open_engine(experiment, skeleton(experiment, experiment.source.config()))
     assert resident(engine) == [False, False]
     reads, read = [], Checkpoint.read
     monkeypatch.setattr(Checkpoint, "read", lambda self, names: reads.append(names) or read(self, names))

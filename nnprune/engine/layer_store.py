@@ -59,7 +59,7 @@ class LayerStore:
         self._staging = Staging(device) if device.type == "cuda" else None
         if checkpoint is not None:
             inside = f"{decoder.path}."
-            checkpoint.load_shell([name for name in decoder.model.state_dict() if not name.startswith(inside)])
+            checkpoint.load_embeddings_and_head([name for name in decoder.model.state_dict() if not name.startswith(inside)])
         for index, layer in enumerate(decoder.layers if checkpoint is None else ()):
             if self._is_copied:
                 self._offloaded[index] = layer.state_dict()

@@ -21,7 +21,7 @@ from nnprune.method import Method
 from nnprune.model.loading import ModelSource
 from nnprune.patterns import SparsityPattern, Unstructured, parse_pattern
 from nnprune.pruners.base import Pruner
-from nnprune.records import fingerprint
+from nnprune.records import RunRecord, fingerprint
 from nnprune.recovery import Recovery
 from nnprune.runtime import Runtime
 from nnprune.targets import Target
@@ -76,6 +76,10 @@ class Experiment:
         return self.home or run_folder(
             self.config["outputs"], self.source.name, str(self.pattern), self.label, self.fingerprint
         )
+
+    def missing_from(self, record: RunRecord) -> dict[str, str]:
+        """Of the `evaluations`, those that a record lacks."""
+        return {name: key for name, key in self.evaluations.items() if key not in record.evaluations}
 
     def saved_source(self) -> ModelSource:
         """The pruned model that `save=true` has left."""

@@ -57,13 +57,13 @@ class Job:
         warn_of_demo_texts(experiment)
         log_computing_dtype(experiment)
         with self.stopwatch.stage("data"):
-            self.config = experiment.source.config()
-            check_shapes(experiment, skeleton(experiment, self.config))  # before the texts are read
-            self.tokenizer = experiment.source.tokenizer()
-            self.calibration_ids, self.evaluation_ids = token_ids(experiment, self.config, self.tokenizer)
+            config = experiment.source.config()
+            decoder = skeleton(experiment, config)
+            check_shapes(experiment, decoder)  # before the texts are read
+            self.calibration_ids, self.evaluation_ids = token_ids(experiment, config, experiment.source.tokenizer())
             self.evaluation_hashes = {key: token_hash(ids) for key, ids in self.evaluation_ids.items()}
         with self.stopwatch.stage("load"):
-            self.engine = open_engine(experiment, self.config)
+            self.engine = open_engine(experiment, decoder)
             check_consistency(self.engine)
             self._fit_device(methods or [experiment.method])
             if experiment.config["save"]:
@@ -146,7 +146,7 @@ class Job:
         if self._unmeasured(record):  # it failed
             del self.engine  # two models may not fit
             record = dense_record_of(self.experiment)
-            self.engine = open_engine(self.experiment, self.config)
+            self.engine = open_engine(self.experiment, skeleton(self.experiment, self.experiment.source.config()))
         return record
 
     def _run_pass(self, pruned: RunRecord | None, dense: RunRecord | None, dense_keys: list[str]) -> tuple[Metrics, Metrics]:
@@ -200,7 +200,7 @@ class Job:
 
     def _check_that_it_can_be_saved(self) -> None:
         source, decoder = self.experiment.source, self.engine.decoder
-        checkpoint = Checkpoint(source.files.weights(), decoder.model, source.label)
+        checkpoint = self.engine.store.checkpoint or Checkpoint(source.files.weights(), decoder.model, source.label)
         check_names(checkpoint, [name for shapes in decoder.shapes_by_layer() for name in shapes])
 
     @parallel.on_rank_0
@@ -235,7 +235,7 @@ def dense_record_of(experiment: Experiment) -> RunRecord:
     dense = experiment.dense()
     with locked(dense.folder):
         record = _read(dense.folder)
-        if record is None or any(key not in record.evaluations for key in dense.evaluations.values()):
+        if record is None or dense.missing_from(record):
             record = Job(dense).run()
         return record
 

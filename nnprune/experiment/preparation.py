@@ -102,15 +102,13 @@ def workload(
     )
 
 
-def open_engine(experiment: Experiment, config: Any) -> LayerwiseEngine:
-    """The model, with decoder layers that are read when they are first fetched, or loaded if its checkpoint cannot be read so."""
+def open_engine(experiment: Experiment, decoder: Decoder) -> LayerwiseEngine:
+    """The model of a skeleton, whose decoder layers are read when they are first fetched. If its checkpoint cannot be read so, the
+    model is loaded in place of the skeleton."""
     source, runtime = experiment.source, experiment.runtime
-    decoder, checkpoint = None, None
-    if runtime.layers == "disk" or source.files.is_safetensors:
-        decoder = Decoder(source.skeleton(config), source.layers_path)
-        checkpoint = source.checkpoint(decoder.model)
+    checkpoint = source.checkpoint(decoder.model) if source.files.is_safetensors else None
     if checkpoint is None or (runtime.layers != "disk" and not checkpoint.can_read(f"{decoder.path}.")):
-        decoder, checkpoint = Decoder(source.load(config), source.layers_path), None
+        decoder, checkpoint = Decoder(source.load(source.config()), source.layers_path), None
     use_kernel(decoder.model, runtime.torch_device)
     interval = 0 if experiment.config["save"] else runtime.seconds_unsaved
     layer_files = LayerFiles(experiment.folder / SCRATCH, decoder.path, interval)

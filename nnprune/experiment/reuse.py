@@ -51,20 +51,13 @@ def reusable_record(experiment: Experiment, keep_layers: bool = False) -> RunRec
 
 def add_evaluations(experiment: Experiment, record: RunRecord) -> bool:
     """Add to a reusable record the evaluations that it lacks, measured on the saved model. Returns whether any was measured."""
-    missing = _missing(experiment, record)
+    missing = experiment.missing_from(record)
     before = dict(record.metrics)
     if missing:
         log.info("finished already: measuring the saved model with %s", ", ".join(missing))
         wanted = replace(experiment, evaluations=missing)
-        job = Job(
-            replace(
-                wanted,
-                source=experiment.saved_source(),
-                pattern=Unstructured(0.0),
-                label="saved",
-                home=experiment.folder / SCRATCH,
-            )
-        )
+        source, scratch = experiment.saved_source(), experiment.folder / SCRATCH
+        job = Job(replace(wanted, source=source, pattern=Unstructured(0.0), label="saved", home=scratch))
         metrics = job.measure()
         dense = dense_record_of(wanted).evaluations
         record.add_evaluations(job.entries(metrics, {key: dense[key]["metrics"] for key in metrics}))
@@ -83,17 +76,12 @@ def _write(experiment: Experiment, record: RunRecord) -> None:
         describe(saved, read_json(saved / SUMMARY, f"{saved}")["base_model"], record)
 
 
-def _missing(experiment: Experiment, record: RunRecord) -> dict[str, str]:
-    """Name -> fingerprint of the evaluations that a record lacks."""
-    return {name: key for name, key in experiment.evaluations.items() if key not in record.evaluations}
-
-
 def _unmet(experiment: Experiment, record: RunRecord) -> str | None:
     """Why a finished run has to start again for what was asked; None if it has not."""
     is_saved = (experiment.folder / "model").is_dir()
     if experiment.config["save"] and not is_saved:
         return "its model was not saved"
-    missing = _missing(experiment, record)
+    missing = experiment.missing_from(record)
     if not missing:
         return None
     reason = f"not measured with {', '.join(missing)}"

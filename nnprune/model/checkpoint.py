@@ -96,7 +96,7 @@ class Checkpoint:
         return absent
 
     def can_read(self, prefix: str) -> bool:
-        """Whether `read` gives every weight whose name starts with `prefix`, and `load_shell` all others."""
+        """Whether `read` gives every weight whose name starts with `prefix`, and `load_embeddings_and_head` all others."""
         tied = self._model.all_tied_weights_keys
         absent = self._state.keys() - self.places.keys()
         from_others = {name for name in absent if not name.startswith(prefix) and name in {*tied, *tied.values()}}
@@ -123,7 +123,7 @@ class Checkpoint:
             self._open = header.path, _load_bin(header.path, "cpu")
         return self._open[1][header.key].detach()
 
-    def load_shell(self, names: Sequence[str]) -> None:
+    def load_embeddings_and_head(self, names: Sequence[str]) -> None:
         """Give the model the weights `names`, all those outside its decoder layers, and tie what transformers ties: a head
         of its own stays, and of two tied weights the one that is stored counts for both."""
         absent = {name for name in names if name not in self.places}
