@@ -14,6 +14,12 @@ from nnprune.records import RESULT_FILE, read, read_all, read_completed
 from nnprune.run import run, run_grid
 
 
+def records_by(field, outputs):
+    """The records under `outputs` by one of their fields, and their statuses likewise."""
+    records = {record[field]: record for record in read_all(Path(outputs))[0]}
+    return records, {key: record["status"] for key, record in records.items()}
+
+
 def stop(*_):
     raise RuntimeError("stopped")
 
@@ -71,13 +77,8 @@ def test_one_cell_that_fails_does_not_stop_a_grid(tiny_config, monkeypatch):
     cfgs = [tiny_config(f"pruner={name}", f"label={name}", "propagate=dense") for name in ("magnitude", "wanda", "sparsegpt")]
     with pytest.raises(ValueError, match=r"layers\.1\.fc1: not today"):
         run_grid(cfgs)
-    records = {record["pruner"]: record for record in read_all(Path(cfgs[0].outputs))[0]}
-    assert {name: record["status"] for name, record in records.items()} == {
-        "magnitude": "failed",
-        "wanda": "completed",
-        "sparsegpt": "completed",
-        "dense": "completed",
-    }
+    records, statuses = records_by("pruner", cfgs[0].outputs)
+    assert statuses == {"magnitude": "failed", "wanda": "completed", "sparsegpt": "completed", "dense": "completed"}
     assert "not today" in records["magnitude"]["error"]
     monkeypatch.undo()
     assert run(tiny_config("pruner=wanda", "label=wanda", "propagate=dense")).metrics == records["wanda"]["metrics"]
@@ -133,11 +134,7 @@ def test_a_cell_that_the_model_cannot_have_does_not_stop_a_grid(tiny_config):
     cfgs = [tiny_config("pruner=wanda", f"sparsity={spec}", "propagate=dense") for spec in ("3:5", "2:4")]
     with pytest.raises(ValueError, match=r"sparsity=3:5: .* has 32 inputs"):
         run_grid(cfgs)
-    records = {record["sparsity"]: record for record in read_all(Path(cfgs[0].outputs))[0]}
-    assert {spec: record["status"] for spec, record in records.items()} == {
-        "3:5": "failed",
-        "2:4": "completed",
-        "dense": "completed",
-    }
+    records, statuses = records_by("sparsity", cfgs[0].outputs)
+    assert statuses == {"3:5": "failed", "2:4": "completed", "dense": "completed"}
     assert "has 32 inputs" in records["3:5"]["error"]
     assert records["2:4"]["linear_sparsity"] == 0.5

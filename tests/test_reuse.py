@@ -15,6 +15,7 @@ import nnprune.run
 from nnprune.engine.pruning_pass import PruneTask
 from nnprune.experiment import identity
 from nnprune.experiment.build import build
+from nnprune.experiment.job import Job
 from nnprune.model.loading import ModelSource
 from nnprune.patterns import Unstructured
 from nnprune.records import read
@@ -113,6 +114,17 @@ def test_a_grid_adds_evaluations_without_pruning(tiny_config, more, monkeypatch)
     assert all(record.metrics.keys() == {"text_perplexity", "more_perplexity"} for record in records)
 
 
+def run_until_the_record(cfg, monkeypatch):
+    """A run that stops when all layers are pruned and measured, before its record is written."""
+
+    def stop(*_):
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
+        patch.setattr(Job, "_finish", stop)
+        run(cfg)
+
+
 def edit(monkeypatch, name):
     """Change the code of a file of nnprune, as far as records can tell."""
     known = identity._hash
@@ -148,16 +160,12 @@ def test_figures_of_a_model_that_other_code_pruned_are_not_kept(tiny_config, mor
 
 def test_layers_that_other_code_pruned_are_not_resumed_from(tiny_config, caplog, monkeypatch):
     cfg = tiny_config("pruner=wanda", "runtime.resume=true")
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
-        patch.setattr("nnprune.experiment.job.Job._finish", lambda *_: (_ for _ in ()).throw(RuntimeError("stopped")))
-        run(cfg)
+    run_until_the_record(cfg, monkeypatch)
     layers = list((build(cfg).folder / "unfinished").glob("layer-*.safetensors"))
     assert len(layers) == 2
     times = {layer: layer.stat().st_mtime_ns for layer in layers}
     edit(monkeypatch, "wanda.py")
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
-        patch.setattr("nnprune.experiment.job.Job._finish", lambda *_: (_ for _ in ()).throw(RuntimeError("stopped")))
-        run(cfg)
+    run_until_the_record(cfg, monkeypatch)
     assert "other code made the layer files of this unfinished run (nnprune/pruners/wanda.py): starting afresh" in caplog.text
     assert all(layer.stat().st_mtime_ns != times[layer] for layer in layers)
 
@@ -253,13 +261,9 @@ def test_a_class_that_exec_made_is_in_no_file(mine, tiny_config, caplog):
 def test_an_interrupted_overwrite_resumes(tiny_config, monkeypatch):
     run(tiny_config("pruner=wanda"))
     cfg = tiny_config("pruner=wanda", "overwrite=true", "runtime.resume=true")
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
-        patch.setattr("nnprune.experiment.job.Job._finish", lambda *_: (_ for _ in ()).throw(RuntimeError("stopped")))
-        run(cfg)
+    run_until_the_record(cfg, monkeypatch)
     layers = {path: path.stat().st_mtime_ns for path in (build(cfg).folder / "unfinished").glob("layer-*")}
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
-        patch.setattr("nnprune.experiment.job.Job._finish", lambda *_: (_ for _ in ()).throw(RuntimeError("stopped")))
-        run(cfg)
+    run_until_the_record(cfg, monkeypatch)
     assert layers and all(path.stat().st_mtime_ns == time for path, time in layers.items())
     run(cfg)
     assert not (build(cfg).folder / "unfinished").exists()

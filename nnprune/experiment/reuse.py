@@ -36,9 +36,11 @@ def reusable_record(experiment: Experiment, keep_layers: bool = False) -> RunRec
         if not keep_layers and not (folder / SCRATCH / OVERWRITING).exists():
             shutil.rmtree(folder / SCRATCH, ignore_errors=True)
     elif record := read_completed(folder):
-        _report_other_code(record, code)
+        if not keep_layers:  # else the grid has said it
+            _report_other_code(record, code)
         if problem := _unmet(experiment, record):
-            log.info("finished already, but %s: running again", problem)
+            if not keep_layers:
+                log.info("finished already, but %s: running again", problem)
             record = None
         else:  # a run may have been killed after writing its record, before removing this
             shutil.rmtree(folder / SCRATCH, ignore_errors=True)
