@@ -56,3 +56,64 @@ FAMILIES = {
     "cohere": make_model("Cohere", **GROUPED),
     "granite": make_model("Granite", **GROUPED),
 }
+
+EXPERTS = {"num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2, **GROUPED}
+NAMED = {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, **GROUPED}
+ROUTED = {
+    **{"num_hidden_layers": 2, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    **{"moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+}
+LATENT = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+DELTA = {
+    **{
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "head_dim": 8,
+    },
+    "layer_types": ["linear_attention", "full_attention"],
+}
+DBRX = {
+    **{"d_model": 32, "n_heads": 4, "n_layers": 2, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
+    "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+}
+
+MIXTURES = {
+    "mixtral": make_model("Mixtral", **EXPERTS),
+    "qwen2_moe": make_model("Qwen2Moe", shared_expert_intermediate_size=32, **NAMED),
+    "qwen3_moe": make_model("Qwen3Moe", head_dim=8, **NAMED),
+    "gpt_oss": make_model("GptOss", head_dim=8, sliding_window=8, **EXPERTS),
+    "olmoe": make_model("Olmoe", **NAMED),
+    "flex_olmo": make_model("FlexOlmo", **NAMED),
+    "phimoe": make_model("Phimoe", **EXPERTS),
+    "deepseek_v2": make_model("DeepseekV2", **ROUTED, **LATENT),
+    "deepseek_v3": make_model("DeepseekV3", **ROUTED, **LATENT),
+    "granitemoe": make_model("GraniteMoe", **EXPERTS),
+    "granitemoeshared": make_model("GraniteMoeShared", shared_intermediate_size=32, **EXPERTS),
+    "jetmoe": make_model("JetMoe", kv_channels=8, **EXPERTS),
+    "minimax": make_model("MiniMax", head_dim=8, block_size=16, **EXPERTS),
+    "minimax_m2": make_model("MiniMaxM2", head_dim=8, **EXPERTS),
+    "ernie4_5_moe": make_model(
+        "Ernie4_5_Moe",
+        moe_num_experts=4,
+        moe_k=2,
+        moe_intermediate_size=32,
+        moe_layer_start_index=1,
+        num_hidden_layers=2,
+        **GROUPED,
+    ),
+    "glm4_moe": make_model("Glm4Moe", head_dim=8, **GROUPED, **ROUTED),
+    "llama4": make_model("Llama4Text", head_dim=8, intermediate_size_mlp=64, **EXPERTS),
+    "dots1": make_model("Dots1", **GROUPED, **ROUTED),
+    "dbrx": make_model("Dbrx", **DBRX),
+    "hunyuan_moe": make_model("HunYuanMoEV1", moe_topk=2, head_dim=8, **NAMED),
+    "afmoe": make_model("Afmoe", num_shared_experts=1, head_dim=8, **NAMED),
+    "mimo_v2_flash": make_model("MiMoV2Flash", head_dim=8, v_head_dim=8, **GROUPED, **ROUTED),
+    "solar_open": make_model("SolarOpen", head_dim=8, **GROUPED, **ROUTED),
+    "exaone_moe": make_model("ExaoneMoe", head_dim=8, num_shared_experts=1, first_k_dense_replace=1, **NAMED),
+    "cohere2_moe": make_model("Cohere2Moe", head_dim=8, num_shared_experts=1, **NAMED),
+    "qwen3_next_moe": make_model("Qwen3Next", shared_expert_intermediate_size=32, **DELTA, **NAMED),
+    "lfm2_moe": make_model("Lfm2Moe", num_dense_layers=1, layer_types=["conv", "full_attention"], **NAMED),
+}
+"""Mixtures of experts, of two layers and four experts."""
