@@ -126,7 +126,8 @@ class Propagation:
         by the outputs of that one. The last pass over a layer takes the reference through `dense`, unless that is done already.
         """
         weights = self.engine.decoder.weights(index)
-        dense_weights = weight_views(dense, self._prefix(index)) if dense is not layer else None
+        hidden_size = self.calibration.activations.tensor.shape[-1]
+        dense_weights = weight_views(dense, self._prefix(index), hidden_size) if dense is not layer else None
         kinds = set().union(*(method.statistics for method in methods))
         pruners = [method.pruner for method in methods]
         seq_len, first_row = self.calibration.shape[1], self.calibration.share.start

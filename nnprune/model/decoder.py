@@ -37,7 +37,7 @@ AroundLayer = Callable[[int, Callable[..., Any], Tensor, LayerCall], Tensor]
 class Decoder:
     """A causal language model as embeddings and head, decoder layers, and linears.
 
-    Raises ValueError if its list of decoder layers is ambiguous, or for a mixture of experts.
+    Raises ValueError if its list of decoder layers is ambiguous, or for experts that are no weights of linears.
     """
 
     def __init__(self, model: PreTrainedModel, layers_path: str | None = None) -> None:
@@ -45,13 +45,14 @@ class Decoder:
         self.text_config = model.config.get_text_config()
         self.path, self.layers = _find_layers(model, layers_path)
         self._tuple_classes: dict[type[nn.Module], bool] = {}
-        for name, parameter in self.layers.named_parameters():
-            if parameter.ndim > 2 or "expert" in name:
-                raise ValueError(
-                    f"model.path: {type(model).__name__} holds {self.path}.{name}, no weight of a linear: mixture-of-experts "
-                    "and convolutional layers are not supported yet; choose a dense decoder-only model"
-                )
-        self._weights = [weight_views(layer, f"{self.path}.{index}") for index, layer in enumerate(self.layers)]
+        hidden_size = getattr(self.text_config, "hidden_size", None)
+        self._weights = [weight_views(layer, f"{self.path}.{index}", hidden_size) for index, layer in enumerate(self.layers)]
+        viewed = {id(view.module) for views in self._weights for view in views.values()}
+        for name, module in self.layers.named_modules():
+            matrices = [one for one in module._parameters.values() if one is not None and one.ndim == 2]
+            if "expert" in name and matrices and id(module) not in viewed and not isinstance(module, nn.Linear):
+                reason = f"holds the weights of all experts in the matrices of {self.path}.{name}"
+                raise ValueError(f"model.path: {type(model).__name__} {reason}, which is not supported; choose another model")
 
     @property
     def vocab_size(self) -> int:

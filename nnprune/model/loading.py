@@ -25,6 +25,10 @@ from nnprune.model.skeleton import keep_float32, parameters_on_meta, recompute_b
 from nnprune.texts import DEMO_FOLDER
 
 
+OBSERVABLE = {"experts_implementation": "eager"}
+"""Lets transformers compute the experts of a mixture one after the other, so that each one's inputs can be seen."""
+
+
 def quieten_transformers() -> None:
     """Leave the screen to our own log."""
     transformers_logging.set_verbosity_error()
@@ -163,7 +167,7 @@ class ModelSource:
 
     def random(self, config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """A model of this configuration in host memory, with random weights, in `dtype` or else the stored one."""
-        options = {"attn_implementation": _attention(config), "trust_remote_code": self.trust_remote_code}
+        options = {"attn_implementation": _attention(config), "trust_remote_code": self.trust_remote_code, **OBSERVABLE}
         with self._explained():
             return AutoModelForCausalLM.from_config(config, dtype=dtype or self.stored_dtype, **options).eval()
 
@@ -181,6 +185,7 @@ class ModelSource:
                 trust_remote_code=self.trust_remote_code,
                 use_safetensors=self.files.is_safetensors,
                 output_loading_info=True,
+                **OBSERVABLE,
             )
         if info["missing_keys"]:
             raise ValueError(f"{self.label}: the checkpoint lacks {min(info['missing_keys'])}; is it complete?")
