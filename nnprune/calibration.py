@@ -12,23 +12,35 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nnprune.checks import check_count, quoted
+from nnprune.checks import check_count, one_of, quoted
 from nnprune.runtime import available_host_bytes
 from nnprune.texts import TextSource
 
+MIN_TOKENS_PER_EXPERT = 256
+ROUTES = ("own", "all")
 ID_BYTES = 8  # int64
 MEMORY_SHARE = 0.25  # that the ids may fill: the hidden states of as many tokens need far more
 
 
 class Calibration:
-    """N samples of T tokens, drawn with a seed. Raises ValueError for a setting out of range, or more ids than fit into memory."""
+    """N samples of T tokens, drawn with a seed. Raises ValueError for a setting out of range, or more ids than fit into memory.
+
+    In mixtures of experts, `min_tokens_per_expert` is what an expert needs for statistics of its own, and `route` what it sees: its
+    "own" tokens or "all" (see `Routing`).
+    """
 
     source: TextSource | None = None
 
-    def __init__(self, num_samples: int, seq_len: int, seed: int) -> None:
+    def __init__(
+        self, num_samples: int, seq_len: int, seed: int, min_tokens_per_expert: int = MIN_TOKENS_PER_EXPERT, route: str = "own"
+    ) -> None:
         self.num_samples = check_count("calibration.num_samples", num_samples, 1)
         self.seq_len = check_count("calibration.seq_len", seq_len, 2)
         self.seed = check_count("calibration.seed", seed, 0)
+        self.min_tokens_per_expert = check_count("calibration.min_tokens_per_expert", min_tokens_per_expert, 0)
+        if route not in ROUTES:
+            raise ValueError(f"calibration.route={quoted(route)}: must be {one_of(ROUTES)}")
+        self.route = route
         most = int(MEMORY_SHARE * available_host_bytes()) // ID_BYTES
         if num_samples * seq_len > most:
             key, value = ("seq_len", seq_len) if seq_len > most else ("num_samples", num_samples)
@@ -59,8 +71,17 @@ class TextCalibration(Calibration):
     unknown mode; in `token_ids` for a text with no window of `seq_len` tokens.
     """
 
-    def __init__(self, num_samples: int, seq_len: int, seed: int, mode: str = "packed", **source: Any) -> None:
-        super().__init__(num_samples, seq_len, seed)
+    def __init__(
+        self,
+        num_samples: int,
+        seq_len: int,
+        seed: int,
+        min_tokens_per_expert: int = MIN_TOKENS_PER_EXPERT,
+        route: str = "own",
+        mode: str = "packed",
+        **source: Any,
+    ) -> None:
+        super().__init__(num_samples, seq_len, seed, min_tokens_per_expert, route)
         if mode not in ("packed", "documents"):
             raise ValueError(f"calibration.mode={quoted(mode)}: must be packed or documents")
         self.mode = mode

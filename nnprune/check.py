@@ -56,7 +56,7 @@ class SavedModel:
         self.checkpoint = Checkpoint(self.source.files.weights(), self.model, str(folder))
         decoder = Decoder(self.model, layers_path)
         self.views = {name: view for index in range(len(decoder.layers)) for name, view in decoder.weights(index).items()}
-        inside = {name for name in self.checkpoint.places if name.startswith(f"{decoder.path}.")}
+        inside = {name for name in self.model.state_dict() if name.startswith(f"{decoder.path}.")}
         self.changed = changed_names(inside, self.summary)
         self.base: Checkpoint | None = None
 
@@ -92,12 +92,14 @@ class SavedModel:
     def faults_of_patterns(self) -> Iterator[str]:
         """The zeros of every linear of the plan: as the pattern asks, and as many as were counted."""
         zeros = size = 0
+        held = tensor = None
         for name, (pattern, sparsity) in self.linears.items():
-            header = self.checkpoint.places.get(f"{name}.weight")
-            if header is None or name not in self.views:
+            if name not in self.views or (key := self.views[name].key) not in self.checkpoint:
                 yield f"{name} is no linear of the decoder layers"
                 continue
-            weight_OI = self.views[name].within(self.checkpoint.tensor(header))
+            if key != held:  # all experts of a layer share one
+                held, tensor = key, self.checkpoint.read([key])[key]
+            weight_OI = self.views[name].within(tensor)
             found, counted = zeros_in(weight_OI), round(sparsity * weight_OI.numel())
             zeros, size = zeros + found, size + weight_OI.numel()
             try:
@@ -129,7 +131,9 @@ class SavedModel:
 
     def untouched(self) -> set[str]:
         """The keys of what the run left alone."""
-        keys = {key for key, name in self.checkpoint.names.items() if name not in self.changed}
+        names = {key: {name} for key, name in self.checkpoint.names.items()}
+        names |= {key: set(one.names) for one in self.checkpoint.made.values() for key, _ in one.sources}
+        keys = {key for key, made in names.items() if not made & self.changed}
         return keys if self.base is None else keys & self.base.headers.keys()
 
 

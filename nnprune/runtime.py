@@ -59,6 +59,7 @@ class Runtime:
     Attributes:
         reserved_bytes: device memory that hidden states leave to what computes.
         one_by_one: whether linears that share an input are pruned one after the other, to save memory.
+        statistics_bytes: what the statistics of a layer may take together; if they take more, they are collected in several passes.
 
     Raises:
         ValueError: a setting that is impossible on this machine.
@@ -74,6 +75,7 @@ class Runtime:
     device_memory: int | str | None = None
     reserved_bytes: int = field(default=0, init=False)
     one_by_one: bool = field(default=False, init=False)
+    statistics_bytes: float = field(default=math.inf, init=False)
 
     def __post_init__(self) -> None:
         if self.batch_tokens is not None:

@@ -27,9 +27,11 @@ class InputStatistic(ABC):
         self.num_tokens = 0
         self._sum: Tensor | None = None
         self._memo: dict[Any, Any] = {}
-        self._until: dict[int, int] = {}  # part of the sum -> `until` of the last batch in it; -1: the token count
+        self._until: dict[
+            tuple[str, int], int
+        ] = {}  # source, part of the sum (-1: the token count) -> `until` of its last batch
 
-    def add(self, X: Tensor, *others: Tensor, until: int | None = None) -> None:
+    def add(self, X: Tensor, *others: Tensor, until: int | None = None, source: str = "") -> None:
         """Accumulate a batch.
 
         Args:
@@ -37,18 +39,19 @@ class InputStatistic(ABC):
             others: further inputs of the same tokens, for a statistic of several inputs.
             until: a number that grows from batch to batch, such as the rows seen so far. It makes the call repeatable: after
                 running out of memory, the same tokens may be added again in smaller batches, and are counted once.
+            source: where the batch comes from, if several places add to one sum: `until` grows in each.
         """
         X, *others = (inputs.reshape(-1, inputs.shape[-1]) for inputs in (X, *others))
         if self._sum is None:
             self._sum = torch.zeros(self._shape(X.shape[-1]), dtype=torch.float32, device=X.device)
         prepared = self._prepare(X, *others)
         for index, part in enumerate(self._parts(*prepared)):
-            if self._is_new(index, until):
+            if self._is_new((source, index), until):
                 self._accumulate(self._sum[part], part, *prepared)
-                self._until[index] = until or 0
-        if self._is_new(-1, until):
+                self._until[source, index] = until or 0
+        if self._is_new((source, -1), until):
             self.num_tokens += len(X)
-            self._until[-1] = until or 0
+            self._until[source, -1] = until or 0
         self._memo.clear()
 
     def merge(self, other: "InputStatistic") -> None:
@@ -57,6 +60,14 @@ class InputStatistic(ABC):
         if other._sum is not None:
             self._sum = other._sum.clone() if self._sum is None else self._sum.add_(other._sum)
             self.num_tokens += other.num_tokens
+            self._memo.clear()
+
+    def fill_up(self, pool: "InputStatistic", num_tokens: int) -> None:
+        """Add the mean of `pool`, of the same kind, as that of `num_tokens` further tokens."""
+        if num_tokens and pool._sum is not None:
+            share = pool._sum * (num_tokens / pool.num_tokens)
+            self._sum = share if self._sum is None else self._sum.add_(share)
+            self.num_tokens += num_tokens
             self._memo.clear()
 
     def all_reduce(self, reduce: Callable[[Tensor], Tensor], weight: Tensor) -> None:
@@ -85,8 +96,8 @@ class InputStatistic(ABC):
             self._memo[key] = compute()
         return self._memo[key]
 
-    def _is_new(self, index: int, until: int | None) -> bool:
-        return until is None or self._until.get(index, 0) < until
+    def _is_new(self, part: tuple[str, int], until: int | None) -> bool:
+        return until is None or self._until.get(part, 0) < until
 
     @staticmethod
     def _shape(width: int) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nnprune.engine import parallel
+from nnprune.engine.experts import Routing
 from nnprune.engine.hidden_states import HiddenStates
 from nnprune.engine.layer_store import LayerStore
 from nnprune.model.decoder import Decoder
@@ -26,12 +27,14 @@ class LayerwiseEngine:
         store: fetches and releases its layers.
         runtime: tokens per batch, and where hidden states are offloaded.
         scratch: folder for mapped files.
+        routing: which tokens experts are calibrated with.
     """
 
     decoder: Decoder
     store: LayerStore
     runtime: Runtime
     scratch: Path
+    routing: Routing = Routing()  # noqa: RUF009 -- frozen
 
     @property
     def num_layers(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nnprune.allocations.base import DenseLayer
 from nnprune.engine.engine import LayerwiseEngine
+from nnprune.engine.experts import Routing
 from nnprune.engine.hidden_states import HiddenStates
 from nnprune.engine.input_collector import InputCollector, check_weight, layer_groups
 from nnprune.statistics import InputStatistic, SquaredNorm
@@ -55,7 +56,7 @@ def _dense_layer(engine: LayerwiseEngine, index: int, module: nn.Module, states:
     layer = DenseLayer(weights, {}, {})
     if states is None:
         return layer
-    collector = collect_inputs(states, index, module, [SquaredNorm], is_last=index == engine.num_layers - 1)
+    collector = collect_inputs(states, index, module, [SquaredNorm], engine.routing, is_last=index == engine.num_layers - 1)
     for names in collector.groups:
         layer.squared_norms |= dict.fromkeys(names, collector.statistics[names[0]][SquaredNorm].mean())
         layer.samples |= dict.fromkeys(names, collector.sample(names))
@@ -63,15 +64,18 @@ def _dense_layer(engine: LayerwiseEngine, index: int, module: nn.Module, states:
 
 
 def collect_inputs(
-    states: HiddenStates, index: int, layer: nn.Module, statistics: Sequence[type[InputStatistic]], is_last: bool
+    states: HiddenStates,
+    index: int,
+    layer: nn.Module,
+    statistics: Sequence[type[InputStatistic]],
+    routing: Routing,
+    is_last: bool,
 ) -> InputCollector:
     """Statistics of the inputs of decoder layer `index`, fetched as `layer`. The hidden states advance to the next layer unless
     it `is_last`."""
     weights = states.decoder.weights(index)
-    collector = InputCollector(
-        statistics, [], layer_groups(states, index, layer), weights, states.shape[1], first_row=states.share.start
-    )
-
+    groups, first_row = layer_groups(states, index, layer), states.share.start
+    collector = InputCollector(statistics, [], groups, weights, states.shape[1], first_row=first_row, routing=routing)
     with collector.observing(stop=is_last):
         states.each_batch(lambda rows, hidden: collector.run(rows, lambda: states.run(index, layer, hidden)))
     collector.finish()

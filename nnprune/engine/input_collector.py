@@ -6,12 +6,14 @@ Letters: N samples, B batch, T tokens, I input features.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nnprune.checks import is_finite
 from nnprune.engine import parallel
+from nnprune.engine.experts import Routing, Statistics, pool_key, share_tokens, with_all_experts
 from nnprune.engine.hidden_states import HiddenStates
 from nnprune.method import Method
 from nnprune.model.decoder import StopForward
@@ -20,6 +22,7 @@ from nnprune.pruners.base import Pruner
 from nnprune.statistics import CrossProduct, InputStatistic
 
 SAMPLED_TOKENS = 512  # from the first rows of the calibration: the relative error of each linear is measured on them
+EXPERT_TOKENS = 128  # likewise of an expert: the first that it receives
 PROBE_TOKENS = 8  # of the forward that shows which linears share an input
 NONFINITE_INPUTS = "{}: its inputs hold NaN or infinite values; try model.dtype=float32 or bfloat16"
 
@@ -27,8 +30,8 @@ NONFINITE_INPUTS = "{}: its inputs hold NaN or infinite values; try model.dtype=
 def input_groups(weights: dict[str, WeightView], forward: Callable[[], object]) -> list[list[str]]:
     """Names of the linears that receive the same input tensor (q, k and v; gate and up), in order of use.
 
-    Inputs are compared by identity in one forward of the decoder layer, where values do not matter. Raises ValueError for a
-    linear that the forward never reaches.
+    Inputs are compared by identity in one forward of the decoder layer, where values do not matter. It need not reach all experts
+    of a mixture. Raises ValueError for another linear that it never reaches.
     """
     groups: dict[tuple, list[str]] = {}
     alive: list[Tensor] = []  # a freed input's address could be reused by the next one
@@ -41,9 +44,10 @@ def input_groups(weights: dict[str, WeightView], forward: Callable[[], object]) 
 
     with _observed(weights, note):
         forward()
-    if unused := set(weights) - {name for names in groups.values() for name in names}:
+    found = with_all_experts(list(groups.values()), weights)
+    if unused := set(weights) - {name for names in found for name in names}:
         raise ValueError(f"{min(unused)}: never receives an input, so it cannot be pruned with this model's own forward")
-    return list(groups.values())
+    return found
 
 
 def layer_groups(states: HiddenStates, index: int, layer: nn.Module) -> list[list[str]]:
@@ -62,6 +66,8 @@ class InputCollector:
         seq_len: T.
         reference: the weights of the dense layer, if that is another module.
         first_row: index in the calibration of the first row of this process.
+        routing: which tokens experts are calibrated with.
+        pooled: first linears of groups of experts that are not collected now, but share tokens with those that are.
     """
 
     def __init__(
@@ -73,12 +79,24 @@ class InputCollector:
         seq_len: int,
         reference: dict[str, WeightView] | None = None,
         first_row: int = 0,
+        routing: Routing = Routing(),  # noqa: B008 -- frozen
+        pooled: Sequence[str] = (),
     ) -> None:
         self.groups = groups
         self.weights = weights
         self.seq_len = seq_len
         self._num_sampled = max(num_sampled_rows(seq_len) - first_row, 0)
-        self.statistics = {names[0]: {kind: kind() for kind in statistics} for names in groups}
+
+        def new() -> Statistics:
+            return {kind: kind() for kind in kinds}
+
+        kinds = list(statistics)
+        self.statistics = {names[0]: new() for names in groups}
+        self.notes: dict[str, dict[str, int]] = {}  # first linear of an expert's group -> tokens, for the record
+        self._routing = routing
+        self._experts = {names[0]: weights[names[0]].expert for names in groups if weights[names[0]].expert}
+        self._pools: dict[tuple, Statistics] = {}
+        self._pool_of = {name: self._pools.setdefault(pool_key(weights[name].expert), new()) for name in pooled}
         self._pruners = [pruner for pruner in pruners if not pruner.shares_statistics]
         self._reference = reference
         self._reference_inputs: dict[str, Tensor] = {}  # of the current rows
@@ -96,20 +114,26 @@ class InputCollector:
 
     @contextmanager
     def observing(self, stop: bool) -> Iterator[None]:
-        """Observe forwards inside; `stop` ends those of `run` after the input of the last group."""
+        """Observe forwards inside; `stop` ends those of `run` after the input of the last group, unless there are experts, which
+        compute in any order or not at all."""
         observed = [name for names in self.groups for name in (names if self._pruners else names[:1])]
+        last = None if self._experts else observed[-1]
+        observed += self._pool_of
 
         def see(name: str, X: Tensor) -> None:
-            if self._in_reference:
+            if self._in_reference and not self.weights[name].expert:
                 self._reference_inputs[name] = X
+            elif self._in_reference:
+                return
             else:
                 self._add(name, X)
-            if name == observed[-1] and (self._stop_reference if self._in_reference else stop):
+            if name == last and (self._stop_reference if self._in_reference else stop):
                 raise StopForward
 
         with ExitStack() as stack:
             for weights in (self.weights, self._reference):
                 if weights is not None:
+                    stack.enter_context(self._routing.applied(weights))
                     stack.enter_context(_observed({name: weights[name] for name in observed}, see))
             yield
 
@@ -135,6 +159,12 @@ class InputCollector:
         self._reference_inputs = {}
         if parallel.is_distributed():
             self._exchange()
+        self.notes = share_tokens(self.statistics, self._experts, self._pools, self._routing)
+        for pruner in self._pruners:
+            for names in self.groups:
+                for name in names if names[0] in self._experts else ():
+                    if (id(pruner), name) not in self._counted:
+                        _show(pruner, name, self.sample(names)[None])
         for leader, statistics in self.statistics.items():
             finite = all(statistic.is_finite() for statistic in statistics.values())
             if not finite or (leader in self._totals and not self._totals[leader].isfinite()):
@@ -152,8 +182,21 @@ class InputCollector:
                 self._totals[leader] = parallel.all_reduce(self._totals.get(leader, none.sum()))
 
     def sample(self, names: list[str]) -> Tensor:
-        """Some inputs (tokens, I) of the group `names`, float32: the same tokens for every batch size and pruner."""
-        return torch.cat(self._samples[names[0]]).float()
+        """Some inputs (tokens, I) of the group `names`, float32: the same tokens for every batch size and pruner, but of an expert
+        the first that it received, or, if there are none, those of its siblings."""
+        samples, expert = self._samples[names[0]], self._experts.get(names[0])
+        if expert and not sum(map(len, samples)):
+            samples = [
+                X for name, one in self._experts.items() if pool_key(one) == pool_key(expert) for X in self._samples[name]
+            ]
+        return torch.cat(samples).float()
+
+    def record_of(self, name: str) -> dict[str, Any]:
+        """What the record says of a linear of an expert beside its figures: the tensor that holds it, and its tokens."""
+        if self.weights[name].expert is None:
+            return {}
+        leader = next(names[0] for names in self.groups if name in names)
+        return {"tensor": self.weights[name].key, **self.notes.get(leader, {})}
 
     def squared_output(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         """`compute()`, called once per linear and cached: the squared output of its dense weight, which all tasks share."""
@@ -163,13 +206,21 @@ class InputCollector:
 
     def _add(self, name: str, X: Tensor) -> None:
         """Add the inputs X (tokens, I) of the current rows to statistics, sample and pruners, each of which counts a row once."""
+        if pool := self._pool_of.get(name):
+            for kind, statistic in pool.items():
+                statistic.add(X, *self._others(kind, name, X), until=self._rows.stop, source=name)
+            return
         if name in self._samples:
             for kind, statistic in self.statistics[name].items():
-                others = [self._reference_inputs[name]] if kind is CrossProduct else []
-                statistic.add(X, *others, until=self._rows.stop)
-            self._once(("sample", name), lambda: self._add_sample(name, X.unflatten(0, (-1, self.seq_len))))
+                statistic.add(X, *self._others(kind, name, X), until=self._rows.stop)
+            self._once(("sample", name), lambda: self._add_sample(name, X))
+        by_row = X[None] if self.weights[name].expert else X.unflatten(0, (-1, self.seq_len))
         for pruner in self._pruners:
-            self._once((id(pruner), name), lambda pruner=pruner: _show(pruner, name, X.unflatten(0, (-1, self.seq_len))))
+            self._once((id(pruner), name), lambda pruner=pruner: _show(pruner, name, by_row))
+
+    def _others(self, kind: type[InputStatistic], name: str, X: Tensor) -> list[Tensor]:
+        """What a statistic wants of the dense layer. Its router may send other tokens to an expert: there X stands for them."""
+        return [self._reference_inputs.get(name, X)] if kind is CrossProduct else []
 
     def _once(self, key: tuple, count: Callable[[], None]) -> None:
         """Call `count` unless it has counted these rows already."""
@@ -180,7 +231,11 @@ class InputCollector:
     def _add_sample(self, name: str, X: Tensor) -> None:
         if not self.statistics[name]:
             self._totals[name] = self._totals.get(name, 0) + X.sum(dtype=torch.float32)
-        rows = X[: max(self._num_sampled - self._rows.start, 0)]
+        if name in self._experts:
+            room = EXPERT_TOKENS - sum(map(len, self._samples[name]))
+            self._samples[name] += [X[:room].clone()] * (room > 0)
+            return
+        rows = X.unflatten(0, (-1, self.seq_len))[: max(self._num_sampled - self._rows.start, 0)]
         if len(rows):
             stride = max(self.seq_len * num_sampled_rows(self.seq_len) // SAMPLED_TOKENS, 1)
             self._samples[name].append(rows[:, stride - 1 :: stride].reshape(-1, X.shape[-1]).clone())

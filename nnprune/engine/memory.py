@@ -5,14 +5,15 @@ Letters: D hidden, O output features, I input features, V vocabulary.
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from nnprune.engine.engine import LayerwiseEngine
+from nnprune.engine.experts import bytes_of_statistics
 from nnprune.engine.hidden_states import tokens_of_logits
-from nnprune.engine.input_collector import PROBE_TOKENS, SAMPLED_TOKENS, layer_groups
+from nnprune.engine.input_collector import EXPERT_TOKENS, PROBE_TOKENS, SAMPLED_TOKENS, layer_groups
 from nnprune.method import Method
 from nnprune.runtime import Runtime
 from nnprune.statistics import CrossProduct, Hessian
@@ -47,6 +48,7 @@ class Workload:
         vocab_size: V, or 0 without an evaluation.
         calibration: tokens of the calibration.
         windows: tokens of all evaluations, of the dense and of the pruned model.
+        experts: linear name -> `pool_key`, of those that are experts', which compute one after the other.
     """
 
     shapes: dict[str, tuple[int, int]]
@@ -59,6 +61,7 @@ class Workload:
     vocab_size: int
     calibration: int
     windows: int
+    experts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def hidden_bytes(self, is_cached: bool = True) -> tuple[int, int]:
         """Hidden states of the calibration, and of the windows. In a sequential run the outputs of linears may be cached beside."""
@@ -67,17 +70,17 @@ class Workload:
         calibration = self.calibration * (self.hidden_size * copies + outputs)
         return self.itemsize * calibration, self.itemsize * self.windows * self.hidden_size
 
-    def forward_bytes(self, tokens: int) -> int:
+    def forward_bytes(self, tokens: int, statistics_bytes: float = math.inf) -> int:
         """A batch of `tokens` in a decoder layer, and the statistics that it is added to."""
-        inputs = [self.shapes[names[0]][1] for names in self.groups]
-        batch = tokens * (self.itemsize * sum(shape[0] for shape in self.shapes.values()) + 4 * max(inputs))
+        inputs = [self.shapes[names[0]][1] for names in self.groups if names[0] in self._computed_together]
+        batch = tokens * (self.itemsize * self._num_outputs + 4 * max(inputs))
         kept = tokens * self.itemsize * (max(inputs) if self.is_sequential else sum(inputs))  # for the other model's inputs
-        return batch + kept * (CrossProduct in self._kinds) + max(self._sums()) + self._sample_bytes()
+        return batch + kept * (CrossProduct in self._kinds) + max(self._sums(statistics_bytes)) + self._sample_bytes()
 
-    def prune_bytes(self, one_by_one: bool) -> int:
+    def prune_bytes(self, one_by_one: bool, statistics_bytes: float = math.inf) -> int:
         """Statistics, factorisations and weights while the linears of a group are pruned, together or one by one."""
         most, kept = 0, 0
-        for names, sums in zip(self.groups, self._sums(), strict=True):
+        for names, sums in zip(self.groups, self._sums(statistics_bytes), strict=True):
             width, outputs = self.shapes[names[0]][1], [self.shapes[name][0] for name in names]
             num_outputs = max(outputs) if one_by_one else sum(outputs)
             for method in self.methods:
@@ -92,8 +95,8 @@ class Workload:
         """Block-wise reconstruction of a decoder layer, with a step's activations."""
         recoveries = [method.recovery for method in self.methods if method.recovery.is_on]
         tokens = max((max(one.batch_tokens, self.seq_len) for one in recoveries), default=0)
-        outputs = sum(shape[0] for shape in self.shapes.values())
-        return bool(recoveries) * (TUNED_BYTES * self._num_weights + (TUNED_ACTIVATIONS + self.itemsize) * tokens * outputs)
+        activations = (TUNED_ACTIVATIONS + self.itemsize) * tokens * self._num_outputs
+        return bool(recoveries) * (TUNED_BYTES * self._num_weights + activations)
 
     def workspace_bytes(self, runtime: Runtime) -> int:
         """What computing takes at most, beside weights and hidden states."""
@@ -101,12 +104,14 @@ class Workload:
         logits = (self.itemsize + 8) * self.vocab_size
         if self.vocab_size:
             logits *= tokens_of_logits(runtime.torch_device, self.seq_len, self.vocab_size)
-        return max(self.forward_bytes(tokens), self.prune_bytes(runtime.one_by_one), self.tune_bytes(), logits)
+        pruning = self.prune_bytes(runtime.one_by_one, runtime.statistics_bytes)
+        return max(self.forward_bytes(tokens, runtime.statistics_bytes), pruning, self.tune_bytes(), logits)
 
     def _sample_bytes(self) -> int:
         """Inputs on which errors are measured, and those of a group in float32."""
-        inputs = [self.shapes[names[0]][1] for names in self.groups]
-        return SAMPLED_TOKENS * (self.itemsize * (max(inputs) if self.is_sequential else sum(inputs)) + 4 * max(inputs))
+        widths = {names[0]: self.shapes[names[0]][1] for names in self.groups}
+        kept = [width * (EXPERT_TOKENS if name in self.experts else SAMPLED_TOKENS) for name, width in widths.items()]
+        return self.itemsize * (max(kept) if self.is_sequential else sum(kept)) + 4 * max(kept)
 
     def fetched_bytes(self) -> int:
         """Weights of the layers on the device where they come and go."""
@@ -120,12 +125,29 @@ class Workload:
     def _kinds(self) -> set[type]:
         return {kind for method in self.methods for kind in method.statistics if kind in (Hessian, CrossProduct)}
 
-    def _sums(self) -> list[int]:
-        """Statistics alive when each group is pruned: its own, and those of groups pruned later, or of all in a grid."""
-        own = [4 * len(self._kinds) * self.shapes[names[0]][1] ** 2 for names in self.groups]
-        if self.is_sequential:
-            return own
-        return [sum(own[0 if len(self.methods) > 1 else place :]) for place in range(len(own))]
+    @property
+    def _computed_together(self) -> list[str]:
+        """All linears but those of further experts, which compute when an earlier one has done so."""
+        first = {key: name for name, key in reversed(self.experts.items())}
+        return [name for name in self.shapes if first.get(self.experts.get(name), name) == name]
+
+    @property
+    def _num_outputs(self) -> int:
+        return sum(self.shapes[name][0] for name in self._computed_together)
+
+    def largest_sum(self) -> int:
+        """The statistics of one group."""
+        return max((bytes_of_statistics(self._kinds, self.shapes[names[0]][1]) for names in self.groups), default=0)
+
+    def _sums(self, most: float) -> list[int]:
+        """Statistics alive when each group is pruned: its own, and those of groups pruned later, or of all in a grid; those of several
+        passes over the layer, each with statistics of at most so many bytes, are not alive together."""
+        own = {names[0]: bytes_of_statistics(self._kinds, self.shapes[names[0]][1]) for names in self.groups}
+        keys = {name: self.experts.get(name, name) if self.is_sequential else None for name in own}
+        places = list(own) if len(self.methods) == 1 or self.is_sequential else list(own)[:1] * len(own)
+        alive = ([one for one in list(own)[list(own).index(name) :] if keys[one] == keys[name]] for name in places)
+        sums = [sum(own[one] for one in together) for together in alive]
+        return [int(min(total, max(most, own[name]))) for name, total in zip(places, sums, strict=True)]
 
 
 def fit_device(runtime: Runtime, load: Workload, free: float) -> bool:
@@ -140,10 +162,14 @@ def fit_device(runtime: Runtime, load: Workload, free: float) -> bool:
     if runtime.activations == "auto" and base + hidden + load.workspace_bytes(runtime) > usable:
         runtime.activations = "host"
     room = usable - base - hidden * (runtime.activations == "device")
-    while (rows := runtime.rows_per_batch(load.seq_len)) > 1 and load.forward_bytes(rows * load.seq_len) > room:
+    least = load.largest_sum() if len(load.methods) == 1 else math.inf
+    while (rows := runtime.rows_per_batch(load.seq_len)) > 1 and load.forward_bytes(rows * load.seq_len, least) > room:
         runtime.batch_tokens = rows // 2 * load.seq_len
     together, alone = load.prune_bytes(one_by_one=False), load.prune_bytes(one_by_one=True)
     runtime.one_by_one = together > max(room, alone)
+    if len(load.methods) == 1 and load.workspace_bytes(runtime) > room:
+        runtime.statistics_bytes = least  # to see what else there is room for
+        runtime.statistics_bytes += max(room - load.workspace_bytes(runtime), 0)
     runtime.reserved_bytes = base + load.workspace_bytes(runtime)
     if runtime.device_memory is not None or runtime.one_by_one or before != (runtime.activations, runtime.batch_tokens):
         memory = (runtime.device_memory_bytes or free) / 2**30
@@ -156,6 +182,10 @@ def fit_device(runtime: Runtime, load: Workload, free: float) -> bool:
 
 @torch.no_grad()
 def groups_of(engine: LayerwiseEngine) -> list[list[str]]:
-    """Names of the linears of the first decoder layer that share an input."""
+    """Names of the linears of the largest decoder layer that share an input."""
+    index = engine.decoder.largest
     with engine.hidden_states(torch.zeros(1, PROBE_TOKENS, dtype=torch.int64), "probe") as states:
-        return layer_groups(states, 0, engine.store.fetch(0, pruned=False))
+        groups = layer_groups(states, index, engine.store.fetch(index, pruned=False))
+    if index:  # the first one is needed next
+        engine.store.release(index)
+    return groups

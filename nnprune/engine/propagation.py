@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nnprune.engine.cached_outputs import CachedOutputs, find_parts
 from nnprune.engine.engine import LayerwiseEngine
+from nnprune.engine.experts import bytes_of_statistics, pool_key
 from nnprune.engine.hidden_states import HiddenStates
 from nnprune.engine.input_collector import PROBE_TOKENS, InputCollector, layer_groups
 from nnprune.engine.stopwatch import Stopwatch
@@ -43,6 +44,7 @@ class Propagation:
     reference: HiddenStates | None
     stopwatch: Stopwatch
     _next_collector: InputCollector | None = None  # inputs of the next layer's linears, if already collected
+    _next_passes: list[list[list[str]]] = field(default_factory=list)  # over the next layer, the first of them done
     _reference_advanced: bool = False  # the reference has passed through the current layer, the calibration has not
     _cached: dict[nn.Module, CachedOutputs] = field(default_factory=dict)  # of the current layer, and of its dense copy
 
@@ -67,21 +69,25 @@ class Propagation:
 
         Afterwards the reference has passed through this layer and, in dense mode with `hand_on`, so has the calibration.
         """
-        groups = layer_groups(self.calibration, index, layer) if self._next_collector is None else self._next_collector.groups
-        passes, dense = [groups], layer
+        passes, dense = self._next_passes or self._passes(index, layer, methods), layer
+        self._next_passes, is_dense = [], self.mode == "dense"
         if self.mode == "sequential":
-            passes = [[names] for names in groups]
             if any(method.pairs_inputs for method in methods) or (self.reference and not self._reference_advanced):
                 dense = copy.deepcopy(layer)
             self._start_caching(index, layer, dense)
+        elif len(passes) > 1 and (is_dense or self.reference is not None):
+            dense = copy.deepcopy(layer)
         for seen in passes:
             collector, self._next_collector = self._next_collector, None
             if collector is None:
                 with self.stopwatch.stage("calibration"):
-                    is_last = seen is passes[-1]
-                    collector = self._collect(index, layer, dense, methods, seen, hand_on and self.mode == "dense", is_last)
+                    hands_on = hand_on and is_dense and len(passes) == 1
+                    collector = self._collect(index, layer, dense, methods, seen, passes, hands_on)
             collector.finish()
             yield collector
+        if hand_on and is_dense and len(passes) > 1:
+            with self.stopwatch.stage("calibration"):
+                self.calibration.advance(index, dense)
         self._reference_advanced = False
 
     def invalidate(self) -> None:
@@ -105,9 +111,9 @@ class Propagation:
                 return
             with self.stopwatch.stage("load"):
                 following = self.engine.store.fetch(index + 1, pruned=False)
-            groups = layer_groups(self.calibration, index + 1, following)
+            passes = self._next_passes = self._passes(index + 1, following, methods)
             before = (index, layer)
-            self._next_collector = self._collect(index + 1, following, following, methods, groups, False, True, before)
+            self._next_collector = self._collect(index + 1, following, following, methods, passes[0], passes, before=before)
 
     def _collect(
         self,
@@ -116,11 +122,11 @@ class Propagation:
         dense: nn.Module,
         methods: Sequence[Method],
         groups: list[list[str]],
-        hand_on: bool,
-        is_last: bool,
+        passes: list[list[list[str]]],
+        hand_on: bool = False,
         before: tuple[int, nn.Module] | None = None,
     ) -> InputCollector:
-        """Collect the inputs of `groups` of linears of layer `index` for the whole calibration.
+        """Collect the inputs of `groups` of linears, one of the `passes` over layer `index`, for the whole calibration.
 
         With `hand_on` the calibration is replaced by the outputs of `layer`; with `before`, a layer that it passes through first,
         by the outputs of that one. The last pass over a layer takes the reference through `dense`, unless that is done already.
@@ -131,7 +137,10 @@ class Propagation:
         kinds = set().union(*(method.statistics for method in methods))
         pruners = [method.pruner for method in methods]
         seq_len, first_row = self.calibration.shape[1], self.calibration.share.start
-        collector = InputCollector(kinds, pruners, groups, weights, seq_len, dense_weights, first_row)
+        is_last = groups is passes[-1]
+        others = [names[0] for one in passes if one is not groups for names in one if weights[names[0]].expert]
+        routing = self.engine.routing
+        collector = InputCollector(kinds, pruners, groups, weights, seq_len, dense_weights, first_row, routing, others)
         advances = self.reference is not None and not self._reference_advanced and is_last
         needs_reference = collector.pairs or advances
         run = self.calibration.run
@@ -153,11 +162,37 @@ class Propagation:
             self.calibration.each_batch(step)
         return collector
 
+    def _passes(self, index: int, layer: nn.Module, methods: Sequence[Method]) -> list[list[list[str]]]:
+        """The groups of linears of layer `index` whose inputs are collected together.
+
+        All at once, or as many as have room for their statistics, those that are used last first: what they receive depends on
+        none that is pruned before. In sequential mode one after the other, but the same part of all experts of a mixture together.
+        """
+        groups = layer_groups(self.calibration, index, layer)
+        weights = self.engine.decoder.weights(index)
+        kinds = set().union(*(method.statistics for method in methods))
+        together: dict[object, list[list[str]]] = {}
+        for names in groups:
+            expert = weights[names[0]].expert
+            key = (pool_key(expert) if expert else names[0]) if self.mode == "sequential" else None
+            together.setdefault(key, []).append(names)
+        room, passes = self.engine.runtime.statistics_bytes, []
+        for members in together.values():
+            left = -1.0
+            for names in members:
+                size = bytes_of_statistics(kinds, weights[names[0]].shape[1])
+                if left < size:
+                    passes.append([])
+                    left = room
+                passes[-1].append(names)
+                left -= size
+        return passes if self.mode == "sequential" else passes[::-1]
+
     def _start_caching(self, index: int, layer: nn.Module, dense: nn.Module) -> None:
         """Start to cache outputs of a layer, and of its dense copy if there is one."""
         hidden, prefix = self.calibration.probe(PROBE_TOKENS), self._prefix(index)
-        linears = self.engine.decoder.weights(index).keys()
         modules = {module: dict(module.named_modules(prefix=prefix)) for module in (dense, layer)}
+        linears = [name for name in self.engine.decoder.weights(index) if name in modules[layer]]
         parts = find_parts(modules[layer], linears, lambda: self.calibration.run(index, layer, hidden))
         for module, name in {dense: "dense", layer: "pruned"}.items():
             path = self.engine.scratch / f"activations-{name}"

@@ -98,7 +98,7 @@ def _prune_together(
     reports = []
     for (name, W), (sparsity, error) in zip(weights.items(), figures, strict=True):
         report = {"name": name, "pattern": str(plan[name]), "sparsity": sparsity, "relative_error": error}
-        report |= pruner.notes.pop(name, {}) | method.update.notes.pop(name, {})
+        report |= collector.record_of(name) | pruner.notes.pop(name, {}) | method.update.notes.pop(name, {})
         reports.append(report | {"seconds": seconds * W.numel() / size})  # the group's time, divided by size
     return reports
 

@@ -13,7 +13,7 @@ from nnprune.engine.memory import FETCHED, fit_device
 from nnprune.engine.stopwatch import Stopwatch
 from nnprune.experiment.build import Experiment
 from nnprune.experiment.preparation import check_shapes, skeleton, token_ids, workload
-from nnprune.experiment.timed_layers import LAYERS, VOCABULARY, time_layers
+from nnprune.experiment.timed_layers import VOCABULARY, time_layers
 from nnprune.model.loading import quieten_transformers
 from nnprune.records import read_completed
 from nnprune.runtime import available_host_bytes, peak_host_bytes, resident_host_bytes
@@ -64,8 +64,9 @@ class CostEstimate:
         rows = max(TIMED_TOKENS[self.device.type] // self.load.seq_len, 1 + self.first.method.recovery.is_on)
         ids = torch.randint(VOCABULARY, (rows, self.load.seq_len))
         for _ in range(2):  # the first time warms up
-            timed, self.load.groups = time_layers(self.pruned or self.cells, ids, self.decoder.path)
-        seconds = {stage: value * len(self.decoder.layers) / LAYERS for stage, value in timed.items()}
+            cells, decoder = self.pruned or self.cells, self.decoder
+            timed, self.load.groups, num_parameters = time_layers(cells, ids, decoder.path, decoder.largest)
+        seconds = {stage: value * self.in_layers / num_parameters for stage, value in timed.items()}
         seconds["load"] *= self.outside / self.in_layers + (self.runtime.layers != "disk")
         for stage in {"calibration", "recover"} & set(seconds):
             seconds[stage] *= self.load.calibration / ids.numel()

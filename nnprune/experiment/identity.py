@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnprune.calibration import MIN_TOKENS_PER_EXPERT
 from nnprune.evaluation import Evaluator
 from nnprune.model.dtypes import name_of
 from nnprune.records import NOT_SCIENCE, fingerprint
@@ -26,6 +27,9 @@ log = logging.getLogger(__name__)
 
 INSTALLED = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib"))
 """Folders of code that changes with its version only."""
+
+SINCE = {"min_tokens_per_expert": MIN_TOKENS_PER_EXPERT, "route": "own"}
+"""Settings of the calibration that earlier records lack, with what has been done for them."""
 
 if TYPE_CHECKING:
     from nnprune.experiment.build import Experiment
@@ -39,13 +43,14 @@ def science(experiment: "Experiment") -> dict[str, Any]:
     if experiment.is_dense:
         return {"model": model}
     text = experiment.calibration.source
+    calibration = {key: value for key, value in config["calibration"].items() if (key, value) not in SINCE.items()}
     settings = {key: value for key, value in config.items() if key not in NOT_SCIENCE}
     parts = {"allocation": experiment.allocation, "target": method.target, "update": method.update, "recover": method.recovery}
     settings["allocation"] = settings["allocation"] | experiment.allocation.identity()
     settings |= {key: settings[key] | _code_entry(type(part)) for key, part in parts.items()}
     return settings | {
         "model": model,
-        "calibration": {**config["calibration"], "path": None, "dataset": text and text.identity()},
+        "calibration": {**calibration, "path": None, "dataset": text and text.identity()},
         "sparsity": str(experiment.pattern),
         "pruner_code": _code_of(type(method.pruner)),
     }

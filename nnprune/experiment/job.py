@@ -201,7 +201,8 @@ class Job:
     def _check_that_it_can_be_saved(self) -> None:
         source, decoder = self.experiment.source, self.engine.decoder
         checkpoint = self.engine.store.checkpoint or Checkpoint(source.files.weights(), decoder.model, source.label)
-        check_names(checkpoint, [name for shapes in decoder.shapes_by_layer() for name in shapes])
+        views = (view for index in range(len(decoder.layers)) for view in decoder.weights(index).values())
+        check_names(checkpoint, decoder.model, {view.key for view in views})
 
     @parallel.on_rank_0
     def _save(self, record: RunRecord) -> None:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from nnprune.allocations.uniform import Uniform
+from nnprune.calibration import Calibration
 from nnprune.engine import parallel
 from nnprune.engine.engine import LayerwiseEngine
+from nnprune.engine.experts import Routing, pool_key
 from nnprune.engine.input_collector import PROBE_TOKENS, rows_needed
 from nnprune.engine.layer_files import LayerFiles
 from nnprune.engine.layer_store import LayerStore
@@ -87,9 +89,10 @@ def workload(
     """What pruning with `methods` computes for ids (N, T) of the calibration and of each evaluation, whose windows `num_measured` models
     run."""
     methods = [] if experiment.is_dense else methods
+    weights = decoder.weights(decoder.largest)
     calibration = rows_needed(methods, calibration)
     return Workload(
-        shapes=decoder.shapes_by_layer()[0],
+        shapes={name: weight.shape for name, weight in weights.items()},
         groups=groups,
         methods=methods,
         is_sequential=experiment.config["propagate"] == "sequential",
@@ -99,6 +102,7 @@ def workload(
         vocab_size=decoder.vocab_size if windows else 0,
         calibration=calibration.numel(),
         windows=num_measured * sum(map(torch.numel, windows)),
+        experts={name: pool_key(weight.expert) for name, weight in weights.items() if weight.expert},
     )
 
 
@@ -114,4 +118,9 @@ def open_engine(experiment: Experiment, decoder: Decoder) -> LayerwiseEngine:
     layer_files = LayerFiles(experiment.folder / SCRATCH, decoder.path, interval)
     store = LayerStore(decoder, runtime.torch_device, runtime.layers, layer_files, checkpoint, experiment.computing_dtype)
     scratch = experiment.folder / SCRATCH / f"rank-{parallel.rank()}" if parallel.rank() else experiment.folder
-    return LayerwiseEngine(decoder, store, runtime, scratch)
+    return LayerwiseEngine(decoder, store, runtime, scratch, routing(experiment.calibration))
+
+
+def routing(calibration: Calibration) -> Routing:
+    """Which tokens experts are calibrated with."""
+    return Routing(calibration.min_tokens_per_expert, shows_all=calibration.route == "all")

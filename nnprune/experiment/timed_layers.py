@@ -17,23 +17,33 @@ from nnprune.engine.layer_store import LayerStore
 from nnprune.engine.pruning_pass import PruneTask, PruningPass
 from nnprune.engine.stopwatch import Stopwatch
 from nnprune.experiment.build import Experiment
+from nnprune.experiment.preparation import routing
 from nnprune.model.decoder import Decoder
 
-LAYERS = 2  # one hands on to the other
+LAYERS = (
+    2,
+    4,
+)  # at least two, one hands on to the other; more where the largest, such as one with experts, comes after smaller ones
 VOCABULARY = 512
 
 
 @torch.no_grad()
-def time_layers(cells: Sequence[Experiment], ids: torch.Tensor, path: str) -> tuple[dict[str, float], list[list[str]]]:
-    """Seconds by stage of `LAYERS` layers, found at `path`, for `ids` (N, T) < VOCABULARY; and the groups of linears of a layer that
-    share an input. "load" reads them from the file cache: a cold disk takes longer."""
+def time_layers(
+    cells: Sequence[Experiment], ids: torch.Tensor, path: str, largest: int
+) -> tuple[dict[str, float], list[list[str]], int]:
+    """Seconds by stage of the first few layers, found at `path`, for `ids` (N, T) < VOCABULARY; the groups of linears of the
+    `largest` layer, or of the largest of those, that share an input; and the parameters of the layers.
+
+    "load" reads them from the file cache: a cold disk takes longer.
+    """
+    num_layers = min(max(largest + 1, LAYERS[0]), LAYERS[1])
     first = cells[0]
     config, runtime = first.source.config(), first.runtime
     watch, text = Stopwatch(runtime.torch_device), config.get_text_config()
     for key, value in vars(text).items():
         if isinstance(value, list) and len(value) == text.num_hidden_layers:  # such as layer_types
-            setattr(text, key, (value * 2)[:LAYERS])
-    text.num_hidden_layers, text.vocab_size, text.pad_token_id = LAYERS, VOCABULARY, None
+            setattr(text, key, (value * num_layers)[:num_layers])
+    text.num_hidden_layers, text.vocab_size, text.pad_token_id = num_layers, VOCABULARY, None
     decoder = Decoder(first.source.random(config), path)
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory() as name:
@@ -44,7 +54,7 @@ def time_layers(cells: Sequence[Experiment], ids: torch.Tensor, path: str) -> tu
             decoder.layers.load_state_dict(torch.load(folder / "weights"))
             offload = runtime.layers.replace("disk", "host")
             store = LayerStore(decoder, runtime.torch_device, offload, finished[0], None, first.computing_dtype)
-            engine = LayerwiseEngine(decoder, store, runtime, folder)
+            engine = LayerwiseEngine(decoder, store, runtime, folder, routing(first.calibration))
             check_consistency(engine)
         tasks = [
             PruneTask(cell.method, Uniform().plan(cell.pattern, decoder.shapes_by_layer()), files)  # as good as any plan
@@ -52,10 +62,10 @@ def time_layers(cells: Sequence[Experiment], ids: torch.Tensor, path: str) -> tu
             if not cell.is_dense
         ]
         with engine.hidden_states(ids, "windows") as states:
-            groups = layer_groups(states, 0, store.fetch(0))
+            groups = layer_groups(states, decoder.largest, store.fetch(decoder.largest))
             if tasks and first.allocation.looks_at != "nothing":
                 with watch.stage("allocation"):
                     run_importance_pass(engine, ids, {"": lambda one: first.allocation.measure(one, first.pattern)})
             PruningPass(engine, tasks, first.config["propagate"], watch).run(ids, [states])
     logging.disable(logging.NOTSET)
-    return watch.seconds, groups
+    return watch.seconds, groups, sum(map(torch.numel, decoder.layers.parameters()))

@@ -7,6 +7,7 @@ model's own forward, and logits come from that forward with the layers bypassed,
 Letters: B batch, T tokens, D hidden, O output features, I input features, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,12 @@ class Decoder:
     def shapes_by_layer(self) -> list[dict[str, tuple[int, int]]]:
         """For each decoder layer: full name -> (O, I) of its linears."""
         return [{name: view.shape for name, view in views.items()} for views in self._weights]
+
+    @property
+    def largest(self) -> int:
+        """The first of the decoder layers with most weights."""
+        sizes = [sum(math.prod(shape) for shape in layer.values()) for layer in self.shapes_by_layer()]
+        return sizes.index(max(sizes))
 
     def embed(self, ids: Tensor) -> Tensor:
         """The hidden states (B, T, D) at the input of the first decoder layer, for ids (B, T)."""
@@ -137,18 +144,25 @@ class Decoder:
                 del layer.forward
 
     def _returns_tuple(self, layer: nn.Module, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether layers of this class return a tuple: tested once by a forward on the meta device."""
+        """Whether layers of this class return a tuple: tested once by a forward on the meta device or, where what is computed depends
+        on values, with weights of zero."""
         kind = type(layer)
         if kind not in self._tuple_classes:
             replaced = layer.__dict__.pop("forward")
             state = dict(layer.named_parameters()) | dict(layer.named_buffers())
 
-            def to_meta(x: Tensor, computing: torch.dtype = hidden.dtype) -> Tensor:  # weights may be stored in another dtype
-                return x.to("meta", computing if x.is_floating_point() else x.dtype)
+            def to_meta(x: Tensor) -> Tensor:  # weights may be stored in another dtype
+                return x.to("meta", hidden.dtype if x.is_floating_point() else x.dtype)
 
-            state, hidden, args, kwargs = tree_map_only(Tensor, to_meta, (state, hidden, args, kwargs))
-            output = torch.func.functional_call(layer, state, (hidden, *args), kwargs)
-            layer.forward = replaced
+            arguments = ((hidden, *args), kwargs)
+            meta = tree_map_only(Tensor, to_meta, (state, *arguments))
+            try:
+                output = torch.func.functional_call(layer, *meta)
+            except (NotImplementedError, RuntimeError):
+                zeros = {name: torch.zeros_like(x, device=hidden.device) for name, x in meta[0].items()}
+                output = torch.func.functional_call(layer, zeros, *arguments)
+            finally:
+                layer.forward = replaced
             self._tuple_classes[kind] = isinstance(output, tuple)
         return self._tuple_classes[kind]
 

@@ -7,16 +7,17 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from nnprune.model.card import model_card
-from nnprune.model.checkpoint import FLOATS, LOADED_BY_TRANSFORMERS, Checkpoint, Header, read_headers
+from nnprune.model.checkpoint import FLOATS, LOADED_BY_TRANSFORMERS, Checkpoint, read_headers
 from nnprune.model.loading import ModelSource
 from nnprune.model.model_files import SAFETENSORS, SAFETENSORS_INDEX, read_json
 from nnprune.records import RunRecord, write_atomically
@@ -46,9 +47,9 @@ def save_model(source: ModelSource, model: PreTrainedModel, layers: Sequence[Pat
     summary = {"base_model": base, **json.loads(record.as_json())}
     try:
         checkpoint = Checkpoint(source.files.weights(), model, source.label)
-        places = _places(checkpoint, layers, summary)
+        places = _places(checkpoint, model, layers, summary)
         unfinished.mkdir(parents=True)
-        _write_weights(checkpoint, places, unfinished)
+        _write_weights(places, unfinished)
         for path in source.files.companions():
             copy = unfinished / path.relative_to(source.files.folder)
             copy.parent.mkdir(exist_ok=True, parents=True)
@@ -74,42 +75,77 @@ def describe(folder: Path, base: Mapping[str, Any], record: RunRecord) -> None:
     write_atomically(folder / "README.md", model_card(summary))
 
 
-def check_names(checkpoint: Checkpoint, linears: Iterable[str]) -> None:
-    """Raise ValueError if a linear's weight, by its full name, is not a tensor of the checkpoint that could be replaced."""
-    for name in linears:
-        if f"{name}.weight" not in checkpoint.places:
+def check_names(checkpoint: Checkpoint, model: PreTrainedModel, tensors: Iterable[str]) -> None:
+    """Raise ValueError if one of the `tensors`, by its name in the model, is neither in the checkpoint nor can be turned into what
+    it was made of."""
+    for name in tensors:
+        if name in checkpoint.places:
+            continue
+        try:
+            conversion = checkpoint.made[name]
+            conversion.unmake(model, {one: model.get_parameter(one).to("meta") for one in conversion.names})
+        except Exception as error:  # whatever a rule of transformers meets
             raise ValueError(
-                f"save=true: transformers computes {name} from other tensors of {checkpoint.label}, and it can't be saved under "
-                "their names; run without save=true"
-            )
+                f"save=true: transformers makes {name} of other tensors of {checkpoint.label}, and it can't be saved under "
+                f"their names ({error}); run without save=true"
+            ) from error
 
 
 def changed_names(names: Iterable[str], summary: Mapping[str, Any]) -> set[str]:
     """Of the `names` in memory of tensors of decoder layers, those that the run may have changed: pruned weights, or all if the layers
     were tuned."""
-    pruned = {f"{linear['name']}.weight" for linear in summary["per_linear"]}
+    pruned = {tensor_of(linear) for linear in summary["per_linear"]}
     return {name for name in names if summary["recovered"] or name in pruned}
 
 
-def _places(checkpoint: Checkpoint, layers: Sequence[Path], summary: Mapping[str, Any]) -> dict[str, Header]:
+def tensor_of(linear: Mapping[str, Any]) -> str:
+    """The name in memory of the tensor that holds the weight of a linear of a record."""
+    return linear.get("tensor", f"{linear['name']}.weight")
+
+
+class Source(NamedTuple):
+    """What is saved under a key: of which dtype (safetensors' name), shape and size, and where the values come from."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+    read: Callable[[], Tensor]
+
+
+def _places(
+    checkpoint: Checkpoint, model: PreTrainedModel, layers: Sequence[Path], summary: Mapping[str, Any]
+) -> dict[str, Source]:
     """Key of the base checkpoint -> the tensor to be saved under it.
 
     A changed tensor gets a dtype that holds the values of both its base's and its own.
     """
     pruned = {header.key: header for path in layers for header in read_headers(path, "outputs")}
     changed = changed_names(pruned, summary)
-    check_names(checkpoint, [linear["name"] for linear in summary["per_linear"]])
+    check_names(checkpoint, model, {tensor_of(linear) for linear in summary["per_linear"]})
+    conversions = {key: one for one in checkpoint.made.values() for key, _ in one.sources}
+
+    @lru_cache(maxsize=4)  # the tensors made together are often, but not always, neighbours
+    def unmade(target: str) -> dict[str, Tensor]:
+        conversion = checkpoint.made[target]
+        return conversion.unmake(model, {name: checkpoint.tensor(pruned[name]) for name in conversion.names})
+
     places = {}
     for key, header in checkpoint.headers.items():
-        if (name := checkpoint.names[key]) in changed and header.dtype in FLOATS:
-            both = torch.promote_types(FLOATS[header.dtype], FLOATS[pruned[name].dtype])
+        names = conversions[key].names if key in conversions else [checkpoint.names.get(key, key)]
+        read = partial(checkpoint.tensor, header)
+        dtype, num_bytes = header.dtype, header.num_bytes
+        if changed & set(names) and dtype in FLOATS:
+            read = partial(checkpoint.tensor, pruned[names[0]])
+            if key in conversions:
+                read = partial(lambda key, target: unmade(target)[key], key, conversions[key].target)
+            both = torch.promote_types(FLOATS[dtype], FLOATS[pruned[names[0]].dtype])
             dtype = next(known for known, one in FLOATS.items() if one == both)
-            header = pruned[name]._replace(dtype=dtype, num_bytes=math.prod(header.shape) * both.itemsize)
-        places[key] = header
+            num_bytes = math.prod(header.shape) * both.itemsize
+        places[key] = Source(dtype, header.shape, num_bytes, read)
     return places
 
 
-def _write_weights(checkpoint: Checkpoint, places: dict[str, Header], folder: Path) -> None:
+def _write_weights(places: dict[str, Source], folder: Path) -> None:
     """Write shards of at most `MAX_SHARD_BYTES`, or of one tensor, and their index, which a single file has too for whoever reads it."""
     shards: list[list[str]] = []
     room = 0
@@ -123,14 +159,14 @@ def _write_weights(checkpoint: Checkpoint, places: dict[str, Header], folder: Pa
     if len(names) == 1:
         names = [SAFETENSORS]
     for name, keys in zip(names, shards, strict=True):
-        _write_shard(checkpoint, {key: places[key] for key in keys}, folder / name)
+        _write_shard({key: places[key] for key in keys}, folder / name)
     total_size = sum(header.num_bytes for header in places.values())
     weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(checkpoint: Checkpoint, places: dict[str, Header], path: Path) -> None:
+def _write_shard(places: dict[str, Source], path: Path) -> None:
     """Write a safetensors file a tensor at a time: the library's `save_file` wants them all in memory, or mapped, at once."""
     order = sorted(places, key=lambda key: -places[key].num_bytes // max(math.prod(places[key].shape), 1))  # for alignment
     told: dict[str, Any] = {"__metadata__": LOADED_BY_TRANSFORMERS}
@@ -143,15 +179,15 @@ def _write_shard(checkpoint: Checkpoint, places: dict[str, Header], path: Path) 
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for key in order:
-            file.write(_bytes(checkpoint, places[key]))
+            file.write(_bytes(places[key]))
         file.flush()
         os.fsync(file.fileno())
     read_headers(path, "save=true")  # raises if the library does not accept it
 
 
-def _bytes(checkpoint: Checkpoint, header: Header) -> memoryview:
-    tensor: Tensor = checkpoint.tensor(header)
-    tensor = tensor.to(FLOATS.get(header.dtype, tensor.dtype)).contiguous()
+def _bytes(source: Source) -> memoryview:
+    tensor = source.read()
+    tensor = tensor.to(FLOATS.get(source.dtype, tensor.dtype)).contiguous()
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 

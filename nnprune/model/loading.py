@@ -24,7 +24,6 @@ from nnprune.model.model_files import ModelFiles, read_json
 from nnprune.model.skeleton import keep_float32, parameters_on_meta, recompute_buffers
 from nnprune.texts import DEMO_FOLDER
 
-
 OBSERVABLE = {"experts_implementation": "eager"}
 """Lets transformers compute the experts of a mixture one after the other, so that each one's inputs can be seen."""
 
