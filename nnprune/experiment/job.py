@@ -178,6 +178,7 @@ class Job:
             reports = [layer_files.reports[index] for index in range(self.engine.num_layers)]
             pruned.per_linear = [linear for report in reports for linear in report["linears"]]
             pruned.recovered = [report["recovered"] for report in reports if "recovered" in report]
+            pruned.left_alone = self.engine.decoder.left_alone
             pruned.linear_sparsity, pruned.model_sparsity = fractions_of_zeros(self.engine.decoder, reports)
             if (num_cells := max(report["num_cells"] for report in reports)) > 1:
                 pruned.notes.append(f"pruned in one pass with {num_cells - 1} other cells; `seconds` leaves that pass out")

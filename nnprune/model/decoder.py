@@ -7,7 +7,7 @@ model's own forward, and logits come from that forward with the layers bypassed,
 Letters: B batch, T tokens, D hidden, O output features, I input features, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
+from nnprune.model.left_alone import no_linears, shared, summarise
 from nnprune.model.weight_views import WeightView, weight_views
 
 
@@ -44,14 +45,17 @@ class Decoder:
         self.model = model.eval()
         self.text_config = model.config.get_text_config()
         self.path, self.layers = _find_layers(model, layers_path)
-        self._tuple_classes: dict[type[nn.Module], bool] = {}
+        self._tuple_lengths: dict[type[nn.Module], int] = {}
         for name, parameter in self.layers.named_parameters():
-            if parameter.ndim > 2 or "expert" in name:
+            if "expert" in name:
                 raise ValueError(
                     f"model.path: {type(model).__name__} holds {self.path}.{name}, no weight of a linear: mixture-of-experts "
-                    "and convolutional layers are not supported yet; choose a dense decoder-only model"
+                    "layers are not supported yet; choose a dense decoder-only model"
                 )
         self._weights = [weight_views(layer, f"{self.path}.{index}") for index, layer in enumerate(self.layers)]
+        self.left_alone = no_linears(self.path, self.layers, self._weights)
+        """Full name of each matrix of the layers that is not pruned, `*` for all that have it -> why."""
+        self.leave_alone(shared(self.path, self.layers, self._weights))
 
     @property
     def vocab_size(self) -> int:
@@ -69,6 +73,21 @@ class Decoder:
     def shapes_by_layer(self) -> list[dict[str, tuple[int, int]]]:
         """For each decoder layer: full name -> (O, I) of its linears."""
         return [{name: view.shape for name, view in views.items()} for views in self._weights]
+
+    def kinds(self) -> list[int]:
+        """For each decoder layer the first one of its kind: of the same class and type, with parameters of the same names and shapes."""
+        types = dict(enumerate(getattr(self.text_config, "layer_types", None) or ()))
+        first: dict[tuple, int] = {}
+        parameters = [tuple((name, one.shape) for name, one in layer.named_parameters()) for layer in self.layers]
+        return [first.setdefault((types.get(i), type(self.layers[i]), parameters[i]), i) for i in range(len(self.layers))]
+
+    def leave_alone(self, reasons: Mapping[str, str]) -> None:
+        """Take the linears in `reasons`, full name -> why, out of `weights`. Raises ValueError if none is left."""
+        self.left_alone |= summarise(self.path, reasons, list(self.shapes()))
+        self._weights = [{name: view for name, view in views.items() if name not in reasons} for views in self._weights]
+        if not any(self._weights):
+            why = "; ".join(f"{name} {reason}" for name, reason in self.left_alone.items())
+            raise ValueError(f"model.path: {type(self.model).__name__} has no linear that can be pruned ({why}); choose another model")
 
     def embed(self, ids: Tensor) -> Tensor:
         """The hidden states (B, T, D) at the input of the first decoder layer, for ids (B, T)."""
@@ -119,9 +138,9 @@ class Decoder:
         def bind(layer: nn.Module) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden, *args = args or (kwargs.pop("hidden_states"),)
-                as_tuple = self._returns_tuple(layer, hidden, args, kwargs)
+                as_tuple = self._length_of_tuple(layer, hidden, args, kwargs)
                 output = replacement(layer, hidden, LayerCall(tuple(args), kwargs))
-                return (output, None) if as_tuple else output
+                return (output, *[None] * (as_tuple - 1)) if as_tuple else output
 
             return forward
 
@@ -135,10 +154,10 @@ class Decoder:
             for layer in self.layers:
                 del layer.forward
 
-    def _returns_tuple(self, layer: nn.Module, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether layers of this class return a tuple: tested once by a forward on the meta device."""
+    def _length_of_tuple(self, layer: nn.Module, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> int:
+        """How many values layers of this class return in a tuple, 0 for a bare tensor: found once by a forward on the meta device."""
         kind = type(layer)
-        if kind not in self._tuple_classes:
+        if kind not in self._tuple_lengths:
             replaced = layer.__dict__.pop("forward")
             state = dict(layer.named_parameters()) | dict(layer.named_buffers())
 
@@ -146,10 +165,12 @@ class Decoder:
                 return x.to("meta", computing if x.is_floating_point() else x.dtype)
 
             state, hidden, args, kwargs = tree_map_only(Tensor, to_meta, (state, hidden, args, kwargs))
-            output = torch.func.functional_call(layer, state, (hidden, *args), kwargs)
-            layer.forward = replaced
-            self._tuple_classes[kind] = isinstance(output, tuple)
-        return self._tuple_classes[kind]
+            try:
+                output = torch.func.functional_call(layer, state, (hidden, *args), kwargs)
+            finally:
+                layer.forward = replaced
+            self._tuple_lengths[kind] = len(output) if isinstance(output, tuple) else 0
+        return self._tuple_lengths[kind]
 
 
 def run_layer(layer: Callable[..., Any], hidden: Tensor, call: LayerCall) -> Tensor:
@@ -178,6 +199,9 @@ def _find_layers(model: PreTrainedModel, layers_path: str | None) -> tuple[str, 
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     found = [(name, layers) for name, layers in lists.items() if len(layers) == depth]
+    if len(found) > 1:  # a vision tower may be as deep as the text decoder
+        text_modules = set(model.get_decoder().modules())
+        found = [(name, layers) for name, layers in found if layers in text_modules]
     if len(found) != 1:
         names = ", ".join(name for name, _ in found) or "none"
         raise ValueError(

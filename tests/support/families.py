@@ -141,7 +141,7 @@ HYBRIDS = {
         "NemotronH", layers_block_type=["mamba", "attention", "mlp"], mamba_num_heads=4, mamba_head_dim=16, n_groups=1,
         ssm_state_size=8, chunk_size=8, head_dim=8, **GROUPED
     ),
-    "zamba": make_model("Zamba", layers_block_type=["hybrid", "mamba", "hybrid"], mamba_d_state=8, mamba_dt_rank=8),
+    "zamba": make_model("Zamba", num_key_value_heads=4, layers_block_type=["hybrid", "mamba", "hybrid"], mamba_d_state=8, mamba_dt_rank=8),
     "zamba2": make_model(
         "Zamba2", layers_block_type=["hybrid", "mamba", "hybrid"], mamba_d_state=8, n_mamba_heads=4, chunk_size=8, adapter_rank=8
     ),
