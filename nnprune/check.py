@@ -16,7 +16,7 @@ from torch import Tensor
 from nnprune.checks import is_finite
 from nnprune.model.checkpoint import FLOATS, Checkpoint, read_headers
 from nnprune.model.decoder import Decoder
-from nnprune.model.export import SUMMARY, changed_names
+from nnprune.model.export import SUMMARY, changed_names, weight_name
 from nnprune.model.loading import ModelSource, quieten_transformers
 from nnprune.model.model_files import SAFETENSORS_INDEX, read_json
 from nnprune.patterns import PatternError, parse_pattern, zeros_in
@@ -56,7 +56,7 @@ class SavedModel:
         self.checkpoint = Checkpoint(self.source.files.weights(), self.model, str(folder))
         decoder = Decoder(self.model, layers_path)
         self.views = {name: view for index in range(len(decoder.layers)) for name, view in decoder.weights(index).items()}
-        inside = {name for name in self.checkpoint.places if name.startswith(f"{decoder.path}.")}
+        inside = {name for name in self.model.state_dict() if name.startswith(f"{decoder.path}.")}
         self.changed = changed_names(inside, self.summary)
         self.base: Checkpoint | None = None
 
@@ -93,11 +93,11 @@ class SavedModel:
         """The zeros of every linear of the plan: as the pattern asks, and as many as were counted."""
         zeros = size = 0
         for name, (pattern, sparsity) in self.linears.items():
-            header = self.checkpoint.places.get(f"{name}.weight")
-            if header is None or name not in self.views:
+            weight = weight_name(name)
+            if weight not in self.checkpoint or name not in self.views:
                 yield f"{name} is no linear of the decoder layers"
                 continue
-            weight_OI = self.views[name].within(self.checkpoint.tensor(header))
+            weight_OI = self.views[name].within(self.checkpoint.read([weight])[weight])
             found, counted = zeros_in(weight_OI), round(sparsity * weight_OI.numel())
             zeros, size = zeros + found, size + weight_OI.numel()
             try:
@@ -129,7 +129,7 @@ class SavedModel:
 
     def untouched(self) -> set[str]:
         """The keys of what the run left alone."""
-        keys = {key for key, name in self.checkpoint.names.items() if name not in self.changed}
+        keys = {key for key in self.checkpoint.headers if not self.checkpoint.weights_of(key) & self.changed}
         return keys if self.base is None else keys & self.base.headers.keys()
 
 

@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from nnprune.model.conversions import Conversion, plan_loading
 
 LOADED_BY_TRANSFORMERS = {"format": "pt"}
 
@@ -56,9 +56,10 @@ class Checkpoint:
         self._model = model
         self._state = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
         self.headers = {header.key: header for path in paths for header in read_headers(path, label)}
-        rename, self._converts = _renaming(model)
-        self.names = {key: rename(key) for key in self.headers}
-        self.places = {name: self.headers[key] for key, name in self.names.items()}
+        names, self._conversions = plan_loading(model, {key: header.shape for key, header in self.headers.items()})
+        self.places = {name: self.headers[key] for key, name in names.items()}
+        self.conversions = {name: one for one in self._conversions.values() for name in one.shapes}
+        self._names = names
         self._open: tuple[Path, dict[str, Tensor]] | None = None  # the .bin file that was read last
 
     def check(self) -> None:
@@ -69,13 +70,17 @@ class Checkpoint:
             dtype, shape = self._state[name]
             if dtype.is_floating_point and header.dtype not in FLOATS:
                 raise ValueError(f"{self.label}: {header.key} is of {header.dtype}: the checkpoint {QUANTISED}")
-            if header.shape != shape and name not in self._converts:
+            if header.shape != shape:
                 raise ValueError(
                     f"{self.label}: {header.key} is {header.shape} in {header.path.name}, and config.json asks for {shape}; "
                     "they are of different models, get both again"
                 )
-        if self._converts:
-            return  # what transformers makes other weights of is for it to judge
+        for name, conversion in self.conversions.items():
+            if name in self._state and conversion.shapes[name] != self._state[name][1]:
+                raise ValueError(
+                    f"{self.label}: {min(conversion.patterns)} and others make {name} of {conversion.shapes[name]}, and config.json "
+                    f"asks for {self._state[name][1]}; they are of different models, get both again"
+                )
         if missing := sorted(self.missing(list(self._state))):
             module = missing[0].rpartition(".")[0] + "."
             others = [name.removeprefix(module) for name in self.places if name.startswith(module) and name not in self._state]
@@ -86,32 +91,52 @@ class Checkpoint:
     def missing(self, names: Sequence[str]) -> set[str]:
         """Those of the model's `names` that neither the files hold nor a weight that is tied to it stands for."""
         ignored = self._model._keys_to_ignore_on_load_missing or ()
-        absent = {name for name in names if name not in self.places and not any(re.search(rule, name) for rule in ignored)}
+        absent = {name for name in names if name not in self and not any(re.search(rule, name) for rule in ignored)}
         tied: dict[str, set[str]] = {}
         for target, source in self._model.all_tied_weights_keys.items():
             tied.setdefault(source, {source}).add(target)
         for group in tied.values():
-            if group & set(self.places):
+            if any(name in self for name in group):
                 absent -= group
         return absent
 
     def can_read(self, prefix: str) -> bool:
         """Whether `read` gives every weight whose name starts with `prefix`, and `load_embeddings_and_head` all others."""
         tied = self._model.all_tied_weights_keys
-        absent = self._state.keys() - self.places.keys()
+        absent = {name for name in self._state if name not in self}
         from_others = {name for name in absent if not name.startswith(prefix) and name in {*tied, *tied.values()}}
-        return not self._converts and absent == from_others and not self.missing(list(absent))
+        return absent == from_others and not self.missing(list(absent))
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Name -> tensor, in the model's dtype, for the model's parameters `names`."""
-        if missing := set(names) - set(self.places):
+        if missing := [name for name in names if name not in self]:
             raise ValueError(f"{self.label}: its safetensors lack {min(missing)}; use runtime.layers=host")
+        conversions = {id(one): one for name in names if (one := self.conversions.get(name))}.values()
+        keys = {self.places[name].key: name for name in names if name in self.places}
+        found = self._get([*keys, *(key for one in conversions for key in one.patterns)])
+        tensors = {name: found.pop(key) for key, name in keys.items()}
+        for conversion in conversions:
+            tensors |= conversion.apply({key: found.pop(key) for key in conversion.patterns})
+        return {name: tensors[name].to(self._state[name][0]) for name in names}
+
+    def weights_of(self, key: str) -> set[str]:
+        """The names of the weights that a tensor of the files is, or that are made of it."""
+        return {self._names[key]} if key in self._names else set(self._conversions[key].shapes)
+
+    def conversion_of(self, key: str) -> Conversion | None:
+        """What makes weights of a tensor of the files and others; None: it is a weight as it is."""
+        return self._conversions.get(key)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the files hold a weight of this name, as it is or in parts."""
+        return name in self.places or name in self.conversions
+
+    def _get(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """Key -> tensor, as stored in safetensors."""
         tensors: dict[str, Tensor] = {}
-        for path in {self.places[name].path for name in names}:
+        for path in {self.headers[key].path for key in keys}:
             with safe_open(path, "pt") as file:
-                for name in names:
-                    if self.places[name].path == path:
-                        tensors[name] = file.get_tensor(self.places[name].key).to(self._state[name][0])
+                tensors |= {key: file.get_tensor(key) for key in keys if self.headers[key].path == path}
         return tensors
 
     def tensor(self, header: Header) -> Tensor:
@@ -126,7 +151,7 @@ class Checkpoint:
     def load_embeddings_and_head(self, names: Sequence[str]) -> None:
         """Give the model the weights `names`, all those outside its decoder layers, and tie what transformers ties: a head
         of its own stays, and of two tied weights the one that is stored counts for both."""
-        absent = {name for name in names if name not in self.places}
+        absent = {name for name in names if name not in self}
         if missing := self.missing(names):
             raise ValueError(f"{self.label}: its safetensors lack {min(missing)}; use runtime.layers=host")
         self._model.load_state_dict(self.read([name for name in names if name not in absent]), strict=False, assign=True)
@@ -168,25 +193,6 @@ def _load_bin(path: Path, device: str) -> dict[str, Tensor]:
     except RuntimeError:  # files of before torch 1.6 can't be mapped
         state = torch.load(path, **options)
     return {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
-
-
-def _renaming(model: PreTrainedModel) -> tuple[Callable[[str], str], set[str]]:
-    """What transformers' loader calls the weight of a key, and, filled as it is used, which weights it computes from others."""
-    transforms = get_model_conversion_mapping(model)
-    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-    converters = [one for one in transforms if isinstance(one, WeightConverter)]
-    state, prefix, converted = model.state_dict(), model.base_model_prefix, set()
-
-    def rename(key: str) -> str:
-        name, converter = rename_source_key(key, renamings, converters, prefix, state)
-        if name not in state and key in state:
-            name, converter = rename_source_key(key, [], [], prefix, state)
-        if converter is not None:
-            converted.add(name)
-            return f"{name} of {key}"  # not to be read as it is
-        return name
-
-    return rename, converted
 
 
 def save_atomically(state: dict[str, Tensor], path: Path) -> None:

@@ -87,7 +87,9 @@ class Decoder:
         self._weights = [{name: view for name, view in views.items() if name not in reasons} for views in self._weights]
         if not any(self._weights):
             why = "; ".join(f"{name} {reason}" for name, reason in self.left_alone.items())
-            raise ValueError(f"model.path: {type(self.model).__name__} has no linear that can be pruned ({why}); choose another model")
+            raise ValueError(
+                f"model.path: {type(self.model).__name__} has no linear that can be pruned ({why}); choose another model"
+            )
 
     def embed(self, ids: Tensor) -> Tensor:
         """The hidden states (B, T, D) at the input of the first decoder layer, for ids (B, T)."""

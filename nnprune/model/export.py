@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from nnprune.model.card import model_card
 from nnprune.model.checkpoint import FLOATS, LOADED_BY_TRANSFORMERS, Checkpoint, Header, read_headers
+from nnprune.model.conversions import Conversion
 from nnprune.model.loading import ModelSource
 from nnprune.model.model_files import SAFETENSORS, SAFETENSORS_INDEX, read_json
 from nnprune.records import RunRecord, write_atomically
@@ -46,9 +47,9 @@ def save_model(source: ModelSource, model: PreTrainedModel, layers: Sequence[Pat
     summary = {"base_model": base, **json.loads(record.as_json())}
     try:
         checkpoint = Checkpoint(source.files.weights(), model, source.label)
-        places = _places(checkpoint, layers, summary)
+        tensors = _Tensors(checkpoint, layers, summary)
         unfinished.mkdir(parents=True)
-        _write_weights(checkpoint, places, unfinished)
+        _write_weights(tensors, unfinished)
         for path in source.files.companions():
             copy = unfinished / path.relative_to(source.files.folder)
             copy.parent.mkdir(exist_ok=True, parents=True)
@@ -74,10 +75,17 @@ def describe(folder: Path, base: Mapping[str, Any], record: RunRecord) -> None:
     write_atomically(folder / "README.md", model_card(summary))
 
 
+def weight_name(linear: str) -> str:
+    """The full name of the weight of a linear."""
+    return f"{linear}.weight"
+
+
 def check_names(checkpoint: Checkpoint, linears: Iterable[str]) -> None:
-    """Raise ValueError if a linear's weight, by its full name, is not a tensor of the checkpoint that could be replaced."""
+    """Raise ValueError if a linear's weight, by its full name, can't be saved as what it is in the checkpoint."""
     for name in linears:
-        if f"{name}.weight" not in checkpoint.places:
+        weight = weight_name(name)
+        conversion = checkpoint.conversions.get(weight)
+        if not (weight in checkpoint.places or (conversion and conversion.can_revert())):
             raise ValueError(
                 f"save=true: transformers computes {name} from other tensors of {checkpoint.label}, and it can't be saved under "
                 "their names; run without save=true"
@@ -87,33 +95,69 @@ def check_names(checkpoint: Checkpoint, linears: Iterable[str]) -> None:
 def changed_names(names: Iterable[str], summary: Mapping[str, Any]) -> set[str]:
     """Of the `names` in memory of tensors of decoder layers, those that the run may have changed: pruned weights, or all if the layers
     were tuned."""
-    pruned = {f"{linear['name']}.weight" for linear in summary["per_linear"]}
+    pruned = {weight_name(linear["name"]) for linear in summary["per_linear"]}
     return {name for name in names if summary["recovered"] or name in pruned}
 
 
-def _places(checkpoint: Checkpoint, layers: Sequence[Path], summary: Mapping[str, Any]) -> dict[str, Header]:
-    """Key of the base checkpoint -> the tensor to be saved under it.
+class _Tensors:
+    """The tensors to be saved, by their keys in the base checkpoint.
 
-    A changed tensor gets a dtype that holds the values of both its base's and its own.
+    A changed tensor gets a dtype that holds the values of both its base's and its own. Those that transformers makes weights of are
+    taken from these weights again.
     """
-    pruned = {header.key: header for path in layers for header in read_headers(path, "outputs")}
-    changed = changed_names(pruned, summary)
-    check_names(checkpoint, [linear["name"] for linear in summary["per_linear"]])
-    places = {}
-    for key, header in checkpoint.headers.items():
-        if (name := checkpoint.names[key]) in changed and header.dtype in FLOATS:
-            both = torch.promote_types(FLOATS[header.dtype], FLOATS[pruned[name].dtype])
-            dtype = next(known for known, one in FLOATS.items() if one == both)
-            header = pruned[name]._replace(dtype=dtype, num_bytes=math.prod(header.shape) * both.itemsize)
-        places[key] = header
-    return places
+
+    def __init__(self, checkpoint: Checkpoint, layers: Sequence[Path], summary: Mapping[str, Any]) -> None:
+        check_names(checkpoint, [linear["name"] for linear in summary["per_linear"]])
+        self.checkpoint = checkpoint
+        self._pruned = {header.key: header for path in layers for header in read_headers(path, "outputs")}
+        self._changed = changed_names(self._pruned, summary)
+        self._apart: dict[str, dict[str, Tensor]] = {}  # first weight -> key -> tensor, of one layer
+        self._layer: Path | None = None
+        self.headers = {key: self._header(key) for key in checkpoint.headers}
+
+    def _header(self, key: str) -> Header:
+        """Of the tensor as it is to be saved."""
+        base = self.checkpoint.headers[key]
+        changed = self.checkpoint.weights_of(key) & self._changed
+        if not changed or base.dtype not in FLOATS:
+            return base
+        own = self._pruned[min(changed)]
+        both = torch.promote_types(FLOATS[base.dtype], FLOATS[own.dtype])
+        dtype = next(known for known, one in FLOATS.items() if one == both)
+        return Header(own.path, key, dtype, base.shape, math.prod(base.shape) * both.itemsize)
+
+    def get(self, key: str) -> Tensor:
+        """The tensor in the dtype of its header."""
+        base, header = self.checkpoint.headers[key], self.headers[key]
+        if header is base:
+            tensor = self.checkpoint.tensor(base)
+        elif (conversion := self.checkpoint.conversion_of(key)) is None:
+            (name,) = self.checkpoint.weights_of(key)
+            tensor = self.checkpoint.tensor(self._pruned[name])
+        else:
+            tensor = self._taken_apart(conversion, header.path)[key]
+        return tensor.to(FLOATS.get(header.dtype, tensor.dtype)).contiguous()
+
+    def _taken_apart(self, conversion: Conversion, layer: Path) -> dict[str, Tensor]:
+        if layer != self._layer:
+            self._layer, self._apart = layer, {}
+        if conversion.name not in self._apart:
+            weights = {name: self.checkpoint.tensor(self._pruned[name]) for name in conversion.shapes}
+            tensors = conversion.revert(weights)
+            again = conversion.apply(tensors)
+            if not all(torch.equal(again[name], weight) for name, weight in weights.items()):
+                raise ValueError(
+                    f"save=true: {conversion.name} can't be taken apart as transformers makes it; run without save=true"
+                )
+            self._apart[conversion.name] = tensors
+        return self._apart[conversion.name]
 
 
-def _write_weights(checkpoint: Checkpoint, places: dict[str, Header], folder: Path) -> None:
+def _write_weights(tensors: _Tensors, folder: Path) -> None:
     """Write shards of at most `MAX_SHARD_BYTES`, or of one tensor, and their index, which a single file has too for whoever reads it."""
     shards: list[list[str]] = []
     room = 0
-    for key, header in places.items():
+    for key, header in tensors.headers.items():
         if not shards or header.num_bytes > room:
             shards.append([])
             room = MAX_SHARD_BYTES
@@ -123,36 +167,31 @@ def _write_weights(checkpoint: Checkpoint, places: dict[str, Header], folder: Pa
     if len(names) == 1:
         names = [SAFETENSORS]
     for name, keys in zip(names, shards, strict=True):
-        _write_shard(checkpoint, {key: places[key] for key in keys}, folder / name)
-    total_size = sum(header.num_bytes for header in places.values())
+        _write_shard(tensors, keys, folder / name)
+    total_size = sum(header.num_bytes for header in tensors.headers.values())
     weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(checkpoint: Checkpoint, places: dict[str, Header], path: Path) -> None:
+def _write_shard(tensors: _Tensors, keys: Sequence[str], path: Path) -> None:
     """Write a safetensors file a tensor at a time: the library's `save_file` wants them all in memory, or mapped, at once."""
-    order = sorted(places, key=lambda key: -places[key].num_bytes // max(math.prod(places[key].shape), 1))  # for alignment
+    headers = tensors.headers
+    order = sorted(keys, key=lambda key: -headers[key].num_bytes // max(math.prod(headers[key].shape), 1))  # for alignment
     told: dict[str, Any] = {"__metadata__": LOADED_BY_TRANSFORMERS}
     end = 0
     for key in order:
-        start, end = end, end + places[key].num_bytes
-        told[key] = {"dtype": places[key].dtype, "shape": list(places[key].shape), "data_offsets": [start, end]}
+        start, end = end, end + headers[key].num_bytes
+        told[key] = {"dtype": headers[key].dtype, "shape": list(headers[key].shape), "data_offsets": [start, end]}
     header = json.dumps(told).encode()
     header += b" " * (-len(header) % 8)
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for key in order:
-            file.write(_bytes(checkpoint, places[key]))
+            file.write(memoryview(tensors.get(key).reshape(-1).view(torch.uint8).numpy()))
         file.flush()
         os.fsync(file.fileno())
     read_headers(path, "save=true")  # raises if the library does not accept it
-
-
-def _bytes(checkpoint: Checkpoint, header: Header) -> memoryview:
-    tensor: Tensor = checkpoint.tensor(header)
-    tensor = tensor.to(FLOATS.get(header.dtype, tensor.dtype)).contiguous()
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def _adapt_config(path: Path, source: ModelSource) -> None:
