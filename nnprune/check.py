@@ -94,11 +94,11 @@ class SavedModel:
         zeros = size = 0
         held = tensor = None
         for name, (pattern, sparsity) in self.linears.items():
-            if name not in self.views or (key := self.views[name].key) not in self.checkpoint:
+            if name not in self.views or (weight := self.views[name].key) not in self.checkpoint:
                 yield f"{name} is no linear of the decoder layers"
                 continue
-            if key != held:  # all experts of a layer share one
-                held, tensor = key, self.checkpoint.read([key])[key]
+            if weight != held:  # all experts of a layer share one
+                held, tensor = weight, self.checkpoint.read([weight])[weight]
             weight_OI = self.views[name].within(tensor)
             found, counted = zeros_in(weight_OI), round(sparsity * weight_OI.numel())
             zeros, size = zeros + found, size + weight_OI.numel()
@@ -131,9 +131,7 @@ class SavedModel:
 
     def untouched(self) -> set[str]:
         """The keys of what the run left alone."""
-        names = {key: {name} for key, name in self.checkpoint.names.items()}
-        names |= {key: set(one.names) for one in self.checkpoint.made.values() for key, _ in one.sources}
-        keys = {key for key, made in names.items() if not made & self.changed}
+        keys = {key for key in self.checkpoint.headers if not self.checkpoint.weights_of(key) & self.changed}
         return keys if self.base is None else keys & self.base.headers.keys()
 
 

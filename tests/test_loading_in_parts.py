@@ -65,7 +65,7 @@ def test_a_checkpoint_that_cannot_be_read_in_parts_is_loaded_whole(tiny_config, 
     source = ModelSource(str(tiny_model_dir))
     checkpoint = source.checkpoint(source.skeleton(source.config()))
     assert checkpoint.can_read("model.decoder.layers.")
-    checkpoint._converts.add("model.decoder.layers.0.fc1.weight")
+    checkpoint.places.pop("model.decoder.layers.0.fc1.weight")
     assert not checkpoint.can_read("model.decoder.layers.")
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "can_read", lambda *_: False)

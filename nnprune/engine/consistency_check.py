@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.input_collector import refuse_nonfinite
+from nnprune.engine.uncalled_linears import leave_uncalled_alone, noting_calls
 from nnprune.model.decoder import LayerCall, run_layer
 
 CHECKED_IN_FULL = 8
@@ -20,10 +21,11 @@ CHECKED_IN_FULL = 8
 def check_consistency(engine: LayerwiseEngine) -> None:
     """Compare the layer-wise forward with `model(ids)` on a batch of two, and check that no token sees a later one.
 
-    Of a deep model, or with layers on disk, only the first layer of each kind, the middle one and the last one are compared.
+    Of a deep model, or with layers on disk, only the first layer of each kind, the middle one and the last one are compared. Linears
+    whose weights the model uses without calling them are left alone from here on, which is logged.
 
     Raises:
-        ValueError: the model does not fit the layer-wise engine, is not causal, or holds NaN.
+        ValueError: the model does not fit the layer-wise engine, is not causal, holds NaN, or has no linear that can be pruned.
     """
     decoder, store = engine.decoder, engine.store
     generator = torch.Generator().manual_seed(0)
@@ -32,13 +34,14 @@ def check_consistency(engine: LayerwiseEngine) -> None:
     calls = decoder.record_calls(recorded_ids)
     hidden = decoder.embed(ids)
     checked = _layers_to_check(engine)
+    reached: dict[int, set[str]] = {index: set() for index in checked}
 
     def run_both(index: int, layer_forward: Callable, model_hidden: Tensor, call: LayerCall) -> Tensor:
         nonlocal hidden
         if index not in checked:
             return model_hidden
         store.fetch(index, pruned=False)
-        with refuse_nonfinite(decoder.weights(index)):
+        with refuse_nonfinite(decoder.weights(index)), noting_calls(decoder.weights(index), reached[index]):
             model_output = run_layer(layer_forward, model_hidden, call)
         hidden = run_layer(layer_forward, hidden, calls[index])
         store.release(index)
@@ -50,14 +53,14 @@ def check_consistency(engine: LayerwiseEngine) -> None:
         raise ValueError(f"{name}: its layers, run one by one, do not give the model's own logits; it is not supported")
     if not _agree(logits[0, :8], logits[1, :8]):
         raise ValueError(f"{name}: its tokens see later ones, so it is no causal language model; choose another model.path")
+    leave_uncalled_alone(decoder, reached)
 
 
 def _layers_to_check(engine: LayerwiseEngine) -> set[int]:
     num_layers = engine.num_layers
     if num_layers <= CHECKED_IN_FULL and engine.store.offload != "disk":
         return set(range(num_layers))
-    kinds = getattr(engine.decoder.text_config, "layer_types", None) or ["decoder layer"] * num_layers
-    return {kinds.index(kind) for kind in kinds} | {num_layers // 2, num_layers - 1}
+    return {*engine.decoder.kinds(), num_layers // 2, num_layers - 1}
 
 
 def _agree(first: Tensor, second: Tensor) -> bool:

@@ -178,6 +178,7 @@ class Job:
             reports = [layer_files.reports[index] for index in range(self.engine.num_layers)]
             pruned.per_linear = [linear for report in reports for linear in report["linears"]]
             pruned.recovered = [report["recovered"] for report in reports if "recovered" in report]
+            pruned.left_alone = self.engine.decoder.left_alone
             pruned.linear_sparsity, pruned.model_sparsity = fractions_of_zeros(self.engine.decoder, reports)
             if (num_cells := max(report["num_cells"] for report in reports)) > 1:
                 pruned.notes.append(f"pruned in one pass with {num_cells - 1} other cells; `seconds` leaves that pass out")
@@ -202,7 +203,7 @@ class Job:
         source, decoder = self.experiment.source, self.engine.decoder
         checkpoint = self.engine.store.checkpoint or Checkpoint(source.files.weights(), decoder.model, source.label)
         views = (view for index in range(len(decoder.layers)) for view in decoder.weights(index).values())
-        check_names(checkpoint, decoder.model, {view.key for view in views})
+        check_names(checkpoint, {view.key for view in views})
 
     @parallel.on_rank_0
     def _save(self, record: RunRecord) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nnprune.model.conversion import Conversion, renamed
+from nnprune.model.conversions import Conversion, plan_loading
 
 LOADED_BY_TRANSFORMERS = {"format": "pt"}
 
@@ -56,10 +56,10 @@ class Checkpoint:
         self._model = model
         self._state = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
         self.headers = {header.key: header for path in paths for header in read_headers(path, label)}
-        self.names, conversions = renamed(model, self.headers)
-        self.places = {name: self.headers[key] for key, name in self.names.items()}
-        self.made: dict[str, Conversion] = {}  # by the model's names
-        self._is_understood = all([self._understand(conversion) for conversion in conversions.values()])
+        names, self._conversions = plan_loading(model, {key: header.shape for key, header in self.headers.items()})
+        self.places = {name: self.headers[key] for key, name in names.items()}
+        self.conversions = {name: one for one in self._conversions.values() for name in one.shapes}
+        self._names = names
         self._open: tuple[Path, dict[str, Tensor]] | None = None  # the .bin file that was read last
 
     def check(self) -> None:
@@ -75,8 +75,12 @@ class Checkpoint:
                     f"{self.label}: {header.key} is {header.shape} in {header.path.name}, and config.json asks for {shape}; "
                     "they are of different models, get both again"
                 )
-        if not self._is_understood:
-            return  # for transformers to judge
+        for name, conversion in self.conversions.items():
+            if name in self._state and conversion.shapes[name] != self._state[name][1]:
+                raise ValueError(
+                    f"{self.label}: {min(conversion.patterns)} and others make {name} of {conversion.shapes[name]}, and config.json "
+                    f"asks for {self._state[name][1]}; they are of different models, get both again"
+                )
         if missing := sorted(self.missing(list(self._state))):
             module = missing[0].rpartition(".")[0] + "."
             others = [name.removeprefix(module) for name in self.places if name.startswith(module) and name not in self._state]
@@ -101,42 +105,39 @@ class Checkpoint:
         tied = self._model.all_tied_weights_keys
         absent = {name for name in self._state if name not in self}
         from_others = {name for name in absent if not name.startswith(prefix) and name in {*tied, *tied.values()}}
-        return self._is_understood and absent == from_others and not self.missing(list(absent))
+        return absent == from_others and not self.missing(list(absent))
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Name -> tensor, in the model's dtype, for the model's parameters `names`."""
-        if missing := {name for name in names if name not in self}:
+        if missing := [name for name in names if name not in self]:
             raise ValueError(f"{self.label}: its safetensors lack {min(missing)}; use runtime.layers=host")
-        stored = [name for name in names if name in self.places]
-        tensors: dict[str, Tensor] = {}
-        for path in {self.places[name].path for name in stored}:
-            with safe_open(path, "pt") as file:
-                for name in stored:
-                    if self.places[name].path == path:
-                        tensors[name] = file.get_tensor(self.places[name].key).to(self._state[name][0])
-        while missing := [name for name in names if name not in tensors]:
-            conversion = self.made[missing[0]]
-            dtype = self._state[missing[0]][0]
-            made = conversion.make(self._model, lambda key, dtype=dtype: self.tensor(self.headers[key]).to(dtype))
-            tensors |= {name: tensor.to(self._state[name][0]) for name, tensor in made.items() if name in names}
-        return tensors
+        conversions = {id(one): one for name in names if (one := self.conversions.get(name))}.values()
+        keys = {self.places[name].key: name for name in names if name in self.places}
+        found = self._get([*keys, *(key for one in conversions for key in one.patterns)])
+        tensors = {name: found.pop(key) for key, name in keys.items()}
+        for conversion in conversions:
+            tensors |= conversion.apply({key: found.pop(key) for key in conversion.patterns})
+        return {name: tensors[name].to(self._state[name][0]) for name in names}
+
+    def weights_of(self, key: str) -> set[str]:
+        """The names of the weights that a tensor of the files is, or that are made of it."""
+        return {self._names[key]} if key in self._names else set(self._conversions[key].shapes)
+
+    def conversion_of(self, key: str) -> Conversion | None:
+        """What makes weights of a tensor of the files and others; None: it is a weight as it is."""
+        return self._conversions.get(key)
 
     def __contains__(self, name: str) -> bool:
-        """Whether `read` gives the weight that the model calls so."""
-        return name in self.places or name in self.made
+        """Whether the files hold a weight of this name, as it is or in parts."""
+        return name in self.places or name in self.conversions
 
-    def _understand(self, conversion: Conversion) -> bool:
-        """Note which weights a conversion makes. Returns whether it works."""
-        if conversion.target not in self._state:
-            return True  # nobody asks for it
-        try:
-            made = conversion.make(self._model, lambda key: torch.empty(self.headers[key].shape, device="meta"))
-            is_right = all(tuple(tensor.shape) == self._state[name][1] for name, tensor in made.items())
-        except Exception:  # whatever a rule meets in a checkpoint that is not as it should be
-            return False
-        conversion.names = list(made)
-        self.made |= dict.fromkeys(made, conversion)
-        return is_right
+    def _get(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """Key -> tensor, as stored in safetensors."""
+        tensors: dict[str, Tensor] = {}
+        for path in {self.headers[key].path for key in keys}:
+            with safe_open(path, "pt") as file:
+                tensors |= {key: file.get_tensor(key) for key in keys if self.headers[key].path == path}
+        return tensors
 
     def tensor(self, header: Header) -> Tensor:
         """A tensor as it is stored. Those of safetensors are mapped: they take memory while they are used."""

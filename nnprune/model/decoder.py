@@ -8,7 +8,7 @@ Letters: B batch, T tokens, D hidden, O output features, I input features, V voc
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
+from nnprune.model.left_alone import no_linears, shared, summarise
 from nnprune.model.weight_views import WeightView, weight_views
 
 
@@ -45,7 +46,7 @@ class Decoder:
         self.model = model.eval()
         self.text_config = model.config.get_text_config()
         self.path, self.layers = _find_layers(model, layers_path)
-        self._tuple_classes: dict[type[nn.Module], bool] = {}
+        self._tuple_lengths: dict[type[nn.Module], int] = {}
         hidden_size = getattr(self.text_config, "hidden_size", None)
         self._weights = [weight_views(layer, f"{self.path}.{index}", hidden_size) for index, layer in enumerate(self.layers)]
         viewed = {id(view.module) for views in self._weights for view in views.values()}
@@ -54,6 +55,9 @@ class Decoder:
             if "expert" in name and matrices and id(module) not in viewed and not isinstance(module, nn.Linear):
                 reason = f"holds the weights of all experts in the matrices of {self.path}.{name}"
                 raise ValueError(f"model.path: {type(model).__name__} {reason}, which is not supported; choose another model")
+        self.left_alone = no_linears(self.path, self.layers, self._weights)
+        """Full name of each matrix of the layers that is not pruned, `*` for all that have it -> why."""
+        self.leave_alone(shared(self.path, self.layers, self._weights))
 
     @property
     def vocab_size(self) -> int:
@@ -77,6 +81,23 @@ class Decoder:
         """The first of the decoder layers with most weights."""
         sizes = [sum(math.prod(shape) for shape in layer.values()) for layer in self.shapes_by_layer()]
         return sizes.index(max(sizes))
+
+    def kinds(self) -> list[int]:
+        """For each decoder layer the first one of its kind: of the same class and type, with parameters of the same names and shapes."""
+        types = dict(enumerate(getattr(self.text_config, "layer_types", None) or ()))
+        first: dict[tuple, int] = {}
+        parameters = [tuple((name, one.shape) for name, one in layer.named_parameters()) for layer in self.layers]
+        return [first.setdefault((types.get(i), type(self.layers[i]), parameters[i]), i) for i in range(len(self.layers))]
+
+    def leave_alone(self, reasons: Mapping[str, str]) -> None:
+        """Take the linears in `reasons`, full name -> why, out of `weights`. Raises ValueError if none is left."""
+        self.left_alone |= summarise(self.path, reasons, list(self.shapes()))
+        self._weights = [{name: view for name, view in views.items() if name not in reasons} for views in self._weights]
+        if not any(self._weights):
+            why = "; ".join(f"{name} {reason}" for name, reason in self.left_alone.items())
+            raise ValueError(
+                f"model.path: {type(self.model).__name__} has no linear that can be pruned ({why}); choose another model"
+            )
 
     def embed(self, ids: Tensor) -> Tensor:
         """The hidden states (B, T, D) at the input of the first decoder layer, for ids (B, T)."""
@@ -127,9 +148,9 @@ class Decoder:
         def bind(layer: nn.Module) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden, *args = args or (kwargs.pop("hidden_states"),)
-                as_tuple = self._returns_tuple(layer, hidden, args, kwargs)
+                as_tuple = self._length_of_tuple(layer, hidden, args, kwargs)
                 output = replacement(layer, hidden, LayerCall(tuple(args), kwargs))
-                return (output, None) if as_tuple else output
+                return (output, *[None] * (as_tuple - 1)) if as_tuple else output
 
             return forward
 
@@ -143,11 +164,11 @@ class Decoder:
             for layer in self.layers:
                 del layer.forward
 
-    def _returns_tuple(self, layer: nn.Module, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether layers of this class return a tuple: tested once by a forward on the meta device or, where what is computed depends
-        on values, with weights of zero."""
+    def _length_of_tuple(self, layer: nn.Module, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> int:
+        """How many values layers of this class return in a tuple, 0 for a bare tensor: found once by a forward on the meta device or,
+        where what is computed depends on values, with weights of zero."""
         kind = type(layer)
-        if kind not in self._tuple_classes:
+        if kind not in self._tuple_lengths:
             replaced = layer.__dict__.pop("forward")
             state = dict(layer.named_parameters()) | dict(layer.named_buffers())
 
@@ -163,8 +184,8 @@ class Decoder:
                 output = torch.func.functional_call(layer, zeros, *arguments)
             finally:
                 layer.forward = replaced
-            self._tuple_classes[kind] = isinstance(output, tuple)
-        return self._tuple_classes[kind]
+            self._tuple_lengths[kind] = len(output) if isinstance(output, tuple) else 0
+        return self._tuple_lengths[kind]
 
 
 def run_layer(layer: Callable[..., Any], hidden: Tensor, call: LayerCall) -> Tensor:
@@ -193,6 +214,9 @@ def _find_layers(model: PreTrainedModel, layers_path: str | None) -> tuple[str, 
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     found = [(name, layers) for name, layers in lists.items() if len(layers) == depth]
+    if len(found) > 1:  # a vision tower may be as deep as the text decoder
+        text_modules = set(model.get_decoder().modules())
+        found = [(name, layers) for name, layers in found if layers in text_modules]
     if len(found) != 1:
         names = ", ".join(name for name, _ in found) or "none"
         raise ValueError(

@@ -40,7 +40,7 @@ class Experts(TorchFunctionMode):
         self.size = shapes[0][0]
         self.is_transposed = _is_transposed(module, shapes, hidden_size)
         self.shows_all_tokens = False  # every expert sees every token, not just those routed to it; outputs stay the same
-        self._see: dict[tuple[str, int], See] = {}
+        self._see: dict[tuple[str, int], list[See]] = {}
 
     def weights(self, parameter: Tensor) -> Tensor:
         """A tensor laid out like one of the parameters as (E, O, I). Shares its memory."""
@@ -51,11 +51,13 @@ class Experts(TorchFunctionMode):
         if not self._see:
             forward = self.module.forward
             self.module.forward = lambda *args, **kwargs: self._forward(forward, args, kwargs)  # hides the class's own
-        self._see[name, index] = see
+        self._see.setdefault((name, index), []).append(see)
 
-    def remove(self, name: str, index: int) -> None:
+    def remove(self, name: str, index: int, see: See) -> None:
         """Stop what `add` started."""
-        if self._see.pop((name, index), None) and not self._see:
+        self._see[name, index].remove(see)
+        if not any(self._see.values()):
+            self._see.clear()
             del self.module.forward
 
     @property
@@ -97,7 +99,7 @@ class Experts(TorchFunctionMode):
                     self._call(name, index, inputs[inputs.any(-1)])  # rows of zeros pad, or stand for other experts' tokens
 
     def _call(self, name: str, index: int, X: Tensor) -> None:
-        if len(X) and (see := self._see.get((name, index))):
+        for see in self._see.get((name, index), ()) if len(X) else ():
             see(X)
 
 

@@ -7,17 +7,17 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from nnprune.model.card import model_card
-from nnprune.model.checkpoint import FLOATS, LOADED_BY_TRANSFORMERS, Checkpoint, read_headers
+from nnprune.model.checkpoint import FLOATS, LOADED_BY_TRANSFORMERS, Checkpoint, Header, read_headers
+from nnprune.model.conversions import Conversion
 from nnprune.model.loading import ModelSource
 from nnprune.model.model_files import SAFETENSORS, SAFETENSORS_INDEX, read_json
 from nnprune.records import RunRecord, write_atomically
@@ -47,9 +47,9 @@ def save_model(source: ModelSource, model: PreTrainedModel, layers: Sequence[Pat
     summary = {"base_model": base, **json.loads(record.as_json())}
     try:
         checkpoint = Checkpoint(source.files.weights(), model, source.label)
-        places = _places(checkpoint, model, layers, summary)
+        tensors = _Tensors(checkpoint, layers, summary)
         unfinished.mkdir(parents=True)
-        _write_weights(places, unfinished)
+        _write_weights(tensors, unfinished)
         for path in source.files.companions():
             copy = unfinished / path.relative_to(source.files.folder)
             copy.parent.mkdir(exist_ok=True, parents=True)
@@ -75,81 +75,88 @@ def describe(folder: Path, base: Mapping[str, Any], record: RunRecord) -> None:
     write_atomically(folder / "README.md", model_card(summary))
 
 
-def check_names(checkpoint: Checkpoint, model: PreTrainedModel, tensors: Iterable[str]) -> None:
-    """Raise ValueError if one of the `tensors`, by its name in the model, is neither in the checkpoint nor can be turned into what
-    it was made of."""
-    for name in tensors:
-        if name in checkpoint.places:
-            continue
-        try:
-            conversion = checkpoint.made[name]
-            conversion.unmake(model, {one: model.get_parameter(one).to("meta") for one in conversion.names})
-        except Exception as error:  # whatever a rule of transformers meets
+def weight_of(linear: Mapping[str, Any]) -> str:
+    """The name in memory of the tensor that holds the weight of a linear of a record: of an expert, that of all experts."""
+    return linear.get("tensor", f"{linear['name']}.weight")
+
+
+def check_names(checkpoint: Checkpoint, weights: Iterable[str]) -> None:
+    """Raise ValueError if one of the `weights`, by its full name, can't be saved as what it is in the checkpoint."""
+    for weight in weights:
+        conversion = checkpoint.conversions.get(weight)
+        if not (weight in checkpoint.places or (conversion and conversion.can_revert())):
             raise ValueError(
-                f"save=true: transformers makes {name} of other tensors of {checkpoint.label}, and it can't be saved under "
-                f"their names ({error}); run without save=true"
-            ) from error
+                f"save=true: transformers computes {weight} from other tensors of {checkpoint.label}, and it can't be saved under "
+                "their names; run without save=true"
+            )
 
 
 def changed_names(names: Iterable[str], summary: Mapping[str, Any]) -> set[str]:
     """Of the `names` in memory of tensors of decoder layers, those that the run may have changed: pruned weights, or all if the layers
     were tuned."""
-    pruned = {tensor_of(linear) for linear in summary["per_linear"]}
+    pruned = {weight_of(linear) for linear in summary["per_linear"]}
     return {name for name in names if summary["recovered"] or name in pruned}
 
 
-def tensor_of(linear: Mapping[str, Any]) -> str:
-    """The name in memory of the tensor that holds the weight of a linear of a record."""
-    return linear.get("tensor", f"{linear['name']}.weight")
+class _Tensors:
+    """The tensors to be saved, by their keys in the base checkpoint.
 
-
-class Source(NamedTuple):
-    """What is saved under a key: of which dtype (safetensors' name), shape and size, and where the values come from."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    num_bytes: int
-    read: Callable[[], Tensor]
-
-
-def _places(
-    checkpoint: Checkpoint, model: PreTrainedModel, layers: Sequence[Path], summary: Mapping[str, Any]
-) -> dict[str, Source]:
-    """Key of the base checkpoint -> the tensor to be saved under it.
-
-    A changed tensor gets a dtype that holds the values of both its base's and its own.
+    A changed tensor gets a dtype that holds the values of both its base's and its own. Those that transformers makes weights of are
+    taken from these weights again.
     """
-    pruned = {header.key: header for path in layers for header in read_headers(path, "outputs")}
-    changed = changed_names(pruned, summary)
-    check_names(checkpoint, model, {tensor_of(linear) for linear in summary["per_linear"]})
-    conversions = {key: one for one in checkpoint.made.values() for key, _ in one.sources}
 
-    @lru_cache(maxsize=4)  # the tensors made together are often, but not always, neighbours
-    def unmade(target: str) -> dict[str, Tensor]:
-        conversion = checkpoint.made[target]
-        return conversion.unmake(model, {name: checkpoint.tensor(pruned[name]) for name in conversion.names})
+    def __init__(self, checkpoint: Checkpoint, layers: Sequence[Path], summary: Mapping[str, Any]) -> None:
+        check_names(checkpoint, {weight_of(linear) for linear in summary["per_linear"]})
+        self.checkpoint = checkpoint
+        self._pruned = {header.key: header for path in layers for header in read_headers(path, "outputs")}
+        self._changed = changed_names(self._pruned, summary)
+        self._apart: dict[str, dict[str, Tensor]] = {}  # first weight -> key -> tensor, of one layer
+        self._layer: Path | None = None
+        self.headers = {key: self._header(key) for key in checkpoint.headers}
 
-    places = {}
-    for key, header in checkpoint.headers.items():
-        names = conversions[key].names if key in conversions else [checkpoint.names.get(key, key)]
-        read = partial(checkpoint.tensor, header)
-        dtype, num_bytes = header.dtype, header.num_bytes
-        if changed & set(names) and dtype in FLOATS:
-            read = partial(checkpoint.tensor, pruned[names[0]])
-            if key in conversions:
-                read = partial(lambda key, target: unmade(target)[key], key, conversions[key].target)
-            both = torch.promote_types(FLOATS[dtype], FLOATS[pruned[names[0]].dtype])
-            dtype = next(known for known, one in FLOATS.items() if one == both)
-            num_bytes = math.prod(header.shape) * both.itemsize
-        places[key] = Source(dtype, header.shape, num_bytes, read)
-    return places
+    def _header(self, key: str) -> Header:
+        """Of the tensor as it is to be saved."""
+        base = self.checkpoint.headers[key]
+        changed = self.checkpoint.weights_of(key) & self._changed
+        if not changed or base.dtype not in FLOATS:
+            return base
+        own = self._pruned[min(changed)]
+        both = torch.promote_types(FLOATS[base.dtype], FLOATS[own.dtype])
+        dtype = next(known for known, one in FLOATS.items() if one == both)
+        return Header(own.path, key, dtype, base.shape, math.prod(base.shape) * both.itemsize)
+
+    def get(self, key: str) -> Tensor:
+        """The tensor in the dtype of its header."""
+        base, header = self.checkpoint.headers[key], self.headers[key]
+        if header is base:
+            tensor = self.checkpoint.tensor(base)
+        elif (conversion := self.checkpoint.conversion_of(key)) is None:
+            (name,) = self.checkpoint.weights_of(key)
+            tensor = self.checkpoint.tensor(self._pruned[name])
+        else:
+            tensor = self._taken_apart(conversion, header.path)[key]
+        return tensor.to(FLOATS.get(header.dtype, tensor.dtype)).contiguous()
+
+    def _taken_apart(self, conversion: Conversion, layer: Path) -> dict[str, Tensor]:
+        if layer != self._layer:
+            self._layer, self._apart = layer, {}
+        if conversion.name not in self._apart:
+            weights = {name: self.checkpoint.tensor(self._pruned[name]) for name in conversion.shapes}
+            tensors = conversion.revert(weights)
+            again = conversion.apply(tensors)
+            if not all(torch.equal(again[name], weight) for name, weight in weights.items()):
+                raise ValueError(
+                    f"save=true: {conversion.name} can't be taken apart as transformers makes it; run without save=true"
+                )
+            self._apart[conversion.name] = tensors
+        return self._apart[conversion.name]
 
 
-def _write_weights(places: dict[str, Source], folder: Path) -> None:
+def _write_weights(tensors: _Tensors, folder: Path) -> None:
     """Write shards of at most `MAX_SHARD_BYTES`, or of one tensor, and their index, which a single file has too for whoever reads it."""
     shards: list[list[str]] = []
     room = 0
-    for key, header in places.items():
+    for key, header in tensors.headers.items():
         if not shards or header.num_bytes > room:
             shards.append([])
             room = MAX_SHARD_BYTES
@@ -159,36 +166,31 @@ def _write_weights(places: dict[str, Source], folder: Path) -> None:
     if len(names) == 1:
         names = [SAFETENSORS]
     for name, keys in zip(names, shards, strict=True):
-        _write_shard({key: places[key] for key in keys}, folder / name)
-    total_size = sum(header.num_bytes for header in places.values())
+        _write_shard(tensors, keys, folder / name)
+    total_size = sum(header.num_bytes for header in tensors.headers.values())
     weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(places: dict[str, Source], path: Path) -> None:
+def _write_shard(tensors: _Tensors, keys: Sequence[str], path: Path) -> None:
     """Write a safetensors file a tensor at a time: the library's `save_file` wants them all in memory, or mapped, at once."""
-    order = sorted(places, key=lambda key: -places[key].num_bytes // max(math.prod(places[key].shape), 1))  # for alignment
+    headers = tensors.headers
+    order = sorted(keys, key=lambda key: -headers[key].num_bytes // max(math.prod(headers[key].shape), 1))  # for alignment
     told: dict[str, Any] = {"__metadata__": LOADED_BY_TRANSFORMERS}
     end = 0
     for key in order:
-        start, end = end, end + places[key].num_bytes
-        told[key] = {"dtype": places[key].dtype, "shape": list(places[key].shape), "data_offsets": [start, end]}
+        start, end = end, end + headers[key].num_bytes
+        told[key] = {"dtype": headers[key].dtype, "shape": list(headers[key].shape), "data_offsets": [start, end]}
     header = json.dumps(told).encode()
     header += b" " * (-len(header) % 8)
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for key in order:
-            file.write(_bytes(places[key]))
+            file.write(memoryview(tensors.get(key).reshape(-1).view(torch.uint8).numpy()))
         file.flush()
         os.fsync(file.fileno())
     read_headers(path, "save=true")  # raises if the library does not accept it
-
-
-def _bytes(source: Source) -> memoryview:
-    tensor = source.read()
-    tensor = tensor.to(FLOATS.get(source.dtype, tensor.dtype)).contiguous()
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def _adapt_config(path: Path, source: ModelSource) -> None:

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from nnprune.files.hub import Repository
@@ -26,6 +25,8 @@ from nnprune.texts import DEMO_FOLDER
 
 OBSERVABLE = {"experts_implementation": "eager"}
 """Lets transformers compute the experts of a mixture one after the other, so that each one's inputs can be seen."""
+AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)
+"""What loads a text decoder alone, or within a model that also sees images."""
 
 
 def quieten_transformers() -> None:
@@ -103,15 +104,13 @@ class ModelSource:
         self._refuse_quantised(read_json(folder / "config.json", self.label))
         with self._explained():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
-        named = config.architectures or []
-        is_named = not named or set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) & set(named)
-        is_known = type(config) in AutoModelForCausalLM._model_mapping and is_named
+        is_known = _auto_class(config) is not None
         if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
             if not is_known and not self.trust_remote_code:
                 raise ValueError(self._needs_code)
             is_known = True
         if getattr(config, "is_encoder_decoder", False) or not is_known:
-            kind = ", ".join(named) or config.model_type
+            kind = ", ".join(config.architectures or []) or config.model_type
             raise ValueError(f"{self.label}: {kind} is no causal language model; choose a decoder-only model")
         return config
 
@@ -168,7 +167,7 @@ class ModelSource:
         """A model of this configuration in host memory, with random weights, in `dtype` or else the stored one."""
         options = {"attn_implementation": _attention(config), "trust_remote_code": self.trust_remote_code, **OBSERVABLE}
         with self._explained():
-            return AutoModelForCausalLM.from_config(config, dtype=dtype or self.stored_dtype, **options).eval()
+            return self._auto_class.from_config(config, dtype=dtype or self.stored_dtype, **options).eval()
 
     def load(self, config: Any) -> PreTrainedModel:
         """The whole model in host memory. Raises ValueError when the checkpoint lacks weights."""
@@ -176,7 +175,7 @@ class ModelSource:
         if not self._is_checked:
             self.skeleton(config)
         with self._explained():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = self._auto_class.from_pretrained(
                 self.files.folder,
                 config=config,
                 dtype=self.stored_dtype,
@@ -196,6 +195,10 @@ class ModelSource:
         paths = self.files.weights()
         self.check(model)  # those of the hub are here now
         return Checkpoint(paths, model, self.label)
+
+    @property
+    def _auto_class(self) -> type:
+        return _auto_class(self._config) or AutoModelForCausalLM  # what comes with code of its own says so
 
     def _refuse_quantised(self, config: dict[str, Any]) -> None:
         for part in (config, *(value for value in config.values() if isinstance(value, dict))):
@@ -224,6 +227,17 @@ class ModelSource:
             reason = " ".join(str(error).split()) or type(error).__name__
             remedy = "get it again, or choose another model" if self.directory else "choose another model or revision"
             raise ValueError(f"{self.label}: cannot be loaded ({reason[:300]}); {remedy}") from error
+
+
+def _auto_class(config: Any) -> type | None:
+    """Which of transformers' classes loads the architecture that a configuration names, or any that it knows if it names none; None:
+    it is no language model's."""
+    known = {auto: auto._model_mapping[type(config)] for auto in AUTO_CLASSES if type(config) in auto._model_mapping}
+    named = set(config.architectures or [])
+    exact = [auto for auto, model in known.items() if getattr(model, "__name__", None) in named]
+    if named and not exact and not any(named & set(auto._model_mapping._model_mapping.values()) for auto in AUTO_CLASSES):
+        return None
+    return next(iter([*exact, *known]), None)
 
 
 def _attention(config: Any) -> str | None:

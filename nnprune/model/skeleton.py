@@ -14,7 +14,9 @@ from transformers.core_model_loading import build_glob_alternation
 def parameters_on_meta() -> Iterator[None]:
     """Every parameter that a module registers goes to the meta device; buffers, which no checkpoint may hold, stay real."""
 
-    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if parameter.is_meta:
+            return None  # the same object where modules share it
         return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     handle = register_module_parameter_registration_hook(to_meta)

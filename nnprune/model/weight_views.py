@@ -86,7 +86,7 @@ class ExpertView(WeightView):
 
     def observe(self, see: Callable[[Tensor], None]) -> Handle:
         self.experts.add(self.name, self.expert.index, see)
-        return Handle(partial(self.experts.remove, self.name, self.expert.index))
+        return Handle(partial(self.experts.remove, self.name, self.expert.index, see))
 
 
 def weight_views(layer: nn.Module, prefix: str, hidden_size: int | None = None) -> dict[str, WeightView]:

@@ -138,12 +138,26 @@ HYBRIDS = {
         "Jamba", num_experts=1, mamba_d_state=8, mamba_dt_rank=8, attn_layer_period=2, attn_layer_offset=1, **GROUPED
     ),
     "nemotron_h": make_model(
-        "NemotronH", layers_block_type=["mamba", "attention", "mlp"], mamba_num_heads=4, mamba_head_dim=16, n_groups=1,
-        ssm_state_size=8, chunk_size=8, head_dim=8, **GROUPED
+        "NemotronH",
+        layers_block_type=["mamba", "attention", "mlp"],
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        n_groups=1,
+        ssm_state_size=8,
+        chunk_size=8,
+        head_dim=8,
+        **GROUPED,
     ),
-    "zamba": make_model("Zamba", layers_block_type=["hybrid", "mamba", "hybrid"], mamba_d_state=8, mamba_dt_rank=8),
+    "zamba": make_model(
+        "Zamba", num_key_value_heads=4, layers_block_type=["hybrid", "mamba", "hybrid"], mamba_d_state=8, mamba_dt_rank=8
+    ),
     "zamba2": make_model(
-        "Zamba2", layers_block_type=["hybrid", "mamba", "hybrid"], mamba_d_state=8, n_mamba_heads=4, chunk_size=8, adapter_rank=8
+        "Zamba2",
+        layers_block_type=["hybrid", "mamba", "hybrid"],
+        mamba_d_state=8,
+        n_mamba_heads=4,
+        chunk_size=8,
+        adapter_rank=8,
     ),
     "lfm2": make_model("Lfm2", layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False, **GROUPED),
     "lfm3": make_model("Lfm3", head_dim=8, **GROUPED),
@@ -157,7 +171,12 @@ HYBRIDS = {
 
 TEXT = {**COMMON, **GROUPED, "num_hidden_layers": 2}
 VISION = {
-    **{"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},  # as deep as the text decoder
+    **{
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    },  # as deep as the text decoder
     **{"image_size": 28, "patch_size": 14, "num_channels": 3},
 }
 QWEN_VISION = {
@@ -174,7 +193,9 @@ GEMMA3N = {
 GEMMA3N_VISION = {"hidden_size": 16, "vocab_size": 8, "vocab_offset": 248}
 
 
-def make_tower(name: str, vision: dict | None = VISION, text: dict | None = None, **options: object) -> Callable[[], PreTrainedModel]:
+def make_tower(
+    name: str, vision: dict | None = VISION, text: dict | None = None, **options: object
+) -> Callable[[], PreTrainedModel]:
     """A text decoder within a model that also sees images; `text` adds to the text decoder's configuration."""
 
     def build() -> PreTrainedModel:
@@ -183,7 +204,11 @@ def make_tower(name: str, vision: dict | None = VISION, text: dict | None = None
         text_class = type(config().text_config)
         config = config(
             text_config={**TEXT, **(text or {}), "model_type": text_class.model_type},
-            **({} if vision is None else {"vision_config": vision}), image_token_id=3, image_token_index=3, video_token_id=4, **options
+            **({} if vision is None else {"vision_config": vision}),
+            image_token_id=3,
+            image_token_index=3,
+            video_token_id=4,
+            **options,
         )
         return AutoModelForImageTextToText.from_config(config).eval()
 
@@ -200,7 +225,9 @@ TOWERS = {
     "qwen3_5": make_tower("Qwen3_5", QWEN_VISION, {**DELTA, **MROPE}),
     "gemma3": make_tower("Gemma3", text=SMALL_GEMMA, mm_tokens_per_image=1),
     "gemma3n": make_tower("Gemma3n", GEMMA3N_VISION, GEMMA3N),
-    "gemma4": make_tower("Gemma4", None, {**SMALL_GEMMA, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE}),
+    "gemma4": make_tower(
+        "Gemma4", None, {**SMALL_GEMMA, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE}
+    ),
     "mistral3": make_tower("Mistral3", text={"head_dim": 8}),
     "idefics3": make_tower("Idefics3"),
     "smolvlm": make_tower("SmolVLM"),
