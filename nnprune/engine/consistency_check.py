@@ -27,7 +27,7 @@ def check_consistency(engine: LayerwiseEngine) -> None:
     Raises:
         ValueError: the model does not fit the layer-wise engine, is not causal, holds NaN, or has no linear that can be pruned.
     """
-    decoder, store = engine.decoder, engine.store
+    decoder, store, name = engine.decoder, engine.store, type(engine.decoder.model).__name__
     generator = torch.Generator().manual_seed(0)
     recorded_ids, ids = torch.randint(decoder.vocab_size, (2, 2, 16), generator=generator).to(store.device)
     ids[1, :8] = ids[0, :8]
@@ -43,12 +43,17 @@ def check_consistency(engine: LayerwiseEngine) -> None:
         store.fetch(index, pruned=False)
         with refuse_nonfinite(decoder.weights(index)), noting_calls(decoder.weights(index), reached[index]):
             model_output = run_layer(layer_forward, model_hidden, call)
+        if any(weight.expert for weight in decoder.weights(index).values()):
+            with decoder.chosen_experts():
+                if not _agree(model_output, run_layer(layer_forward, model_hidden, call)):
+                    raise ValueError(
+                        f"{name}: its experts, one by one, do not give layer {index}'s own outputs; it is not supported"
+                    )
         hidden = run_layer(layer_forward, hidden, calls[index])
         store.release(index)
         return model_output
 
     logits = decoder.forward(ids, run_both)
-    name = type(decoder.model).__name__
     if not _agree(logits, decoder.logits(ids, hidden)):
         raise ValueError(f"{name}: its layers, run one by one, do not give the model's own logits; it is not supported")
     if not _agree(logits[0, :8], logits[1, :8]):

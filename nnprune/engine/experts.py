@@ -72,10 +72,11 @@ def _owner(names: Collection[str], experts: Mapping[str, Expert]) -> tuple[str, 
 def _groups_of(
     mixture: str, parts: Mapping[tuple[str, int], list[list[str]]], experts: Iterable[Expert]
 ) -> Iterator[list[str]]:
-    members = [one for one in experts if one.mixture == mixture]
+    """Those of the same part together, which depend on none of each other."""
+    indices = sorted({one.index for one in experts if one.mixture == mixture})
     seen = max((found for (owner, _), found in parts.items() if owner == mixture), key=lambda found: sum(map(len, found)))
-    for index in sorted({one.index for one in members}):
-        yield from ([Expert(mixture, index, part).name for part in shared] for shared in seen)
+    for shared in seen:
+        yield from ([Expert(mixture, index, part).name for part in shared] for index in indices)
 
 
 def share_tokens(

@@ -64,9 +64,11 @@ class HiddenStates:
         return run_layer(layer, hidden, self._calls[shape][index])
 
     def probe(self, num_tokens: int) -> Tensor:
-        """Zeros (1, tokens, D) to run a layer on when values do not matter."""
+        """Hidden states (1, tokens, D) to run a layer on when values do not matter, but for not being zero: that is what some models
+        give an expert for tokens of others."""
         like = self.activations.tensor
-        return torch.zeros(1, min(num_tokens, self.ids.shape[1]), like.shape[-1], dtype=like.dtype, device=self.device)
+        token = torch.linspace(-1, 1, like.shape[-1], dtype=like.dtype, device=self.device)
+        return token.repeat(1, min(num_tokens, self.ids.shape[1]), 1)
 
     def pick(self, rows: Tensor) -> Tensor:
         """The hidden states (B, T, D) of those of `rows` that this process holds, in that order, on the device."""

@@ -8,7 +8,8 @@ Letters: B batch, T tokens, D hidden, O output features, I input features, V voc
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,8 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, layers_path: str | None = None) -> None:
         self.model = model.eval()
+        self._experts = model.get_experts_implementation()
+        model.set_experts_implementation("eager")  # one expert after the other, so that what each receives can be seen
         self.text_config = model.config.get_text_config()
         self.path, self.layers = _find_layers(model, layers_path)
         self._tuple_lengths: dict[type[nn.Module], int] = {}
@@ -58,6 +61,15 @@ class Decoder:
         self.left_alone = no_linears(self.path, self.layers, self._weights)
         """Full name of each matrix of the layers that is not pruned, `*` for all that have it -> why."""
         self.leave_alone(shared(self.path, self.layers, self._weights))
+
+    @contextmanager
+    def chosen_experts(self) -> Iterator[None]:
+        """Experts are computed by what transformers chooses, whose inputs cannot be seen."""
+        self.model.set_experts_implementation(self._experts)
+        try:
+            yield
+        finally:
+            self.model.set_experts_implementation("eager")
 
     @property
     def vocab_size(self) -> int:

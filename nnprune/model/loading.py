@@ -23,8 +23,6 @@ from nnprune.model.model_files import ModelFiles, read_json
 from nnprune.model.skeleton import keep_float32, parameters_on_meta, recompute_buffers
 from nnprune.texts import DEMO_FOLDER
 
-OBSERVABLE = {"experts_implementation": "eager"}
-"""Lets transformers compute the experts of a mixture one after the other, so that each one's inputs can be seen."""
 AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)
 """What loads a text decoder alone, or within a model that also sees images."""
 
@@ -165,7 +163,7 @@ class ModelSource:
 
     def random(self, config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """A model of this configuration in host memory, with random weights, in `dtype` or else the stored one."""
-        options = {"attn_implementation": _attention(config), "trust_remote_code": self.trust_remote_code, **OBSERVABLE}
+        options = {"attn_implementation": _attention(config), "trust_remote_code": self.trust_remote_code}
         with self._explained():
             return self._auto_class.from_config(config, dtype=dtype or self.stored_dtype, **options).eval()
 
@@ -183,7 +181,6 @@ class ModelSource:
                 trust_remote_code=self.trust_remote_code,
                 use_safetensors=self.files.is_safetensors,
                 output_loading_info=True,
-                **OBSERVABLE,
             )
         if info["missing_keys"]:
             raise ValueError(f"{self.label}: the checkpoint lacks {min(info['missing_keys'])}; is it complete?")

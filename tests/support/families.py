@@ -27,7 +27,11 @@ def make_model(name: str, **options: object) -> Callable[[], PreTrainedModel]:
     def build() -> PreTrainedModel:
         torch.manual_seed(0)
         config = getattr(transformers, f"{name}Config")(**{**COMMON, **options})
-        return AutoModelForCausalLM.from_config(config).eval()
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 3 and not parameter.any():  # experts that transformers leaves to the checkpoint
+                parameter.data.normal_(std=0.02)
+        return model
 
     return build
 
