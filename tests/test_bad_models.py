@@ -7,6 +7,7 @@ import torch
 import transformers
 from conftest import byte_tokenizer, save_random
 from support.families import COMMON
+from support.families import MIXTURES
 from support.runs import failure
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 
@@ -22,20 +23,20 @@ def model_dir(folder, config, architecture=None):
 TINY = {"vocab_size": 264, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 32}
 BERT = transformers.BertConfig(**TINY)
 T5 = transformers.T5Config(vocab_size=264, d_model=16, num_heads=2, num_layers=2, d_ff=32)
-MIXTRAL = transformers.MixtralConfig(**TINY, num_key_value_heads=2, num_local_experts=2)
+DBRX = MIXTURES["dbrx"]().config
 NO_DECODERS = [
     (BERT, "BertForMaskedLM", "BertForMaskedLM is no causal language model"),
     (T5, "T5ForConditionalGeneration", "T5ForConditionalGeneration is no causal language model"),
     (T5, None, "t5 is no causal language model"),
     (transformers.ViTConfig(hidden_size=16), None, "vit is no causal language model"),
-    (MIXTRAL, "MixtralForCausalLM", "mixture-of-experts"),
+    (DBRX, "DbrxForCausalLM", "holds the weights of all experts in the matrices"),
 ]
 
 
-@pytest.mark.parametrize(("config", "architecture", "reason"), NO_DECODERS, ids=["bert", "t5", "t5-nameless", "vit", "mixtral"])
+@pytest.mark.parametrize(("config", "architecture", "reason"), NO_DECODERS, ids=["bert", "t5", "t5-nameless", "vit", "dbrx"])
 def test_models_that_cannot_be_pruned(tiny_config, tmp_path, config, architecture, reason):
     folder = model_dir(tmp_path / "model", config, architecture)
-    if architecture == "MixtralForCausalLM":
+    if architecture == "DbrxForCausalLM":
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     message = failure(tiny_config(f"model.path={folder}"))
     assert reason in message

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from support.engine import engine_of, prune, random_ids, through_layers
-from support.families import FAMILIES, make_model
+from support.families import FAMILIES, MIXTURES, make_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -83,12 +83,9 @@ def test_conv1d_weights_are_seen_as_output_by_input():
     assert decoder.shapes()["transformer.h.0.attn.c_attn"] == (96, 32)
 
 
-def test_mixture_of_experts_is_refused():
-    config = transformers.MixtralConfig(
-        vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64
-    )
-    with pytest.raises(ValueError, match=r"MixtralForCausalLM holds .*mixture-of-experts"):
-        Decoder(AutoModelForCausalLM.from_config(config))
+def test_experts_in_one_matrix_are_refused():
+    with pytest.raises(ValueError, match=r"DbrxForCausalLM holds the weights of all experts in the matrices of transformer\.blocks\.0"):
+        Decoder(MIXTURES["dbrx"]())
 
 
 def test_layers_path():

@@ -6,6 +6,7 @@ Letters: I input features.
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from nnprune.calibration import MIN_TOKENS_PER_EXPERT
 from nnprune.model.weight_views import Expert, ExpertView, WeightView
@@ -103,6 +104,12 @@ def share_tokens(
             for name in members:
                 statistics[name][kind].fill_up(pool, done[name].get("pooled_tokens", 0))
     return done
+
+
+def few_tokens(reports: Iterable[Mapping[str, Any]]) -> str:
+    """What the log says of a layer, with the `reports` of its linears, whose experts lacked tokens; nothing if none did."""
+    reached = {report["name"]: "pooled_tokens" in report for report in reports if "tokens" in report}
+    return f"  {sum(reached.values())} of {len(reached)} linears of experts with few tokens" if any(reached.values()) else ""
 
 
 def pool_key(expert: Expert) -> tuple[str, str]:

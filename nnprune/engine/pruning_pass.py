@@ -22,6 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from nnprune.allocations.base import Plan
 from nnprune.engine import parallel
 from nnprune.engine.engine import LayerwiseEngine
+from nnprune.engine.experts import few_tokens
 from nnprune.engine.hidden_states import HiddenStates
 from nnprune.engine.input_collector import InputCollector, rows_needed
 from nnprune.engine.layer_files import LayerFiles
@@ -166,8 +167,8 @@ class PruningPass:
             return
         error, sparsity = (fmean(report[key] for report in reports) for key in ("relative_error", "sparsity"))
         seconds = time.perf_counter() - start
-        text = "layer %d/%d  relative error %.4g  sparsity %.3f  %.1f s"
-        log.info(text, index + 1, self.engine.num_layers, error, sparsity, seconds)
+        text = "layer %d/%d  relative error %.4g  sparsity %.3f  %.1f s%s"
+        log.info(text, index + 1, self.engine.num_layers, error, sparsity, seconds, few_tokens(reports))
 
     def _prune(self, index: int, last: int, propagation: Propagation, tasks: list[PruneTask]) -> list[dict[str, Any]]:
         """Prune layer `index` for `tasks`. Returns the reports of their linears."""
