@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.devices import set_work_sizes
 
 from nnprune.patterns import NM, SparsityPattern, Unstructured
 from nnprune.pruners.base import Pruner
@@ -181,7 +182,7 @@ def test_swaps_lower_the_layer_error_of_their_start(pattern):
 def test_swaps_do_not_depend_on_the_chunks_of_rows(monkeypatch):
     W, X = layer(40, 48, tokens=300, seed=2)
     whole = [prune(Swaps(), W, X, pattern) for pattern in (Unstructured(0.5), NM(2, 4))]
-    monkeypatch.setattr("nnprune.pruners.swaps.PAIRS_AT_ONCE", 2000)
+    set_work_sizes(monkeypatch, piece_bytes=80_000)
     assert all(torch.equal(prune(Swaps(), W, X, p), one) for p, one in zip((Unstructured(0.5), NM(2, 4)), whole, strict=True))
 
 

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnprune.patterns import NM, PatternError, Unstructured, _keep_by_histogram, keep_largest, keep_where, parse_pattern
+from nnprune.kernels.selection import _keep_by_histogram, keep_largest
+from nnprune.patterns import NM, PatternError, Unstructured, keep_where, parse_pattern
 
 GROUPS = ("row", "matrix")
 hypothesis_settings = settings(deadline=None, max_examples=60, derandomize=True)

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from nnprune.checks import is_finite
+from nnprune.checks import finite, is_finite, read_together
 from nnprune.engine import parallel
 from nnprune.engine.hidden_states import HiddenStates
 from nnprune.method import Method
@@ -21,6 +21,7 @@ from nnprune.statistics import CrossProduct, InputStatistic
 
 SAMPLED_TOKENS = 512  # from the first rows of the calibration: the relative error of each linear is measured on them
 PROBE_TOKENS = 8  # of the forward that shows which linears share an input
+NONFINITE_WEIGHT = "{}: its weight holds NaN or infinite values; the checkpoint is damaged, get it again"
 NONFINITE_INPUTS = "{}: its inputs hold NaN or infinite values; try model.dtype=float32 or bfloat16"
 
 
@@ -131,14 +132,19 @@ class InputCollector:
             self._in_reference = False
 
     def finish(self) -> None:
-        """Call after the last row. Raises ValueError, naming a linear, for NaN or infinite inputs."""
+        """Call after the last row. Raises ValueError, naming a linear, for NaN or infinite weights or inputs."""
         self._reference_inputs = {}
         if parallel.is_distributed():
             self._exchange()
+        # Weights first: one that is not finite makes the inputs of later linears so.
+        checks = {(NONFINITE_WEIGHT, name): finite(self.weights[name].read()) for names in self.groups for name in names}
         for leader, statistics in self.statistics.items():
-            finite = all(statistic.is_finite() for statistic in statistics.values())
-            if not finite or (leader in self._totals and not self._totals[leader].isfinite()):
-                raise ValueError(NONFINITE_INPUTS.format(leader))
+            checks |= {(NONFINITE_INPUTS, leader, kind): statistic.finite() for kind, statistic in statistics.items()}
+            if leader in self._totals:
+                checks[NONFINITE_INPUTS, leader] = self._totals[leader].isfinite()
+        for (message, name, *_), is_fine in read_together(checks).items():
+            if not is_fine:
+                raise ValueError(message.format(name))
 
     def _exchange(self) -> None:
         """Make statistics, samples and totals those of the rows of all processes."""
@@ -208,7 +214,7 @@ def rows_needed(methods: Sequence[Method], ids: Tensor) -> Tensor:
 def check_weight(name: str, weight: Tensor) -> None:
     """Raise ValueError, naming the linear, for NaN or infinity in its weight."""
     if not is_finite(weight):
-        raise ValueError(f"{name}: its weight holds NaN or infinite values; the checkpoint is damaged, get it again")
+        raise ValueError(NONFINITE_WEIGHT.format(name))
 
 
 @contextmanager
