@@ -3,8 +3,10 @@
 Letters: O output features, I input features.
 """
 
+import logging
 import time
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -20,8 +22,11 @@ from nnprune.model.decoder import Decoder
 from nnprune.model.weight_views import WeightView
 from nnprune.patterns import PatternError, zeros_in, zeros_on_device
 from nnprune.pruners.base import Pruner
+from nnprune.runtime import Runtime
 from nnprune.solvers.layer_error import relative_error, squared_output
 from nnprune.statistics import InputStatistic
+
+log = logging.getLogger(__name__)
 
 
 def prune_linears(
@@ -29,7 +34,7 @@ def prune_linears(
     plan: Plan,
     collector: InputCollector,
     stored_dtype: torch.dtype,
-    one_by_one: bool = False,
+    runtime: Runtime,
     keep_statistics: bool = False,
 ) -> list[dict[str, Any]]:
     """Prune in place all linears whose inputs were collected, and return a report on each, as in `RunRecord.per_linear`.
@@ -41,7 +46,7 @@ def prune_linears(
         plan: a pattern for each linear.
         collector: what it holds of a group is freed once that is pruned, unless other methods need it: `keep_statistics`.
         stored_dtype: pruned weights are rounded to it before they are checked and measured.
-        one_by_one: the linears of a group one after the other, which takes less memory, not together.
+        runtime: says whether the linears of a group are pruned one by one; from when the device runs out of memory they are.
 
     Raises:
         ValueError: naming the linear: a weight that is not finite, or a pruner that breaks its contract.
@@ -53,8 +58,7 @@ def prune_linears(
         own = []
         for names, rank in zip(collector.groups, ranks, strict=True):
             if rank == parallel.rank():
-                for part in [[name] for name in names] if one_by_one else [names]:
-                    own.append(_prune_together(method, plan, collector, names[0], part, stored_dtype))
+                own += _prune_group(method, plan, collector, names, stored_dtype, runtime)
             if not keep_statistics:
                 collector.statistics[names[0]] = {}
     if not parallel.is_distributed():
@@ -66,6 +70,25 @@ def prune_linears(
     return [reports[name] for names in collector.groups for name in names]
 
 
+def _prune_group(
+    method: Method, plan: Plan, collector: InputCollector, names: list[str], stored_dtype: torch.dtype, runtime: Runtime
+) -> list[list[dict[str, Any]]]:
+    """Prune linears that share an input, together, or one by one if `runtime` says so or the device runs out of memory."""
+    prune = partial(_prune_together, method, plan, collector, names[0], stored_dtype=stored_dtype)
+    if not runtime.one_by_one and len(names) > 1:
+        try:
+            return [prune(names)]
+        except torch.OutOfMemoryError:
+            if not method.pruner.shares_statistics:  # it may have consumed its own
+                raise
+        # Out of the except block, where the traceback would keep the failed attempt's tensors alive.
+        log.warning("warning: out of device memory, going on with one linear at a time")
+        runtime.one_by_one = True
+        for statistic in collector.statistics[names[0]].values():
+            statistic.forget()
+    return [prune([name]) for name in names]
+
+
 def _cost(collector: InputCollector, names: list[str]) -> int:
     """Multiplications, up to a factor, to factorise the Hessian (I, I) of linears that share it and to prune their rows with it."""
     num_inputs = collector.weights[names[0]].shape[1]
@@ -73,7 +96,7 @@ def _cost(collector: InputCollector, names: list[str]) -> int:
 
 
 def _prune_together(
-    method: Method, plan: Plan, collector: InputCollector, leader: str, names: list[str], stored_dtype: torch.dtype
+    method: Method, plan: Plan, collector: InputCollector, leader: str, names: list[str], *, stored_dtype: torch.dtype
 ) -> list[dict[str, Any]]:
     """Prune the linears `names`, all or some of the group whose first one is `leader`.
 
