@@ -2,11 +2,15 @@
 
 import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
+
+K = TypeVar("K", bound=Hashable)
 
 QUOTED = 200
 """Characters of a value or a reason that an error message quotes at most."""
@@ -67,6 +71,45 @@ def check_positive(key: str, value: object, below: float = MAX_NUMBER) -> float:
     return float(value)
 
 
+def finite(tensor: Tensor) -> Tensor:
+    """Whether a tensor is free of NaN and infinity: bool (), on its device. One pass, where `isfinite` takes several and a mask."""
+    return tensor.abs().max() < math.inf
+
+
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor is free of NaN and infinity. One pass, where `isfinite` takes several and a mask."""
-    return bool(tensor.abs().max() < math.inf)
+    """Whether a tensor is free of NaN and infinity. The host waits for it."""
+    return bool(finite(tensor))
+
+
+def read_together(scalars: Mapping[K, Tensor]) -> dict[K, float]:
+    """The numbers that scalars on a device hold, by the same keys, in one copy for which the host waits. Some may be on the CPU."""
+    tensors = list(scalars.values())
+    device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), torch.device("cpu"))
+    numbers = torch.stack([tensor.to(device, torch.float64) for tensor in tensors]).tolist() if tensors else []
+    whole = (not tensor.is_floating_point() for tensor in tensors)
+    return {key: int(number) if is_whole else number for key, number, is_whole in zip(scalars, numbers, whole, strict=True)}
+
+
+_deferred: list[Tensor] | None = None
+
+
+@contextmanager
+def deferring() -> Iterator[list[Tensor]]:
+    """Inside, `is_set` lets the host not wait: it says False, and adds the flag to the list that this yields.
+
+    Who reads the flags afterwards, together with what else there is, and finds one set must do the work again outside.
+    """
+    global _deferred
+    before, _deferred = _deferred, []
+    try:
+        yield _deferred
+    finally:
+        _deferred = before
+
+
+def is_set(flag: Tensor) -> bool:
+    """Whether a flag () on a device is set, such as a failure that is rare: False inside `deferring`."""
+    if _deferred is None:
+        return bool(flag)
+    _deferred.append(flag)
+    return False

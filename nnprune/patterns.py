@@ -5,7 +5,6 @@ Letters: O output features, I input features. A mask is bool, True = keep. Knows
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -14,20 +13,9 @@ import torch
 from torch import Tensor
 
 from nnprune.checks import quoted
+from nnprune.kernels.selection import keep_largest
 
 ComparisonGroup = Literal["row", "matrix"]
-
-SCORES_AT_ONCE = 1 << 22
-"""Scores that one selection handles: their indices take 8 bytes each."""
-
-MAX_SORTED = 8
-"""Entries of a group that `nth_largest` keeps sorted at most."""
-
-MAX_SMALL_GROUP = 32
-"""Width of a group up to which one tensor for each position is faster than `topk`."""
-
-DIGITS = 1 << 16
-"""Values of half a float32's bits."""
 
 MAX_M = 1 << 20
 """Upper bound of M in N:M: no linear has so many inputs."""
@@ -35,92 +23,6 @@ MAX_M = 1 << 20
 
 class PatternError(ValueError):
     """A weight or a width that does not fit its sparsity pattern."""
-
-
-def keep_largest(score: Tensor, num_keep: int) -> Tensor:
-    """Mask (shape of `score`) that keeps exactly the `num_keep` largest entries along the last dimension.
-
-    The count is exact whatever the ties; weights that were once quantised have many. Ties are broken by index, as in the official
-    SparseGPT and Wanda code, which selects the smallest entries too.
-    """
-    width = score.shape[-1]
-    # Always contiguous: otherwise flatten may copy.
-    mask = torch.ones_like(score, dtype=torch.bool, memory_format=torch.contiguous_format)
-    groups_at_once = max(SCORES_AT_ONCE // width, 1)
-    chunks = zip(score.flatten(0, -2).split(groups_at_once), mask.flatten(0, -2).split(groups_at_once), strict=True)
-    is_small = 0 < num_keep < width <= MAX_SMALL_GROUP and can_sort(num_keep, width)
-    select = _keep_in_small_groups if is_small else _keep_by_index
-    if score.is_cuda and score.dtype == torch.float32 and len(mask) == 1 and 0 < num_keep < width:
-        select = _keep_by_histogram
-    for scores, kept in chunks:
-        select(scores, kept, num_keep)
-    return mask
-
-
-def _keep_by_index(scores: Tensor, kept: Tensor, num_keep: int) -> None:
-    """Clear all but the `num_keep` largest scores of each group in a mask (groups, width) of ones."""
-    drop = scores.topk(scores.shape[-1] - num_keep, dim=-1, largest=False, sorted=False).indices
-    kept.scatter_(-1, drop, False)
-
-
-def _keep_by_histogram(scores: Tensor, kept: Tensor, num_keep: int) -> None:
-    """The same for one large group of float32, without sorting it and without a wait of the host: on CUDA `topk` of half of a million
-    scores sorts them.
-
-    The bits of a float, as an integer, are in the order of the floats. Two histograms of half the bits each find the threshold.
-    """
-    bits = scores.flatten().view(torch.int32)
-    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats are in reverse order
-    keys.masked_fill_(scores.flatten().isnan(), 0x7FFFFFFF)  # above all, as in `topk`
-    upper = (keys >> 16) + DIGITS // 2
-    first, rank = _digit_of_rank(upper, torch.ones_like(keys), len(keys) - num_keep)
-    second, rank = _digit_of_rank(keys & (DIGITS - 1), (upper == first).int(), rank)
-    threshold = ((first - DIGITS // 2) << 16 | second).int()
-    is_equal = keys == threshold
-    drop = (keys < threshold) | (is_equal & (is_equal.cumsum(0, dtype=torch.int32) <= rank))
-    kept.copy_(drop.logical_not_().view_as(kept))
-
-
-def _digit_of_rank(digits: Tensor, counted: Tensor, rank: int | Tensor) -> tuple[Tensor, Tensor]:
-    """The digit of the rank-th smallest of those `digits` (n,) where `counted` (n,) is 1, and its rank among equal ones, each (1,)."""
-    counts = torch.zeros(DIGITS, dtype=torch.int32, device=digits.device).scatter_add_(0, digits.long(), counted)
-    totals = counts.cumsum(0)
-    digit = (totals < rank).sum(0, keepdim=True)
-    return digit, rank - totals[digit] + counts[digit]
-
-
-def _keep_in_small_groups(scores: Tensor, kept: Tensor, num_keep: int) -> None:
-    """The same by thresholds, several times faster for small groups."""
-    planes = scores.t().contiguous()
-    torch.ge(scores, nth_largest(planes.unbind(), num_keep)[:, None], out=kept)
-    _repair_groups(scores, kept, num_keep, kept.sum(1, dtype=torch.uint8) != num_keep)
-
-
-def _repair_groups(scores: Tensor, kept: Tensor, num_keep: int, is_wrong: Tensor) -> None:
-    """Select by index in the groups (marked in `is_wrong`) whose count ties or NaN made wrong."""
-    if len(groups := is_wrong.nonzero().flatten()):
-        again = torch.ones_like(kept[groups])
-        _keep_by_index(scores[groups], again, num_keep)
-        kept[groups] = again
-
-
-def can_sort(n: int, m: int) -> bool:
-    """Whether `nth_largest` of m tensors is fast."""
-    return min(n, m - n + 1) <= MAX_SORTED
-
-
-def nth_largest(planes: Sequence[Tensor], n: int) -> Tensor:
-    """The n-th largest of m tensors, elementwise: insertion into a sorted list, from the end of the order that is nearer."""
-    better, worse, length = torch.maximum, torch.minimum, n
-    if len(planes) - n + 1 < n:
-        better, worse, length = torch.minimum, torch.maximum, len(planes) - n + 1
-    best: list[Tensor] = []
-    for plane in planes:
-        for place in range(len(best)):
-            best[place], plane = better(best[place], plane), worse(best[place], plane)
-        if len(best) < length:
-            best.append(plane)
-    return best[-1]
 
 
 def keep_where(mask: Tensor, weight: Tensor) -> Tensor:
@@ -167,11 +69,18 @@ class Unstructured:
     def check_width(self, in_features: int) -> None:
         """Every width fits."""
 
+    def measure(self, weight: Tensor) -> Tensor:
+        """What `judge` needs to know of `weight`, int64 () on its device: the number of zeros."""
+        return zeros_on_device(weight)
+
+    def judge(self, measured: int, size: int) -> None:
+        """Raise PatternError when a weight of `size` entries has fewer than ceil(sparsity x size) zeros."""
+        if measured < (asked := self.num_zeros(size)):
+            raise PatternError(f"has {measured} zeros, fewer than the {asked} that sparsity {self} asks for")
+
     def check(self, weight: Tensor) -> None:
-        """Raise PatternError when `weight` (O, I) has fewer than ceil(sparsity x O x I) zeros."""
-        asked, found = self.num_zeros(weight.numel()), zeros_in(weight)
-        if found < asked:
-            raise PatternError(f"has {found} zeros, fewer than the {asked} that sparsity {self} asks for")
+        """Raise PatternError when `weight` (O, I) has fewer than ceil(sparsity x O x I) zeros. The host waits for it."""
+        self.judge(int(self.measure(weight)), weight.numel())
 
 
 @dataclass(frozen=True)
@@ -205,12 +114,19 @@ class NM:
         if in_features % self.m:
             raise PatternError(f"has {in_features} inputs, which the group size {self.m} of {self} does not divide")
 
-    def check(self, weight: Tensor) -> None:
-        """Raise PatternError when a group of m inputs of `weight` (O, I) has more than n nonzeros."""
+    def measure(self, weight: Tensor) -> Tensor:
+        """What `judge` needs to know of `weight`, int32 () on its device: the nonzeros of the fullest group."""
         self.check_width(weight.shape[-1])
-        fullest = int(weight.bool().unflatten(-1, (-1, self.m)).sum(-1, dtype=torch.int32).max())
-        if fullest > self.n:
-            raise PatternError(f"keeps {fullest} weights in a group of {self.m}, more than {self} allows")
+        return weight.bool().unflatten(-1, (-1, self.m)).sum(-1, dtype=torch.int32).max()
+
+    def judge(self, measured: int, size: int) -> None:
+        """Raise PatternError when a group of m inputs has more than n nonzeros."""
+        if measured > self.n:
+            raise PatternError(f"keeps {measured} weights in a group of {self.m}, more than {self} allows")
+
+    def check(self, weight: Tensor) -> None:
+        """Raise PatternError when a group of m inputs of `weight` (O, I) has more than n nonzeros. The host waits for it."""
+        self.judge(int(self.measure(weight)), weight.numel())
 
 
 SparsityPattern = Unstructured | NM

@@ -6,14 +6,14 @@ Letters: N samples, B batch, T tokens, D hidden.
 import copy
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from nnprune.checks import check_count, check_positive
+from nnprune.checks import check_count, check_positive, read_together
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Rows(Protocol):
     def total(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its sum over all processes, in place, and return it."""
 
-    def pick(self, rows: Tensor) -> Tensor:
+    def pick(self, rows: Sequence[int]) -> Tensor:
         """The hidden states (B, T, D) of those of `rows` that this process holds, in that order, on the device."""
 
 
@@ -88,7 +88,7 @@ class Reconstruction(Recovery):
         generator = torch.Generator().manual_seed(index)
         order = torch.randperm(num_rows, generator=generator)
         num_held = min(max(round(self.holdout * num_rows), 1), num_rows - 1)
-        held, used = order[:num_held], order[num_held:]
+        held, used = order[:num_held].tolist(), order[num_held:]
         batch = max(self.batch_tokens // seq_len, 1)
         tuned = copy.deepcopy(layer).float().requires_grad_(True)
         parameters = list(tuned.parameters())
@@ -98,22 +98,22 @@ class Reconstruction(Recovery):
 
         def held_out() -> float:
             with torch.no_grad():
-                loss = sum(float(loss_of(rows)) * len(rows) for rows in held.split(batch)) / num_held
+                loss = float(sum(loss_of(rows).double() * len(rows) for rows in _batches(held, batch)) / num_held)
                 return float(inputs.total(torch.tensor(loss, dtype=torch.float64)))
 
         first = best = held_out()
         epoch_kept, step, num_steps = 0, 0, num_epochs * -(-len(used) // batch)
-        scales = [_rms(parameter) for parameter in parameters]
+        scales = read_together({index: _rms(parameter) for index, parameter in enumerate(parameters)}).values()
         smallest = min(filter(None, scales), default=1.0)  # for tensors of zeros, such as the biases of an untrained model
         groups = [{"params": [one], "scale": scale or smallest} for one, scale in zip(parameters, scales, strict=True)]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+        accumulate = _Gradients(loss_of, optimizer)
         with torch.enable_grad():
             for epoch in range(1, num_epochs + 1):
-                for rows in used[torch.randperm(len(used), generator=generator)].split(batch):
+                for rows in _batches(used[torch.randperm(len(used), generator=generator)].tolist(), batch):
                     for group in optimizer.param_groups:
                         group["lr"] = self.lr * group["scale"] * _schedule(step, num_steps)
-                    optimizer.zero_grad()
-                    loss_of(rows).backward()
+                    accumulate(rows)
                     for parameter in parameters:
                         if parameter.grad is None:  # another process holds these rows
                             parameter.grad = torch.zeros_like(parameter)
@@ -131,8 +131,35 @@ class Reconstruction(Recovery):
         return {"loss_before": first, "loss_after": best, "epoch": epoch_kept}
 
 
-def _loss(run: Run, layer: nn.Module, inputs: Rows, targets: Rows, rows: Tensor) -> Tensor:
-    """The normalised squared error of a layer with float32 weights on rows (B,) of the calibration: the part of this process."""
+class _Gradients:
+    """Computes the gradients of a batch: in one piece, or in as many as the device's memory asks for."""
+
+    def __init__(self, loss_of: Callable[[Sequence[int]], Tensor], optimizer: torch.optim.Optimizer) -> None:
+        self.loss_of = loss_of
+        self.optimizer = optimizer
+        self.num_pieces = 1
+
+    def __call__(self, rows: Sequence[int]) -> None:
+        """The gradients of the loss of `rows`, in place of those that there are."""
+        while True:
+            self.optimizer.zero_grad()
+            try:
+                for piece in _batches(rows, -(-len(rows) // self.num_pieces)):
+                    (self.loss_of(piece) * (len(piece) / len(rows))).backward()
+                return
+            except torch.OutOfMemoryError:
+                if self.num_pieces >= len(rows):
+                    raise
+            self.num_pieces *= 2  # out of the except block, where the traceback would keep the failed attempt's tensors alive
+            log.warning("warning: out of device memory, tuning goes on with a batch in %d pieces", self.num_pieces)
+
+
+def _batches(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def _loss(run: Run, layer: nn.Module, inputs: Rows, targets: Rows, rows: Sequence[int]) -> Tensor:
+    """The normalised squared error of a layer with float32 weights on rows of the calibration: the part of this process."""
     hidden, target = inputs.pick(rows), targets.pick(rows).float()
     if not len(hidden):
         return torch.zeros((), requires_grad=True)
@@ -142,9 +169,9 @@ def _loss(run: Run, layer: nn.Module, inputs: Rows, targets: Rows, rows: Tensor)
     return ((output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean() * (len(hidden) / len(rows))
 
 
-def _rms(parameter: Tensor) -> float:
-    """Root mean square of the nonzeros; 0 without any."""
-    return math.sqrt(float(parameter.detach().square().sum()) / max(int((parameter != 0).sum()), 1))
+def _rms(parameter: Tensor) -> Tensor:
+    """Root mean square of the nonzeros, float64 (), on the device; 0 without any."""
+    return (parameter.detach().square().sum().double() / (parameter != 0).sum().clamp_min(1)).sqrt()
 
 
 def _schedule(step: int, num_steps: int) -> float:

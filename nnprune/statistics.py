@@ -10,14 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnprune.kernels.gram import PANEL, Packed, add_product, multiply_bfloat16, pack
+from nnprune.checks import finite
+from nnprune.kernels.gram import Packed, add_product, multiply_bfloat16, pack
 from nnprune.kernels.matmul import fast_products
-
-STRIP = 4 * PANEL
-"""Rows of a strip of the Hessian: enough for the matrix units, few enough to skip most of the upper triangle."""
-
-TOKENS = 256
-"""Tokens whose squares are summed at once: few enough for the cache."""
+from nnprune.kernels.work_sizes import work_sizes
 
 
 class InputStatistic(ABC):
@@ -86,15 +82,20 @@ class InputStatistic(ABC):
             raise ValueError("no calibration tokens reached this linear, so it has no statistics")
         return self._sum / self.num_tokens
 
-    def is_finite(self) -> bool:
-        """Whether all inputs were finite and their sum fits float32."""
-        return self._sum is not None and bool(self._sum.isfinite().all())
+    def finite(self) -> Tensor:
+        """Whether all inputs were finite and their sum fits float32: bool (), on the device; False, on the CPU, before the first
+        `add`."""
+        return torch.tensor(False) if self._sum is None else finite(self._sum)
 
     def memo(self, key: Any, compute: Callable[[], Any]) -> Any:
         """`compute()`, such as a factorisation, cached under `key` until the next `add`."""
         if key not in self._memo:
             self._memo[key] = compute()
         return self._memo[key]
+
+    def forget(self) -> None:
+        """Compute anew what `memo` holds."""
+        self._memo.clear()
 
     def _is_new(self, part: tuple[str, int], until: int | None) -> bool:
         return until is None or self._until.get(part, 0) < until
@@ -129,7 +130,7 @@ class SquaredNorm(InputStatistic):
 
     @staticmethod
     def _accumulate(total: Tensor, part: slice, X: Tensor) -> None:
-        total += sum(part.float().square().sum(0) for part in X.split(TOKENS))
+        total += sum(part.float().square().sum(0) for part in X.split(work_sizes(X.device).tokens))
 
 
 class Moments(InputStatistic):
@@ -160,7 +161,7 @@ class Hessian(InputStatistic):
 
     @staticmethod
     def _parts(X: Tensor | Packed, is_bfloat16: bool) -> Iterable[slice]:
-        return (slice(None),) if isinstance(X, Packed) else _strips(X.shape[1], STRIP)
+        return (slice(None),) if isinstance(X, Packed) else _strips(X.shape[1], work_sizes(X.device).strip)
 
     @staticmethod
     def _accumulate(total: Tensor, part: slice, X: Tensor | Packed, is_bfloat16: bool) -> None:
@@ -172,7 +173,7 @@ class Hessian(InputStatistic):
 
     def mean(self) -> Tensor:
         mean = super().mean()
-        for strip in _strips(len(mean), PANEL):
+        for strip in _strips(len(mean), work_sizes(mean.device).mirrored):
             mean[: strip.start, strip] = mean[strip, : strip.start].t()
         return mean
 

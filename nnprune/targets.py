@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nnprune.checks import check_positive, quoted
+from nnprune.solvers.cholesky import cholesky_
 from nnprune.statistics import CrossProduct, Hessian, InputStatistic
 
 
@@ -67,8 +68,8 @@ class Asymmetric(Target):
         C.sub_(G)
         # The lower bound keeps G positive definite if all inputs are dead: C is 0 then, and so is the correction.
         G.diagonal().add_((self.damping * G.diagonal().mean()).clamp_min(torch.finfo(G.dtype).tiny))
-        lower, info = torch.linalg.cholesky_ex(G)
-        if info.item():
+        lower, failed = cholesky_(G)
+        if failed:
             raise ValueError(
                 f"{name}: its hessian from {statistics[Hessian].num_tokens} tokens could not be factorised; raise target.damping "
                 "or calibration.num_samples"

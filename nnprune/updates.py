@@ -29,7 +29,7 @@ class Update:
     # Created on first use, so that a subclass need not call super().__init__().
     @cached_property
     def notes(self) -> dict[str, dict[str, Any]]:
-        """Linear name -> entries for its part of the record, such as the residual of a solver."""
+        """Linear name -> entries for its part of the record, such as the residual of a solver; a scalar may stay on the device."""
         return {}
 
     def update_group(
@@ -84,5 +84,5 @@ class Refit(Update):
         B, B0 = (problem.scale_(torch.cat([weights[name].float().t() for name in names], 1)) for weights in (pruned, targets))
         found = problem.refit(B, B0, self.max_steps, self.tolerance)
         for name, residuals, steps in zip(names, found.residuals.split(sizes), found.steps.split(sizes), strict=True):
-            self.notes[name] = {"refit_steps": int(steps.max()), "refit_residual": float(residuals.max())}
+            self.notes[name] = {"refit_steps": steps.max(), "refit_residual": residuals.max()}
         return {name: B.t() for name, B in zip(names, problem.unscale_(found.B).split(sizes, 1), strict=True)}

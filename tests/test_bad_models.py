@@ -6,8 +6,7 @@ import pytest
 import torch
 import transformers
 from conftest import byte_tokenizer, save_random
-from support.families import COMMON
-from support.families import MIXTURES
+from support.families import COMMON, MIXTURES
 from support.runs import failure
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 

@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-import transformers
 from support.engine import engine_of, prune, random_ids, through_layers
 from support.families import FAMILIES, MIXTURES, make_model
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 import nnprune.engine.hidden_states
 from nnprune.engine.consistency_check import check_consistency
-from nnprune.engine.input_collector import input_groups
+from nnprune.engine.input_groups import input_groups
 from nnprune.model.decoder import Decoder, run_layer
 from nnprune.patterns import parse_pattern
 from nnprune.pruners.sparsegpt import SparseGPT
@@ -84,7 +82,9 @@ def test_conv1d_weights_are_seen_as_output_by_input():
 
 
 def test_experts_in_one_matrix_are_refused():
-    with pytest.raises(ValueError, match=r"DbrxForCausalLM holds the weights of all experts in the matrices of transformer\.blocks\.0"):
+    with pytest.raises(
+        ValueError, match=r"DbrxForCausalLM holds the weights of all experts in the matrices of transformer\.blocks\.0"
+    ):
         Decoder(MIXTURES["dbrx"]())
 
 

@@ -183,7 +183,7 @@ def test_the_statistics_of_64_experts_stay_within_the_estimate(tmp_path):
         estimated = sum(load.hidden_bytes()) + load.workspace_bytes(engine.runtime)
         task = PruneTask(method, dict.fromkeys(shapes, NM(2, 4)), engine.store.layer_files)
         measured = peak_bytes(partial(PruningPass(engine, [task], "pruned").run, ids))
-        assert 0.4 * estimated <= measured <= estimated
+        assert 0.3 * estimated <= measured <= estimated
         peaks.append(measured)
     assert peaks[1] < 0.7 * peaks[0]
     assert any("pooled_tokens" in linear for linear in task.layer_files.reports[0]["linears"])

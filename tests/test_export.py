@@ -203,5 +203,7 @@ def test_what_cannot_be_saved_is_refused_before_pruning(tiny_config, monkeypatch
     for place in ("nnprune.experiment.job", "nnprune.model.loading"):
         monkeypatch.setattr(f"{place}.Checkpoint", fused)
     monkeypatch.setattr(PruneTask, "__init__", refuse)
-    with pytest.raises(ValueError, match=r"save=true: transformers computes model\.decoder\.layers\.1\.fc1\.weight from other tensors"):
+    with pytest.raises(
+        ValueError, match=r"save=true: transformers computes model\.decoder\.layers\.1\.fc1\.weight from other tensors"
+    ):
         run(tiny_config("pruner=wanda", "save=true"))

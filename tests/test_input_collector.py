@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.devices import set_work_sizes
 from support.engine import IDS, engine_of, prune
 from support.families import FAMILIES
 from torch import nn
@@ -71,8 +72,7 @@ def pruned(folder, pruner, propagate="dense"):
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
 @pytest.mark.parametrize("kind", [Hessian, Moments, SquaredNorm])
 def test_a_statistic_that_runs_out_of_memory_counts_each_token_once(kind, at, tmp_path, monkeypatch):
-    monkeypatch.setattr("nnprune.statistics.STRIP", 16)  # several parts of a small sum
-    monkeypatch.setattr("nnprune.statistics.PANEL", 16)  # what `mean` mirrors
+    set_work_sizes(monkeypatch, strip=16, mirrored=16)  # several parts of a small sum
     wanted = pruned(tmp_path / "a", Recorder(kind)).seen
     monkeypatch.setattr(kind, "_accumulate", staticmethod(fail_once(kind._accumulate, at)))
     found = pruned(tmp_path / "b", Recorder(kind)).seen
@@ -156,8 +156,7 @@ FAILURES = [(kind, "_accumulate", at) for kind in KINDS for at in (1, 2)] + [
 
 @pytest.mark.parametrize(("owner", "name", "at"), FAILURES)
 def test_whatever_ran_out_of_memory_sums_are_exact(owner, name, at, tmp_path, monkeypatch):
-    monkeypatch.setattr("nnprune.statistics.STRIP", 16)  # several parts of a small sum
-    monkeypatch.setattr("nnprune.statistics.PANEL", 16)  # what `mean` mirrors
+    set_work_sizes(monkeypatch, strip=16, mirrored=16)  # several parts of a small sum
     monkeypatch.setattr("nnprune.engine.input_collector.SAMPLED_TOKENS", 48)
     failing = fail_once(getattr(owner, name), at)
     monkeypatch.setattr(owner, name, staticmethod(failing) if name == "_accumulate" else failing)

@@ -63,7 +63,7 @@ def test_nothing_hides_what_is_not_finite(bad: float) -> None:
     X[3, 7] = bad
     statistic = Hessian()
     statistic.add(X)
-    assert not statistic.is_finite()
+    assert not statistic.finite()
     query, key, value = (random_inputs(70, 16).view(1, 1, 70, 16).clone() for _ in range(3))
     key[0, 0, 30, 3] = torch.nan
     assert (

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.devices import set_work_sizes
 
 from nnprune.patterns import NM, SparsityPattern, Unstructured
 from nnprune.pruners.base import Pruner
@@ -181,7 +182,7 @@ def test_swaps_lower_the_layer_error_of_their_start(pattern):
 def test_swaps_do_not_depend_on_the_chunks_of_rows(monkeypatch):
     W, X = layer(40, 48, tokens=300, seed=2)
     whole = [prune(Swaps(), W, X, pattern) for pattern in (Unstructured(0.5), NM(2, 4))]
-    monkeypatch.setattr("nnprune.pruners.swaps.PAIRS_AT_ONCE", 2000)
+    set_work_sizes(monkeypatch, piece_bytes=80_000)
     assert all(torch.equal(prune(Swaps(), W, X, p), one) for p, one in zip((Unstructured(0.5), NM(2, 4)), whole, strict=True))
 
 
@@ -252,3 +253,13 @@ def test_dsnot_divides_by_the_variance():
     X = torch.tensor([[1.0, 2.1, 0.5, 0.9], [1.0, -1.9, 1.5, 0.9]])  # Wanda keeps 5 and -5; of the others, one is constant
     assert prune(DSnoT(max_cycles=1), W, X, Unstructured(0.5)).tolist() == [[5.0, 0.0, 0.0, 1.0]]
     assert prune(DSnoT(max_cycles=1, variance_power=0), W, X, Unstructured(0.5)).tolist() == [[5.0, 0.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)])
+@pytest.mark.parametrize("method", [DSnoT(max_cycles=30), Swaps()])
+def test_a_host_that_does_not_look_finds_the_same(method, pattern, monkeypatch):
+    W, X = layer(40, 48, tokens=300, seed=2)
+    X = X + 0.3  # a mean for DSnoT
+    wanted = prune(method, W, X, pattern)
+    set_work_sizes(monkeypatch, is_asynchronous=True, steps_per_read=4)
+    assert torch.equal(prune(method, W, X, pattern), wanted)

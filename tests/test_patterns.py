@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.devices import HostReads, set_work_sizes
 
-from nnprune.patterns import NM, PatternError, Unstructured, _keep_by_histogram, keep_largest, keep_where, parse_pattern
+from nnprune.kernels.selection import _keep_by_histogram, keep_largest
+from nnprune.patterns import NM, PatternError, Unstructured, keep_where, parse_pattern
 
 GROUPS = ("row", "matrix")
 hypothesis_settings = settings(deadline=None, max_examples=60, derandomize=True)
@@ -253,3 +255,19 @@ def test_the_selection_by_histogram_settles_ties_by_index():
     kept = torch.ones(1, 6, dtype=torch.bool)
     _keep_by_histogram(torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.0, 2.0]]), kept, 4)
     assert kept.tolist() == [[True, False, True, False, True, True]]
+
+
+@pytest.mark.parametrize("n_m", [(1, 4), (2, 4), (4, 8), (3, 16)])
+@pytest.mark.parametrize("values", [2, 4, 1000])
+def test_small_groups_on_a_device_keep_the_same_but_for_ties(n_m, values, monkeypatch):
+    n, m = n_m
+    score = torch.randint(0, values, (500, m), generator=torch.Generator().manual_seed(0)).float()
+    score[3, 1] = torch.nan
+    here = keep_largest(score, n)
+    set_work_sizes(monkeypatch, is_asynchronous=True)
+    with HostReads() as reads:
+        there = keep_largest(score, n)
+    assert not reads.counts
+    assert (there.sum(1) == n).all() and there[3, 1]
+    kept = [torch.where(mask, score, -1).nan_to_num(2000).sort(1).values for mask in (here, there)]
+    assert torch.equal(*kept)

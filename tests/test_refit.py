@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.devices import set_work_sizes
 from support.problems import best_on_support, error, problem, prune
 
 from nnprune.patterns import parse_pattern
@@ -85,7 +86,7 @@ def test_a_refit_that_max_steps_ends_says_how_far_it_is():
 
 @pytest.mark.parametrize("every", [1, 4])
 def test_what_an_output_becomes_depends_on_no_other(every, monkeypatch):
-    monkeypatch.setitem(conjugate_gradients.STEPS_PER_READ, "cpu", every)
+    set_work_sizes(monkeypatch, steps_per_read=every)
     W, _, statistic = problem(48, 64, 1000)
     pruned = masked(W)
     pruned[3] = W[3]  # nothing to do

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nnprune.engine.engine import LayerwiseEngine
-from nnprune.engine.input_collector import refuse_nonfinite
+from nnprune.engine.input_groups import refuse_nonfinite
 from nnprune.engine.uncalled_linears import leave_uncalled_alone, noting_calls
 from nnprune.model.decoder import LayerCall, run_layer
 

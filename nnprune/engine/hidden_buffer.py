@@ -5,6 +5,7 @@ Letters: N samples, B batch, T tokens, D hidden.
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,7 +34,6 @@ class HiddenBuffer:
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, runtime: Runtime, path: Path) -> None:
         self.device, offload = runtime.torch_device, runtime.activations
         self.shape = shape
-        self._arrived: torch.cuda.Event | None = None  # all that was put, where the host may read it before it has arrived
         size = math.prod(shape)
         self.path = path if offload == "disk" and size else None  # no file of no bytes can be mapped
         if self.path:
@@ -49,17 +49,19 @@ class HiddenBuffer:
         """The hidden states (B, T, D) of `rows`, on the device."""
         return self.tensor[rows].to(self.device, non_blocking=True)
 
-    def pick(self, rows: Tensor) -> Tensor:
-        """The hidden states (B, T, D) of `rows` (B,), in that order, on the device."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self.tensor[rows.to(self.tensor.device)].to(self.device)
+    def pick(self, rows: Sequence[int]) -> Tensor:
+        """The hidden states (B, T, D) of `rows`, in that order, on the device, where they arrive in the order of its stream."""
+        if self.tensor.device.type == self.device.type:
+            index = torch.tensor(rows, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+            return self.tensor.index_select(0, index.to(self.tensor.device, non_blocking=True))
+        picked = torch.empty(len(rows), *self.shape[1:], dtype=self.tensor.dtype, device=self.device)
+        for place, row in zip(picked, rows, strict=True):  # not gathered by the host, which would have to wait for what was put
+            place.copy_(self.tensor[row], non_blocking=True)
+        return picked
 
     def put(self, rows: slice, hidden: Tensor) -> None:
-        """Overwrite `rows`. A later `get` on the same CUDA stream waits for it, and so does `pick`, where the host reads."""
+        """Overwrite `rows`. A later `get` or `pick` on the same CUDA stream waits for it."""
         self.tensor[rows].copy_(hidden, non_blocking=True)
-        if self.device.type == "cuda" and not self.is_on_device:
-            self._arrived = torch.cuda.current_stream(self.device).record_event()
 
     @property
     def is_on_device(self) -> bool:

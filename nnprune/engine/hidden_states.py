@@ -3,7 +3,7 @@
 Letters: N samples, B batch, T tokens, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -70,10 +70,10 @@ class HiddenStates:
         token = torch.linspace(-1, 1, like.shape[-1], dtype=like.dtype, device=self.device)
         return token.repeat(1, min(num_tokens, self.ids.shape[1]), 1)
 
-    def pick(self, rows: Tensor) -> Tensor:
+    def pick(self, rows: Sequence[int]) -> Tensor:
         """The hidden states (B, T, D) of those of `rows` that this process holds, in that order, on the device."""
-        held = rows[(rows >= self.share.start) & (rows < self.share.stop)]
-        return self.activations.pick(held - self.share.start)
+        start, stop = self.share.start, self.share.stop
+        return self.activations.pick([row - start for row in rows if start <= row < stop])
 
     def total(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its sum over all processes, in place, and return it."""

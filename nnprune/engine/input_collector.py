@@ -5,16 +5,15 @@ Letters: N samples, B batch, T tokens, I input features.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nnprune.checks import is_finite
+from nnprune.checks import finite, is_finite, read_together
 from nnprune.engine import parallel
-from nnprune.engine.experts import Routing, Statistics, pool_key, share_tokens, with_all_experts
-from nnprune.engine.hidden_states import HiddenStates
+from nnprune.engine.experts import Routing, Statistics, pool_key, share_tokens
+from nnprune.engine.input_groups import NONFINITE_INPUTS
 from nnprune.method import Method
 from nnprune.model.decoder import StopForward
 from nnprune.model.weight_views import WeightView
@@ -23,36 +22,7 @@ from nnprune.statistics import CrossProduct, InputStatistic
 
 SAMPLED_TOKENS = 512  # from the first rows of the calibration: the relative error of each linear is measured on them
 EXPERT_TOKENS = 128  # likewise of an expert: the first that it receives
-PROBE_TOKENS = 8  # of the forward that shows which linears share an input
-NONFINITE_INPUTS = "{}: its inputs hold NaN or infinite values; try model.dtype=float32 or bfloat16"
-
-
-def input_groups(weights: dict[str, WeightView], forward: Callable[[], object]) -> list[list[str]]:
-    """Names of the linears that receive the same input tensor (q, k and v; gate and up), in order of use.
-
-    Inputs are compared by identity in one forward of the decoder layer, where values do not matter. It need not reach all experts
-    of a mixture. Raises ValueError for another linear that it never reaches.
-    """
-    groups: dict[tuple, list[str]] = {}
-    alive: list[Tensor] = []  # a freed input's address could be reused by the next one
-
-    def note(name: str, X: Tensor) -> None:
-        alive.append(X)
-        names = groups.setdefault((X.data_ptr(), X.shape, X.stride(), X._version), [])
-        if name not in names:
-            names.append(name)
-
-    with _observed(weights, note):
-        forward()
-    found = with_all_experts(list(groups.values()), weights)
-    if unused := set(weights) - {name for names in found for name in names}:
-        raise ValueError(f"{min(unused)}: never receives an input, so it cannot be pruned with this model's own forward")
-    return found
-
-
-def layer_groups(states: HiddenStates, index: int, layer: nn.Module) -> list[list[str]]:
-    """The `input_groups` of decoder layer `index`, fetched as `layer`, which is run on a few tokens."""
-    return input_groups(states.decoder.weights(index), lambda: states.run(index, layer, states.probe(PROBE_TOKENS)))
+NONFINITE_WEIGHT = "{}: its weight holds NaN or infinite values; the checkpoint is damaged, get it again"
 
 
 class InputCollector:
@@ -134,7 +104,7 @@ class InputCollector:
             for weights in (self.weights, self._reference):
                 if weights is not None:
                     stack.enter_context(self._routing.applied(weights))
-                    stack.enter_context(_observed({name: weights[name] for name in observed}, see))
+                    stack.enter_context(observed({name: weights[name] for name in observed}, see))
             yield
 
     def run(self, rows: slice, forward: Callable[[], Tensor]) -> Tensor | None:
@@ -155,7 +125,7 @@ class InputCollector:
             self._in_reference = False
 
     def finish(self) -> None:
-        """Call after the last row. Raises ValueError, naming a linear, for NaN or infinite inputs."""
+        """Call after the last row. Raises ValueError, naming a linear, for NaN or infinite weights or inputs."""
         self._reference_inputs = {}
         if parallel.is_distributed():
             self._exchange()
@@ -165,10 +135,15 @@ class InputCollector:
                 for name in names if names[0] in self._experts else ():
                     if (id(pruner), name) not in self._counted:
                         _show(pruner, name, self.sample(names)[None])
+        # Weights first: one that is not finite makes the inputs of later linears so.
+        checks = {(NONFINITE_WEIGHT, name): finite(self.weights[name].read()) for names in self.groups for name in names}
         for leader, statistics in self.statistics.items():
-            finite = all(statistic.is_finite() for statistic in statistics.values())
-            if not finite or (leader in self._totals and not self._totals[leader].isfinite()):
-                raise ValueError(NONFINITE_INPUTS.format(leader))
+            checks |= {(NONFINITE_INPUTS, leader, kind): statistic.finite() for kind, statistic in statistics.items()}
+            if leader in self._totals:
+                checks[NONFINITE_INPUTS, leader] = self._totals[leader].isfinite()
+        for (message, name, *_), is_fine in read_together(checks).items():
+            if not is_fine:
+                raise ValueError(message.format(name))
 
     def _exchange(self) -> None:
         """Make statistics, samples and totals those of the rows of all processes."""
@@ -263,29 +238,4 @@ def rows_needed(methods: Sequence[Method], ids: Tensor) -> Tensor:
 def check_weight(name: str, weight: Tensor) -> None:
     """Raise ValueError, naming the linear, for NaN or infinity in its weight."""
     if not is_finite(weight):
-        raise ValueError(f"{name}: its weight holds NaN or infinite values; the checkpoint is damaged, get it again")
-
-
-@contextmanager
-def refuse_nonfinite(weights: dict[str, WeightView]) -> Iterator[None]:
-    """Raise ValueError, naming the linear, for NaN or infinity in `weights` or, in forwards inside, in their inputs."""
-    for name, weight in weights.items():
-        check_weight(name, weight.read())
-
-    def check(name: str, X: Tensor) -> None:
-        if not is_finite(X):
-            raise ValueError(NONFINITE_INPUTS.format(name))
-
-    with _observed(weights, check):
-        yield
-
-
-@contextmanager
-def _observed(weights: dict[str, WeightView], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call `see(name, X)` with the inputs X (tokens, I) of each weight in forwards inside."""
-    handles = [weight.observe(partial(see, name)) for name, weight in weights.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        raise ValueError(NONFINITE_WEIGHT.format(name))

@@ -13,7 +13,8 @@ import torch
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.experts import bytes_of_statistics
 from nnprune.engine.hidden_states import tokens_of_logits
-from nnprune.engine.input_collector import EXPERT_TOKENS, PROBE_TOKENS, SAMPLED_TOKENS, layer_groups
+from nnprune.engine.input_collector import EXPERT_TOKENS, SAMPLED_TOKENS
+from nnprune.engine.input_groups import PROBE_TOKENS, layer_groups
 from nnprune.method import Method
 from nnprune.runtime import Runtime
 from nnprune.statistics import CrossProduct, Hessian

@@ -17,7 +17,8 @@ from nnprune.engine.cached_outputs import CachedOutputs, find_parts
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.experts import bytes_of_statistics, pool_key
 from nnprune.engine.hidden_states import HiddenStates
-from nnprune.engine.input_collector import PROBE_TOKENS, InputCollector, layer_groups
+from nnprune.engine.input_collector import InputCollector
+from nnprune.engine.input_groups import PROBE_TOKENS, layer_groups
 from nnprune.engine.stopwatch import Stopwatch
 from nnprune.method import Method
 from nnprune.model.weight_views import weight_views

@@ -3,7 +3,10 @@
 Letters: O output features, I input features.
 """
 
+import logging
 import time
+from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -11,16 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from nnprune.allocations.base import Plan
-from nnprune.checks import is_finite
+from nnprune.checks import deferring, finite, read_together
 from nnprune.engine import parallel
-from nnprune.engine.input_collector import InputCollector, check_weight
+from nnprune.engine.input_collector import InputCollector
 from nnprune.method import Method
 from nnprune.model.decoder import Decoder
 from nnprune.model.weight_views import WeightView
-from nnprune.patterns import PatternError, SparsityPattern, zeros_in, zeros_on_device
+from nnprune.patterns import PatternError, zeros_in, zeros_on_device
 from nnprune.pruners.base import Pruner
+from nnprune.runtime import Runtime
 from nnprune.solvers.layer_error import relative_error, squared_output
 from nnprune.statistics import InputStatistic
+
+log = logging.getLogger(__name__)
 
 
 def prune_linears(
@@ -28,7 +34,7 @@ def prune_linears(
     plan: Plan,
     collector: InputCollector,
     stored_dtype: torch.dtype,
-    one_by_one: bool = False,
+    runtime: Runtime,
     keep_statistics: bool = False,
 ) -> list[dict[str, Any]]:
     """Prune in place all linears whose inputs were collected, and return a report on each, as in `RunRecord.per_linear`.
@@ -40,7 +46,7 @@ def prune_linears(
         plan: a pattern for each linear.
         collector: what it holds of a group is freed once that is pruned, unless other methods need it: `keep_statistics`.
         stored_dtype: pruned weights are rounded to it before they are checked and measured.
-        one_by_one: the linears of a group one after the other, which takes less memory, not together.
+        runtime: says whether the linears of a group are pruned one by one; from when the device runs out of memory they are.
 
     Raises:
         ValueError: naming the linear: a weight that is not finite, or a pruner that breaks its contract.
@@ -52,8 +58,7 @@ def prune_linears(
         own = []
         for names, rank in zip(collector.groups, ranks, strict=True):
             if rank == parallel.rank():
-                for part in [[name] for name in names] if one_by_one else [names]:
-                    own.append(_prune_together(method, plan, collector, names[0], part, stored_dtype))
+                own += _prune_group(method, plan, collector, names, stored_dtype, runtime)
             if not keep_statistics:
                 collector.statistics[names[0]] = {}
     if not parallel.is_distributed():
@@ -65,6 +70,25 @@ def prune_linears(
     return [reports[name] for names in collector.groups for name in names]
 
 
+def _prune_group(
+    method: Method, plan: Plan, collector: InputCollector, names: list[str], stored_dtype: torch.dtype, runtime: Runtime
+) -> list[list[dict[str, Any]]]:
+    """Prune linears that share an input, together, or one by one if `runtime` says so or the device runs out of memory."""
+    prune = partial(_prune_together, method, plan, collector, names[0], stored_dtype=stored_dtype)
+    if not runtime.one_by_one and len(names) > 1:
+        try:
+            return [prune(names)]
+        except torch.OutOfMemoryError:
+            if not method.pruner.shares_statistics:  # it may have consumed its own
+                raise
+        # Out of the except block, where the traceback would keep the failed attempt's tensors alive.
+        log.warning("warning: out of device memory, going on with one linear at a time")
+        runtime.one_by_one = True
+        for statistic in collector.statistics[names[0]].values():
+            statistic.forget()
+    return [prune([name]) for name in names]
+
+
 def _cost(collector: InputCollector, names: list[str]) -> int:
     """Multiplications, up to a factor, to factorise the Hessian (I, I) of linears that share it and to prune their rows with it."""
     num_inputs = collector.weights[names[0]].shape[1]
@@ -72,71 +96,99 @@ def _cost(collector: InputCollector, names: list[str]) -> int:
 
 
 def _prune_together(
-    method: Method, plan: Plan, collector: InputCollector, leader: str, names: list[str], stored_dtype: torch.dtype
+    method: Method, plan: Plan, collector: InputCollector, leader: str, names: list[str], *, stored_dtype: torch.dtype
 ) -> list[dict[str, Any]]:
-    """Prune the linears `names`, all or some of the group whose first one is `leader`."""
+    """Prune the linears `names`, all or some of the group whose first one is `leader`.
+
+    The host waits for the device once, at the end. Only if a factorisation has failed it is all done again, with a look at each.
+    """
     start = time.perf_counter()
-    pruner, sample = method.pruner, collector.sample([leader])
+    pruner, statistics, sample = method.pruner, collector.statistics[leader], collector.sample([leader])
     weights = {name: collector.weights[name].read().contiguous() for name in names}
-    for name, W in weights.items():
-        check_weight(name, W)
-    statistics = collector.statistics[leader]
     if pruner.shares_statistics and pruner.statistic is not None:
         pruner.statistics.update(dict.fromkeys(names, statistics[pruner.statistic]))
-    pruned = weights | _prune_weights(method, {name: weights[name] for name in names if plan[name].sparsity}, plan, statistics)
-    figures = []
-    for name, W in weights.items():
-        pruner.clear_linear_activations(name)
-        weight = _checked(pruner, pruned[name], W, name, plan[name], stored_dtype)
-        dense_output = collector.squared_output(name, lambda W=W: squared_output(W, sample))
-        error = relative_error(W, weight, sample, dense_output)
-        collector.weights[name].write(weight)  # if W is a view, it holds the pruned weight from here on
-        figures.append(torch.stack([zeros_on_device(weight).double() / weight.numel(), error]))
-    figures = torch.stack(figures).tolist()  # waits for the device once
-    seconds = time.perf_counter() - start
-    size = sum(W.numel() for W in weights.values())
+    for context in (deferring(), nullcontext([])):
+        found: dict[tuple, Tensor] = {}
+        with context as failures:
+            pruned = _prune_weights(method, weights, plan, statistics, found)
+        pruned = {name: _fitting(pruner, pruned[name], W, name, stored_dtype) for name, W in weights.items()}
+        _measure(pruned, plan, "last", found)
+        notes = {}
+        for name, W in weights.items():
+            dense_output = collector.squared_output(name, lambda W=W: squared_output(W, sample))
+            found["error", name] = relative_error(W, pruned[name], sample, dense_output)
+            found["zeros", name] = zeros_on_device(pruned[name])
+            notes[name] = pruner.notes.pop(name, {}) | method.update.notes.pop(name, {})
+            found |= {("note", name, key): value for key, value in notes[name].items() if isinstance(value, Tensor)}
+        numbers = read_together(found | {("failed", place): flag for place, flag in enumerate(failures)})
+        if not any(numbers["failed", place] for place in range(len(failures))):
+            break
+        for statistic in statistics.values():
+            statistic.forget()
+    _judge(method, plan, weights, numbers)
+    seconds, size = time.perf_counter() - start, sum(W.numel() for W in weights.values())
     reports = []
-    for (name, W), (sparsity, error) in zip(weights.items(), figures, strict=True):
-        report = {"name": name, "pattern": str(plan[name]), "sparsity": sparsity, "relative_error": error}
-        report |= collector.record_of(name) | pruner.notes.pop(name, {}) | method.update.notes.pop(name, {})
+    for name, W in pruned.items():
+        pruner.clear_linear_activations(name)
+        collector.weights[name].write(W)
+        report = {"name": name, "pattern": str(plan[name]), "sparsity": numbers["zeros", name] / W.numel()}
+        report |= {"relative_error": numbers["error", name], **collector.record_of(name), **notes[name]}
+        report |= {key: numbers["note", name, key] for key in notes[name] if ("note", name, key) in numbers}
         reports.append(report | {"seconds": seconds * W.numel() / size})  # the group's time, divided by size
     return reports
 
 
 def _prune_weights(
-    method: Method, weights: dict[str, Tensor], plan: Plan, statistics: dict[type[InputStatistic], InputStatistic]
+    method: Method,
+    weights: dict[str, Tensor],
+    plan: Plan,
+    statistics: dict[type[InputStatistic], InputStatistic],
+    found: dict[tuple, Tensor],
 ) -> dict[str, Tensor]:
-    """The weights (O, I) of linears that share an input, pruned by `method`, not checked yet."""
-    if not weights:
-        return {}
+    """The weights (O, I) of linears that share an input, pruned by `method`. What comes before an update is measured in `found`."""
+    chosen = {name: W for name, W in weights.items() if plan[name].sparsity}
+    if not chosen:
+        return weights
     # With a target or an update, float32 until the end: a later step could not undo the rounding of an earlier one.
-    dense = weights if method.is_plain else {name: W.float() for name, W in weights.items()}
+    dense = chosen if method.is_plain else {name: W.float() for name, W in chosen.items()}
     targets = method.target.weights(dense, statistics)
     del dense
     pruned = method.pruner.prune_group(targets, {name: plan[name] for name in targets})
     if method.is_plain:
-        return pruned
-    pruned = {name: _checked(method.pruner, pruned[name], W, name, plan[name]) for name, W in targets.items()}
-    return method.update.update_group(pruned, targets, statistics.get(method.update.statistic))
+        return weights | pruned
+    pruned = {name: _fitting(method.pruner, pruned[name], W, name) for name, W in targets.items()}
+    _measure(pruned, plan, "first", found)
+    return weights | method.update.update_group(pruned, targets, statistics.get(method.update.statistic))
 
 
-def _checked(
-    pruner: Pruner, pruned: Tensor, W: Tensor, name: str, pattern: SparsityPattern, stored_dtype: torch.dtype | None = None
-) -> Tensor:
+def _measure(weights: dict[str, Tensor], plan: Plan, stage: str, found: dict[tuple, Tensor]) -> None:
+    """Add to `found` what `_judge` needs to know of pruned weights."""
+    for name, W in weights.items():
+        found["finite", stage, name] = finite(W)
+        found["measured", stage, name] = plan[name].measure(W)
+
+
+def _judge(method: Method, plan: Plan, weights: dict[str, Tensor], numbers: dict[tuple, float]) -> None:
+    """Raise ValueError, naming pruner and linear, if a pruned weight breaks the contract."""
+    pruner = type(method.pruner).__name__
+    for stage in ("first", "last"):
+        for name, W in weights.items():
+            if not numbers.get(("finite", stage, name), True):
+                raise ValueError(f"{name}: {pruner} returned NaN or infinite weights")
+            try:
+                if ("measured", stage, name) in numbers:
+                    plan[name].judge(numbers["measured", stage, name], W.numel())
+            except PatternError as error:
+                raise ValueError(f"{name}: the weight that {pruner} returned {error}") from None
+
+
+def _fitting(pruner: Pruner, pruned: Tensor, W: Tensor, name: str, stored_dtype: torch.dtype | None = None) -> Tensor:
     """A pruner's result in the dtype of `W`, rounded to `stored_dtype` if given. Raises ValueError, naming pruner and linear, if it
-    breaks the contract."""
-    method = type(pruner).__name__
+    has another shape."""
     if not isinstance(pruned, Tensor) or pruned.shape != W.shape:
         found = tuple(pruned.shape) if isinstance(pruned, Tensor) else type(pruned).__name__
-        raise ValueError(f"{name}: {method} returned {found} instead of a weight {tuple(W.shape)}")
-    pruned = pruned.detach().to(stored_dtype).to(W)
-    if not is_finite(pruned):
-        raise ValueError(f"{name}: {method} returned NaN or infinite weights")
-    try:
-        pattern.check(pruned)
-    except PatternError as error:
-        raise ValueError(f"{name}: the weight that {method} returned {error}") from None
-    return pruned
+        raise ValueError(f"{name}: {type(pruner).__name__} returned {found} instead of a weight {tuple(W.shape)}")
+    return pruned.detach().to(stored_dtype).to(W)
 
 
 def count_zeros(layer: nn.Module, weights: dict[str, WeightView]) -> dict[str, int]:

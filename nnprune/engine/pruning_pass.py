@@ -188,8 +188,8 @@ class PruningPass:
                 reports += self._prune_tasks(index, layer, collector, tasks, start)
                 continue
             with self.stopwatch.stage("prune"):
-                one_by_one = self.engine.runtime.one_by_one
-                reports += prune_linears(tasks[0].method, tasks[0].plan, collector, self.store.stored_dtype, one_by_one)
+                how = (self.store.stored_dtype, self.engine.runtime)
+                reports += prune_linears(tasks[0].method, tasks[0].plan, collector, *how)
         if self.num_tasks == 1:
             if recovery.epochs_after:
                 recovered["after"] = self._tune(index, layer, propagation, recovery.epochs_after)
@@ -207,7 +207,7 @@ class PruningPass:
         for task in tasks:
             try:
                 with self.stopwatch.stage("prune"):
-                    how = (self.store.stored_dtype, self.engine.runtime.one_by_one)
+                    how = (self.store.stored_dtype, self.engine.runtime)
                     task_reports = prune_linears(task.method, task.plan, collector, *how, keep_statistics=True)
                 self._write(index, layer, task, task_reports, start)
                 reports += task_reports

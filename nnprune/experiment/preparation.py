@@ -12,7 +12,8 @@ from nnprune.calibration import Calibration
 from nnprune.engine import parallel
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.experts import Routing, pool_key
-from nnprune.engine.input_collector import PROBE_TOKENS, rows_needed
+from nnprune.engine.input_collector import rows_needed
+from nnprune.engine.input_groups import PROBE_TOKENS
 from nnprune.engine.layer_files import LayerFiles
 from nnprune.engine.layer_store import LayerStore
 from nnprune.engine.memory import Workload

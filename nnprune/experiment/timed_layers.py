@@ -11,7 +11,7 @@ from nnprune.allocations.uniform import Uniform
 from nnprune.engine.consistency_check import check_consistency
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.importance_pass import run_importance_pass
-from nnprune.engine.input_collector import layer_groups
+from nnprune.engine.input_groups import layer_groups
 from nnprune.engine.layer_files import LayerFiles
 from nnprune.engine.layer_store import LayerStore
 from nnprune.engine.pruning_pass import PruneTask, PruningPass

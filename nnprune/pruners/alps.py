@@ -69,5 +69,5 @@ class ALPS(StackedPruner):
         del search  # it holds two matrices
         found = problem.refit(B, weight_IO, self.num_refit_steps)
         for name, residuals in zip(names, found.residuals.split(sizes), strict=True):
-            self.notes[name] = {"refit_residual": float(residuals.max())}
+            self.notes[name] = {"refit_residual": residuals.max()}
         return problem.unscale_(found.B)

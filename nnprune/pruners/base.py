@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nnprune.checks import is_set
 from nnprune.patterns import NM, ComparisonGroup, SparsityPattern, Unstructured, keep_where
 from nnprune.statistics import InputStatistic
 
@@ -39,7 +40,7 @@ class Pruner(ABC):
 
     @cached_property
     def notes(self) -> dict[str, dict[str, Any]]:
-        """Linear name -> entries for its part of the record, such as a damping that had to be raised."""
+        """Linear name -> entries for its part of the record, such as a damping that had to be raised; a scalar may stay on the device."""
         return {}
 
     @property
@@ -96,7 +97,7 @@ class ScorePruner(Pruner):
 
     def prune_linear(self, W: Tensor, module_name: str, pattern: SparsityPattern) -> Tensor:
         score = self.score(W, module_name)
-        if score.shape != W.shape or score.max().isnan():
+        if score.shape != W.shape or is_set(score.max().isnan()):
             found = f"NaN, or {tuple(score.shape)} for {tuple(W.shape)}"
             raise ValueError(f"{module_name}: {type(self).__name__}.score returned {found}")
         return keep_where(pattern.mask(score, per=self.comparison_group), W)

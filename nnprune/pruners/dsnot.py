@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nnprune.checks import check_count, check_number, quoted
+from nnprune.kernels.work_sizes import work_sizes
 from nnprune.patterns import NM, SparsityPattern, keep_where
 from nnprune.pruners.base import Pruner
 from nnprune.statistics import Moments
 
-ROWS_AT_ONCE = 512  # are copied to float64
+BYTES_PER_WEIGHT = 64  # of the rows refined together: their float64 effects and gains, queues and masks
 MIN_VARIANCE = 1e-6  # as a fraction of E[x^2]: E[x^2] - E[x]^2 has this error in float32, and is 0 for a constant input
 
 
@@ -63,8 +64,8 @@ class DSnoT(Pruner):
             mean, square = mean.double(), square.double()
             variance = torch.maximum(square - mean.square(), MIN_VARIANCE * square)
             group_size = pattern.m if isinstance(pattern, NM) else None
-            chunks = zip(W.split(ROWS_AT_ONCE), wanda.split(ROWS_AT_ONCE), mask.split(ROWS_AT_ONCE), strict=True)
-            for weight, score, kept in chunks:
+            rows_at_once = max(work_sizes(W.device).piece_bytes // (BYTES_PER_WEIGHT * W.shape[1]), 1)
+            for weight, score, kept in zip(*(tensor.split(rows_at_once) for tensor in (W, wanda, mask)), strict=True):
                 effect = weight.double() * mean
                 gain = effect.abs() / variance**self.variance_power
                 kept.logical_xor_(self._flips(effect, gain, score, kept, group_size))
@@ -79,10 +80,11 @@ class DSnoT(Pruner):
         prunable = _Queues(wanda_RI, effect_RI, mask_RI, self.max_cycles) if group_size is None else None
         unpruned_RI = wanda_RI.masked_fill(~mask_RI, torch.inf)
         active = residual.abs() > self.threshold
+        is_asynchronous = work_sizes(mask_RI.device).is_asynchronous
         for _ in range(self.max_cycles):
             i, found = growable.first(residual > 0)
             active &= found
-            if not active.any():
+            if not is_asynchronous and not active.any():  # a device goes on in vain sooner than that the host waits for it
                 break
             grown = residual - effect_RI[rows, i]
             j, paired = prunable.first(grown < 0) if prunable else _lowest_in_group(unpruned_RI, i, group_size)

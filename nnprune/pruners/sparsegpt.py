@@ -17,7 +17,7 @@ from nnprune.checks import check_count, check_positive, quoted
 from nnprune.kernels import sweep, sweep_triton
 from nnprune.patterns import NM, SparsityPattern
 from nnprune.pruners.stacked import StackedPruner
-from nnprune.solvers.cholesky import factor_of_inverse
+from nnprune.solvers.cholesky import cholesky_, factor_of_inverse
 from nnprune.statistics import Hessian
 
 NUM_RETRIES = 2  # with ten times the damping, after a failed factorisation
@@ -76,7 +76,7 @@ class SparseGPT(StackedPruner):
         U, dead, damping = statistic.memo(key, lambda: self._factorise(statistic, names[0]))
         if damping != self.damping:
             self.notes.update({name: {"damping": damping} for name in names})
-        weight_IO[dead] = 0
+        weight_IO.masked_fill_(dead[:, None], 0)
         block_size = self.block_size
         if isinstance(pattern, NM):  # no group of M may lie across two blocks
             block_size = max(block_size // pattern.m, 1) * pattern.m
@@ -130,13 +130,13 @@ class SparseGPT(StackedPruner):
         for _ in range(1 + NUM_RETRIES):
             hessian = statistic.mean()
             dead = hessian.diagonal() == 0
-            hessian.diagonal()[dead] = 1
+            hessian.diagonal().masked_fill_(dead, 1)
             hessian.diagonal().add_(damping * hessian.diagonal().mean())
             U, failed = factor_of_inverse(hessian)
             if not failed and self.damp_inverse:
                 inverse = U.t() @ U
                 inverse.diagonal().add_(damping * inverse.diagonal().mean())
-                U, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+                U, failed = cholesky_(inverse, upper=True)
             if not failed:
                 return U, dead, damping
             damping *= 10

@@ -15,15 +15,18 @@ Letters: R rows (output features) of a chunk, I input features, G groups of M in
 unstructured pattern), K kept and P pruned candidates of a group, S swaps proposed for a row, best first.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from nnprune.checks import check_count, quoted
+from nnprune.kernels.work_sizes import work_sizes
 from nnprune.patterns import NM, SparsityPattern, keep_where
 from nnprune.pruners.base import Pruner
 from nnprune.statistics import Hessian
 
-PAIRS_AT_ONCE = 1 << 21  # or weights if those are more, of the rows processed together: about ten float32 tensors of this size
+BYTES_PER_PAIR = 40  # or weight if those are more, of the rows processed together: about ten float32 tensors
 SWAPS_PER_STEP = 16  # proposed for a row
 MIN_GAIN = 1e-6  # of a swap, as a fraction of the row's first error if inputs were uncorrelated: less may be float32 rounding
 
@@ -53,15 +56,16 @@ class Swaps(Pruner):
         score = W.abs().float()
         mask = pattern.mask(score * hessian.diagonal().sqrt() if self.start == "wanda" else score, per="row")
         group_size = pattern.m if isinstance(pattern, NM) else W.shape[1]
-        num_kept = int(mask[0, :group_size].sum())
+        num_kept = pattern.n if isinstance(pattern, NM) else group_size - pattern.num_zeros(group_size)
         if num_kept:  # otherwise there is nothing to swap
             num_pairs = min(num_kept, self.num_candidates) * min(group_size - num_kept, self.num_candidates)
-            rows_at_once = max(PAIRS_AT_ONCE // (W.shape[1] // group_size * max(num_pairs, group_size)), 1)
+            pairs_at_once = work_sizes(W.device).piece_bytes // BYTES_PER_PAIR
+            rows_at_once = max(pairs_at_once // (W.shape[1] // group_size * max(num_pairs, group_size)), 1)
             for weight, found in zip(W.split(rows_at_once), mask.split(rows_at_once), strict=True):
-                self._search(weight.float(), found, hessian, group_size)
+                self._search(weight.float(), found, hessian, group_size, num_kept)
         return keep_where(mask, W)
 
-    def _search(self, weight_RI: Tensor, found_RI: Tensor, hessian: Tensor, group_size: int) -> None:
+    def _search(self, weight_RI: Tensor, found_RI: Tensor, hessian: Tensor, group_size: int, num_kept: int) -> None:
         """Improve the mask `found_RI` in place until no pair of candidates lowers a row's error, or after `max_swaps`.
 
         One swap per step would be slow, because each step evaluates all pairs. So a step takes the best swaps of a row one after the
@@ -72,10 +76,11 @@ class Swaps(Pruner):
         c_RI = dropped_RI @ hessian
         least = MIN_GAIN * (dropped_RI.square() * hessian.diagonal()).sum(1)
         num_groups = weight_RI.shape[1] // group_size
+        every = work_sizes(found_RI.device).steps_per_read
         mask_RI, rows = found_RI, torch.arange(len(found_RI), device=found_RI.device)  # those still searching
         budget = torch.full_like(rows, self.max_swaps)
-        while len(rows):
-            change_RS, u_RS, p_RS = self._propose(weight_RI, mask_RI, c_RI, hessian, num_groups)
+        for step in itertools.count(1):
+            change_RS, u_RS, p_RS = self._propose(weight_RI, mask_RI, c_RI, hessian, num_groups, num_kept)
             taken_RS = _take(change_RS, _interactions(weight_RI, u_RS, p_RS, hessian), p_RS, least, budget)
             flips_RI = torch.zeros_like(weight_RI).scatter_add_(1, u_RS, taken_RS).scatter_add_(1, p_RS, taken_RS)
             c_RI = c_RI + (torch.where(mask_RI, weight_RI, -weight_RI) * flips_RI) @ hessian
@@ -83,27 +88,38 @@ class Swaps(Pruner):
             found_RI[rows] = mask_RI
             num_taken = taken_RS.sum(1).long()
             budget = budget - num_taken
-            state, going = (rows, weight_RI, mask_RI, c_RI, least, budget), (num_taken > 0) & (budget > 0)
-            rows, weight_RI, mask_RI, c_RI, least, budget = (tensor[going] for tensor in state)
+            if step % every:  # a row that has stopped takes no more swaps
+                continue
+            going = (num_taken > 0) & (budget > 0)
+            if not (num_going := int(going.count_nonzero())):
+                break
+            place = going.nonzero_static(size=num_going).flatten()
+            state = (rows, weight_RI, mask_RI, c_RI, least, budget)
+            rows, weight_RI, mask_RI, c_RI, least, budget = (tensor.index_select(0, place) for tensor in state)
 
     def _propose(
-        self, weight_RI: Tensor, mask_RI: Tensor, c_RI: Tensor, hessian: Tensor, num_groups: int
+        self, weight_RI: Tensor, mask_RI: Tensor, c_RI: Tensor, hessian: Tensor, num_groups: int, num_kept: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The best swaps of each row: changes of its error, columns u to prune and columns p to restore, each (R, S).
 
         Each u occurs once, with the best p of its group; several u may have the same p.
         """
+        num_pruned = weight_RI.shape[1] // num_groups - num_kept
         linear, square = 2 * weight_RI * c_RI, weight_RI.square() * hessian.diagonal()
-        cost_K, kept = self._candidates(square + linear, mask_RI, num_groups)
-        cost_P, pruned = self._candidates(square - linear, ~mask_RI, num_groups)
+        cost_K, kept = self._candidates(square + linear, mask_RI, num_groups, num_kept)
+        cost_P, pruned = self._candidates(square - linear, ~mask_RI, num_groups, num_pruned)
         change_KP = _products(weight_RI, kept, pruned, hessian).mul_(-2).add_(cost_K[..., None]).add_(cost_P[..., None, :])
         change_K, partner = change_KP.min(-1)
         change_RS, place = change_K.flatten(1).topk(min(SWAPS_PER_STEP, change_K[0].numel()), largest=False)
         return change_RS, kept.flatten(1).gather(1, place), pruned.gather(-1, partner).flatten(1).gather(1, place)
 
-    def _candidates(self, cost_RI: Tensor, mask_RI: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-        """Costs and columns (R, G, candidates) of the cheapest weights in `mask_RI`, or of all if there are few."""
-        columns = mask_RI.nonzero()[:, 1].view(len(mask_RI), num_groups, -1)  # counts are the same in all groups
+    def _candidates(self, cost_RI: Tensor, mask_RI: Tensor, num_groups: int, per_group: int) -> tuple[Tensor, Tensor]:
+        """Costs and columns (R, G, candidates) of the cheapest weights in `mask_RI`, or of all if there are few.
+
+        The mask has `per_group` in each group.
+        """
+        size = len(mask_RI) * num_groups * per_group  # known, so that the host need not wait for it
+        columns = mask_RI.nonzero_static(size=size)[:, 1].view(len(mask_RI), num_groups, per_group)
         cost = cost_RI.gather(1, columns.flatten(1)).view_as(columns)
         if columns.shape[-1] <= self.num_candidates:
             return cost, columns

@@ -6,8 +6,21 @@ Letters: I input features.
 import torch
 from torch import Tensor
 
+from nnprune.checks import is_set
+
 LEAF = 128
 """Rows up to which a triangular matrix is inverted by substitution."""
+
+
+def cholesky_(matrix: Tensor, upper: bool = False) -> tuple[Tensor, bool]:
+    """L (I, I), lower triangular with L L^T = A, or `upper` L^T, and whether the factorisation failed, which `checks.deferring` puts off.
+
+    Args:
+        matrix: A (I, I), symmetric, float32; overwritten.
+    """
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    factor, _ = torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, info))
+    return factor, is_set(info != 0)
 
 
 def factor_of_inverse(hessian: Tensor) -> tuple[Tensor, bool]:
@@ -20,8 +33,8 @@ def factor_of_inverse(hessian: Tensor) -> tuple[Tensor, bool]:
         hessian: H (I, I), symmetric, float32; overwritten.
     """
     hessian.copy_(hessian.flip(0, 1))  # so that no third matrix is alive during the factorisation
-    lower, info = torch.linalg.cholesky_ex(hessian, out=(hessian, torch.empty(0, dtype=torch.int32, device=hessian.device)))
-    if info.item():
+    lower, failed = cholesky_(hessian)
+    if failed:
         return lower, True
     _invert_lower(lower)
     return lower.flip(0, 1), False

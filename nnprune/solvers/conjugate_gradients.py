@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from nnprune.kernels.matmul import FastFactor
-
-STEPS_PER_READ = {"cpu": 1, "cuda": 4}
-"""Steps between two looks at the residuals: reading them makes the host wait for the device."""
+from nnprune.kernels.work_sizes import work_sizes
 
 SHRINK_BELOW = 0.75
 """Share of unfinished outputs below which the finished ones are taken out: that copies four matrices."""
@@ -62,14 +60,15 @@ def conjugate_gradients(A: Tensor, B: Tensor, B0: Tensor, max_steps: int, tolera
     factor = FastFactor(A)
     work = _Outputs.start(A, B, B0, tolerance)
     first, residuals, steps = work.norm.clone(), work.norm.clone(), torch.zeros_like(work.columns)
-    every = STEPS_PER_READ[B.device.type]
+    every = work_sizes(B.device).steps_per_read  # before MIN_STEPS few have finished
     for step in range(1, max_steps + 1):
         work.advance(factor)
-        if step % every == 0 and tolerance:
-            num_running = int(work.running().count_nonzero())
+        if step % every == 0 and tolerance and (every == 1 or step >= MIN_STEPS):
+            running = work.running()
+            num_running = int(running.count_nonzero())
             if num_running < SHRINK_BELOW * len(work.columns):
                 work.store(B, residuals, steps)
-                work.select(work.running())
+                work.select(running, num_running)
             if not num_running:
                 break
     work.store(B, residuals, steps)
@@ -130,8 +129,8 @@ class _Outputs:
         residuals[self.columns] = self.norm
         steps[self.columns] = self.steps
 
-    def select(self, chosen: Tensor) -> None:
+    def select(self, chosen: Tensor, num_chosen: int) -> None:
         """Leave out the outputs where `chosen` (n,) is False."""
-        place = chosen.nonzero().flatten()
+        place = chosen.nonzero_static(size=num_chosen).flatten()  # the host need not wait for the number
         for name, tensor in vars(self).items():  # one after the other: each frees what it replaces
             setattr(self, name, tensor.index_select(-1, place))

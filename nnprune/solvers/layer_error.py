@@ -6,8 +6,7 @@ Letters: O output features, I input features.
 import torch
 from torch import Tensor
 
-ROWS_AT_ONCE = 1024
-"""Output features that are copied to float32 at a time."""
+from nnprune.kernels.work_sizes import work_sizes
 
 
 def relative_error(W: Tensor, pruned: Tensor, X: Tensor, dense_output: Tensor | None = None) -> Tensor:
@@ -28,10 +27,11 @@ def squared_output(W: Tensor, X: Tensor, minus: Tensor | None = None) -> Tensor:
     For a bfloat16 model, difference and outputs are rounded to bfloat16. These errors average out: four digits of the sum are right.
     """
     total = torch.zeros((), dtype=torch.float32, device=X.device)
-    others = W.split(ROWS_AT_ONCE) if minus is None else minus.split(ROWS_AT_ONCE)
+    rows_at_once = work_sizes(X.device).outputs
+    others = (W if minus is None else minus).split(rows_at_once)
     dtype = torch.bfloat16 if W.dtype == torch.bfloat16 else torch.float32
     X = X.to(dtype)
-    for rows, other in zip(W.split(ROWS_AT_ONCE), others, strict=True):
+    for rows, other in zip(W.split(rows_at_once), others, strict=True):
         difference = rows.to(dtype) if minus is None else rows.to(dtype) - other.to(dtype)
         total += (X @ difference.t()).float().square().sum()
     return total

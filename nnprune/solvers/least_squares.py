@@ -11,6 +11,7 @@ Letters: O output features (of several linears side by side), I input features. 
 import torch
 from torch import Tensor
 
+from nnprune.solvers.cholesky import cholesky_
 from nnprune.solvers.conjugate_gradients import Solution, conjugate_gradients
 from nnprune.statistics import Hessian
 
@@ -37,7 +38,9 @@ class ScaledProblem:
         self.num_tokens = statistic.num_tokens
         self.A = statistic.mean()
         norms = self.A.diagonal().clone()
-        norms.clamp_(min=float(norms.mean()) * MIN_SQUARED_NORM or 1.0)  # 1: all inputs are dead
+        mean = norms.mean()
+        least = (mean.double() * MIN_SQUARED_NORM).float()
+        norms.clamp_(min=least.masked_fill_(mean == 0, 1))  # all inputs are dead
         self.scale = norms.sqrt()
         self.A.div_(self.scale[:, None]).div_(self.scale)
         self.A.diagonal().add_(damping)
@@ -59,8 +62,8 @@ class ScaledProblem:
         """(A + rho 1)^-1, shape (I, I). Raises ValueError, naming the linear, if A + rho 1 is not positive definite."""
         shifted = self.A.clone()
         shifted.diagonal().add_(rho)
-        lower, info = torch.linalg.cholesky_ex(shifted, out=(shifted, torch.empty(0, dtype=torch.int32, device=shifted.device)))
-        if info.item():
+        lower, failed = cholesky_(shifted)
+        if failed:
             raise ValueError(
                 f"{self.name}: its hessian from {self.num_tokens} tokens could not be factorised; raise the damping or "
                 "calibration.num_samples"

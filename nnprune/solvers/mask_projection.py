@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nnprune.patterns import NM, SparsityPattern, can_sort, nth_largest
+from nnprune.kernels.selection import can_sort, nth_largest
+from nnprune.patterns import NM, SparsityPattern
 
 SAMPLED = 1 << 13
 """Scores of a linear that are sampled for the threshold of an unstructured mask."""
@@ -47,7 +48,7 @@ class Projection:
             return self._largest_of_groups(score_IO)
         mask = self._largest_of_groups(score_IO.clone())
         share = sparsity / self.pattern.sparsity  # of the entries outside the N
-        score_IO.add_(mask, alpha=float(score_IO.max()))
+        score_IO.addcmul_(mask, score_IO.max())
         return self._above(score_IO, share * float(self.pattern.sparsity)).maximum(mask)
 
     def _above(self, score_IO: Tensor, sparsity: float) -> Tensor:

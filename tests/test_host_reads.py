@@ -1,0 +1,55 @@
+"""How often the host waits for the device while a layer is pruned: a CPU stands in for it, where the same operators read."""
+
+import pytest
+import torch
+from conftest import compose_config
+from hydra.utils import instantiate
+from support.devices import HostReads, set_work_sizes
+from support.engine import engine_of, prune, random_ids
+from support.families import GROUPED, make_model
+from support.presets import NAMES
+
+from nnprune.method import Method
+from nnprune.patterns import parse_pattern
+
+GROUPS = 4  # of linears in a layer of Llama: q, k and v; o; gate and up; down
+BEFORE = 9  # the layer, when the calibration and the reference start
+AT_ONCE = 1 + GROUPS + 1  # what is known of all inputs, of each group's weights, and of the layer's zeros
+SEQUENTIAL = 2 * GROUPS + 1
+LOOKS = {"refit": 2 * GROUPS, "swaps": 7 * 2, "best": 3 * 6}
+"""Of iterations, every few steps; of tuning, in and after each epoch."""
+
+
+def reads(name: str, sparsity: str, folder) -> int:
+    cfg = compose_config(f"pruner={name}")
+    method = Method(*(instantiate(cfg[part], _convert_="all") for part in ("pruner", "target", "update", "recover")))
+    engine = engine_of(make_model("Llama", num_hidden_layers=1, **GROUPED)(), folder, batch_tokens=64)
+    plan = dict.fromkeys(engine.decoder.shapes(), parse_pattern(sparsity))
+    with HostReads() as found:
+        prune(engine, method, plan, random_ids(8, 16), cfg.propagate)
+    return found.counts.total()
+
+
+CASES = [(name, "2:4") for name in NAMES] + [(name, "0.5") for name in ("wanda", "sparsegpt", "alps", "dsnot", "swaps")]
+
+
+@pytest.mark.parametrize(("name", "sparsity"), CASES)
+def test_the_host_waits_a_few_times_for_a_layer(name, sparsity, tmp_path, monkeypatch):
+    set_work_sizes(monkeypatch, is_asynchronous=True, steps_per_read=4)
+    looks = LOOKS["refit"] if name.endswith("refit") or name == "best_fast" else LOOKS.get(name, 0)
+    passes = SEQUENTIAL if name in ("best_fast", "best_medium") else AT_ONCE
+    assert passes <= reads(name, sparsity, tmp_path) <= BEFORE + passes + looks
+
+
+def test_what_the_host_reads_is_counted():
+    tensor = torch.tensor([1.0, 0.0])
+    looks = (bool, lambda one: one.tolist()), (tensor[0], tensor)
+    with HostReads() as found:
+        for look, seen in zip(*looks, strict=True):
+            look(seen)
+        float(tensor[1])
+        tensor[tensor > 0]
+        tensor[tensor > 0] = torch.tensor([2.0])
+        tensor.nonzero()
+        torch.equal(tensor, tensor)
+    assert found.counts.total() == 7
