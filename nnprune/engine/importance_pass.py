@@ -17,8 +17,8 @@ from nnprune.allocations.base import DenseLayer
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.experts import Routing
 from nnprune.engine.hidden_states import HiddenStates
-from nnprune.engine.input_collector import InputCollector, check_weight
-from nnprune.engine.input_groups import layer_groups
+from nnprune.engine.input_collector import InputCollector
+from nnprune.engine.input_groups import check_weight, layer_groups
 from nnprune.statistics import InputStatistic, SquaredNorm
 
 Measure = Callable[[DenseLayer], float]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnprune.checks import finite, is_finite, read_together
+from nnprune.checks import finite, read_together
 from nnprune.engine import parallel
 from nnprune.engine.experts import Routing, Statistics, pool_key, share_tokens
 from nnprune.engine.input_groups import NONFINITE_INPUTS
@@ -22,7 +22,6 @@ from nnprune.statistics import CrossProduct, InputStatistic
 
 SAMPLED_TOKENS = 512  # from the first rows of the calibration: the relative error of each linear is measured on them
 EXPERT_TOKENS = 128  # likewise of an expert: the first that it receives
-NONFINITE_WEIGHT = "{}: its weight holds NaN or infinite values; the checkpoint is damaged, get it again"
 
 
 class InputCollector:
@@ -233,9 +232,3 @@ def num_sampled_rows(seq_len: int) -> int:
 def rows_needed(methods: Sequence[Method], ids: Tensor) -> Tensor:
     """The rows of calibration ids (N, T) that these methods need: all, or, if none uses inputs, enough to measure errors."""
     return ids if any(method.needs_calibration for method in methods) else ids[: num_sampled_rows(ids.shape[1])]
-
-
-def check_weight(name: str, weight: Tensor) -> None:
-    """Raise ValueError, naming the linear, for NaN or infinity in its weight."""
-    if not is_finite(weight):
-        raise ValueError(NONFINITE_WEIGHT.format(name))

@@ -15,6 +15,7 @@ from nnprune.engine.hidden_states import HiddenStates
 from nnprune.model.weight_views import WeightView
 
 PROBE_TOKENS = 8  # of the forward that shows which linears share an input
+NONFINITE_WEIGHT = "{}: its weight holds NaN or infinite values; the checkpoint is damaged, get it again"
 NONFINITE_INPUTS = "{}: its inputs hold NaN or infinite values; try model.dtype=float32 or bfloat16"
 
 
@@ -33,7 +34,7 @@ def input_groups(weights: dict[str, WeightView], forward: Callable[[], object]) 
         if name not in names:
             names.append(name)
 
-    with _observed(weights, note):
+    with observed(weights, note):
         forward()
     found = with_all_experts(list(groups.values()), weights)
     if unused := set(weights) - {name for names in found for name in names}:
@@ -44,6 +45,12 @@ def input_groups(weights: dict[str, WeightView], forward: Callable[[], object]) 
 def layer_groups(states: HiddenStates, index: int, layer: nn.Module) -> list[list[str]]:
     """The `input_groups` of decoder layer `index`, fetched as `layer`, which is run on a few tokens."""
     return input_groups(states.decoder.weights(index), lambda: states.run(index, layer, states.probe(PROBE_TOKENS)))
+
+
+def check_weight(name: str, weight: Tensor) -> None:
+    """Raise ValueError, naming the linear, for NaN or infinity in its weight."""
+    if not is_finite(weight):
+        raise ValueError(NONFINITE_WEIGHT.format(name))
 
 
 @contextmanager
