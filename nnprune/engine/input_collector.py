@@ -85,9 +85,9 @@ class InputCollector:
     def observing(self, stop: bool) -> Iterator[None]:
         """Observe forwards inside; `stop` ends those of `run` after the input of the last group, unless there are experts, which
         compute in any order or not at all."""
-        observed = [name for names in self.groups for name in (names if self._pruners else names[:1])]
-        last = None if self._experts else observed[-1]
-        observed += self._pool_of
+        seen = [name for names in self.groups for name in (names if self._pruners else names[:1])]
+        last = None if self._experts else seen[-1]
+        seen += self._pool_of
 
         def see(name: str, X: Tensor) -> None:
             if self._in_reference and not self.weights[name].expert:
@@ -103,7 +103,7 @@ class InputCollector:
             for weights in (self.weights, self._reference):
                 if weights is not None:
                     stack.enter_context(self._routing.applied(weights))
-                    stack.enter_context(observed({name: weights[name] for name in observed}, see))
+                    stack.enter_context(observed({name: weights[name] for name in seen}, see))
             yield
 
     def run(self, rows: slice, forward: Callable[[], Tensor]) -> Tensor | None:
