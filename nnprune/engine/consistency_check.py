@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.input_collector import refuse_nonfinite
@@ -31,9 +32,12 @@ def check_consistency(engine: LayerwiseEngine) -> None:
     generator = torch.Generator().manual_seed(0)
     recorded_ids, ids = torch.randint(decoder.vocab_size, (2, 2, 16), generator=generator).to(store.device)
     ids[1, :8] = ids[0, :8]
-    calls = decoder.record_calls(recorded_ids)
     hidden = decoder.embed(ids)
+    name = type(decoder.model).__name__
     checked = _layers_to_check(engine)
+    # Each layer gets arguments of its own, as in a run: what it would leave in them for a later one is lost.
+    calls = {index: decoder.record_calls(recorded_ids)[index] for index in checked}
+    own_calls = {index: decoder.record_calls(ids)[index] for index in checked}
     reached: dict[int, set[str]] = {index: set() for index in checked}
 
     def run_both(index: int, layer_forward: Callable, model_hidden: Tensor, call: LayerCall) -> Tensor:
@@ -43,12 +47,18 @@ def check_consistency(engine: LayerwiseEngine) -> None:
         store.fetch(index, pruned=False)
         with refuse_nonfinite(decoder.weights(index)), noting_calls(decoder.weights(index), reached[index]):
             model_output = run_layer(layer_forward, model_hidden, call)
-        hidden = run_layer(layer_forward, hidden, calls[index])
+        if not _same_arguments(calls[index], own_calls[index]):
+            decoder.calls_depend_on_tokens = True
+        if not _same_arguments(call, own_calls[index]):
+            raise ValueError(f"{name}: its layers hand each other more than hidden states; it is not supported")
+        try:
+            hidden = run_layer(layer_forward, hidden, own_calls[index] if decoder.calls_depend_on_tokens else calls[index])
+        except (LookupError, AttributeError, TypeError) as error:
+            raise ValueError(f"{name}: its layer {index} cannot be run by itself ({error!r}); it is not supported") from error
         store.release(index)
         return model_output
 
     logits = decoder.forward(ids, run_both)
-    name = type(decoder.model).__name__
     if not _agree(logits, decoder.logits(ids, hidden)):
         raise ValueError(f"{name}: its layers, run one by one, do not give the model's own logits; it is not supported")
     if not _agree(logits[0, :8], logits[1, :8]):
@@ -61,6 +71,13 @@ def _layers_to_check(engine: LayerwiseEngine) -> set[int]:
     if num_layers <= CHECKED_IN_FULL and engine.store.offload != "disk":
         return set(range(num_layers))
     return {*engine.decoder.kinds(), num_layers // 2, num_layers - 1}
+
+
+def _same_arguments(one: LayerCall, other: LayerCall) -> bool:
+    """Whether all tensors that two calls of a layer pass are equal."""
+    both = [tree_leaves((call.args, call.kwargs)) for call in (one, other)]
+    tensors, others = ([leaf for leaf in leaves if isinstance(leaf, Tensor)] for leaves in both)
+    return len(tensors) == len(others) and all(map(torch.equal, tensors, others))
 
 
 def _agree(first: Tensor, second: Tensor) -> bool:

@@ -45,8 +45,9 @@ class Decoder:
         self.model = model.eval()
         self.text_config = model.config.get_text_config()
         self.path, self.layers = _find_layers(model, layers_path)
+        self.calls_depend_on_tokens = False  # arguments of the layers besides the hidden states: embeddings, say
         self._tuple_lengths: dict[type[nn.Module], int] = {}
-        for name, parameter in self.layers.named_parameters():
+        for name, _ in self.layers.named_parameters():
             if "expert" in name:
                 raise ValueError(
                     f"model.path: {type(model).__name__} holds {self.path}.{name}, no weight of a linear: mixture-of-experts "
@@ -108,7 +109,8 @@ class Decoder:
         return captured[0]
 
     def record_calls(self, ids: Tensor) -> list[LayerCall]:
-        """The arguments of every decoder layer for ids (B, T), which may differ between layers, as in Gemma."""
+        """The arguments of every decoder layer for ids (B, T), which may differ between layers, as in Gemma. Raises ValueError when text
+        does not pass through all layers."""
         calls: list[LayerCall] = []
 
         def record(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
@@ -120,7 +122,8 @@ class Decoder:
         self._forward(ids, record)
         if len(calls) != len(self.layers):
             raise ValueError(
-                f"{self.path}: the model calls {len(calls)} of its {len(self.layers)} layers; set model.layers_path"
+                f"model.path: {type(self.model).__name__} calls {len(calls)} of its {len(self.layers)} layers {self.path} for text, so "
+                "it is not supported; set model.layers_path if these are not its decoder layers"
             )
         return calls
 
