@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from nnprune import check
 from nnprune.engine.pruning_pass import PruneTask
 from nnprune.model import export
-from nnprune.model.conversions import Conversion
 from nnprune.model.checkpoint import Checkpoint
+from nnprune.model.conversions import Conversion
 from nnprune.run import run
 
 VISION = {

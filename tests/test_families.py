@@ -6,7 +6,6 @@ from conftest import byte_tokenizer
 from support.engine import prune, random_ids, through_layers
 from support.families import HYBRIDS
 from support.towers import REFUSED, TOWERS
-from transformers import AutoModelForCausalLM
 
 from nnprune.engine.consistency_check import check_consistency
 from nnprune.engine.engine import LayerwiseEngine
