@@ -32,6 +32,5 @@ def leave_uncalled_alone(decoder: Decoder, called: Mapping[int, Set[str]]) -> No
         prefix = f"{decoder.path}.{index}."
         uncalled += [name for name in decoder.weights(index) if name.removeprefix(prefix) not in own]
     decoder.leave_alone(dict.fromkeys(uncalled, NOT_CALLED))
-    reasons = sorted(set(decoder.left_alone.values()))
-    for reason in reasons:
-        log.info("left alone: %s %s", ", ".join(name for name, why in decoder.left_alone.items() if why == reason), reason)
+    for reason in sorted(set(decoder.left_alone.values())):
+        log.info("left alone: %s (%s)", ", ".join(name for name, why in decoder.left_alone.items() if why == reason), reason)

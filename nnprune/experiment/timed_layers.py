@@ -33,7 +33,7 @@ def time_layers(cells: Sequence[Experiment], ids: torch.Tensor, path: str) -> tu
     for key, value in vars(text).items():
         if isinstance(value, list) and len(value) == text.num_hidden_layers:  # such as layer_types
             setattr(text, key, (value * 2)[:LAYERS])
-    text.num_hidden_layers, text.vocab_size, text.pad_token_id = LAYERS, VOCABULARY, None
+    text.num_hidden_layers, text.vocab_size, text.pad_token_id = LAYERS, VOCABULARY, 0
     decoder = Decoder(first.source.random(config), path)
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory() as name:

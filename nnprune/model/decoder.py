@@ -87,7 +87,7 @@ class Decoder:
         self.left_alone |= summarise(self.path, reasons, list(self.shapes()))
         self._weights = [{name: view for name, view in views.items() if name not in reasons} for views in self._weights]
         if not any(self._weights):
-            why = "; ".join(f"{name} {reason}" for name, reason in self.left_alone.items())
+            why = "; ".join(f"{name} is {reason}" for name, reason in self.left_alone.items())
             raise ValueError(
                 f"model.path: {type(self.model).__name__} has no linear that can be pruned ({why}); choose another model"
             )
