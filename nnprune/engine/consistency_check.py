@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from nnprune.engine.called_linears import Calls, leave_uncalled_alone, noting_calls
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.input_collector import refuse_nonfinite
-from nnprune.engine.uncalled_linears import leave_uncalled_alone, noting_calls
 from nnprune.model.decoder import LayerCall, run_layer
 
 CHECKED_IN_FULL = 8
@@ -23,7 +23,7 @@ def check_consistency(engine: LayerwiseEngine) -> None:
     """Compare the layer-wise forward with `model(ids)` on a batch of two, and check that no token sees a later one.
 
     Of a deep model, or with layers on disk, only the first layer of each kind, the middle one and the last one are compared. Linears
-    whose weights the model uses without calling them are left alone from here on, which is logged.
+    that the model does not call once for each token are left alone from here on, which is logged.
 
     Raises:
         ValueError: the model does not fit the layer-wise engine, is not causal, holds NaN, or has no linear that can be pruned.
@@ -38,14 +38,14 @@ def check_consistency(engine: LayerwiseEngine) -> None:
     # Each layer gets arguments of its own, as in a run: what it would leave in them for a later one is lost.
     calls = {index: decoder.record_calls(recorded_ids)[index] for index in checked}
     own_calls = {index: decoder.record_calls(ids)[index] for index in checked}
-    reached: dict[int, set[str]] = {index: set() for index in checked}
+    noted: dict[int, Calls] = {}
 
     def run_both(index: int, layer_forward: Callable, model_hidden: Tensor, call: LayerCall) -> Tensor:
         nonlocal hidden
         if index not in checked:
             return model_hidden
         store.fetch(index, pruned=False)
-        with refuse_nonfinite(decoder.weights(index)), noting_calls(decoder.weights(index), reached[index]):
+        with refuse_nonfinite(decoder.weights(index)), noting_calls(decoder.weights(index)) as noted[index]:
             model_output = run_layer(layer_forward, model_hidden, call)
         if not _same_arguments(calls[index], own_calls[index]):
             decoder.calls_depend_on_tokens = True
@@ -63,7 +63,7 @@ def check_consistency(engine: LayerwiseEngine) -> None:
         raise ValueError(f"{name}: its layers, run one by one, do not give the model's own logits; it is not supported")
     if not _agree(logits[0, :8], logits[1, :8]):
         raise ValueError(f"{name}: its tokens see later ones, so it is no causal language model; choose another model.path")
-    leave_uncalled_alone(decoder, reached)
+    leave_uncalled_alone(decoder, noted, ids.numel())
 
 
 def _layers_to_check(engine: LayerwiseEngine) -> set[int]:

@@ -10,6 +10,7 @@ from nnprune.model.weight_views import WeightView
 NO_LINEAR = "not the weight of a linear"
 SHARED = "shared by several decoder layers"
 NOT_CALLED = "not called by the model's own forward"
+CALLED_OTHERWISE = "not called exactly once for each token"
 
 
 def summarise(path: str, reasons: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
