@@ -19,6 +19,7 @@ from nnprune import check
 from nnprune.engine.pruning_pass import PruneTask
 from nnprune.model import export
 from nnprune.model.checkpoint import Checkpoint
+from nnprune.model.conversions import Conversion
 from nnprune.run import run
 
 VISION = {
@@ -195,13 +196,14 @@ def test_what_cannot_be_saved_is_refused_before_pruning(tiny_config, monkeypatch
     name = "model.decoder.layers.1.fc1.weight"
     known = Checkpoint.__init__
 
-    def without_one(self, *args):  # as if this weight were a part of another tensor
+    def with_one_in_parts(self, *args):  # as if transformers made this weight of others
         known(self, *args)
-        self.places.pop(name)
+        header = self.places.pop(name)
+        self.conversions[name] = Conversion(self, None, name, str, {header.key: ""}, {header.key: header.shape})
 
-    fused = type("Fused", (Checkpoint,), {"__init__": without_one})
-    for place in ("nnprune.experiment.job", "nnprune.model.loading"):
-        monkeypatch.setattr(f"{place}.Checkpoint", fused)
+    monkeypatch.setattr(Checkpoint, "__init__", with_one_in_parts)
+    monkeypatch.setattr(Conversion, "apply", lambda self, tensors: {self.name: next(iter(tensors.values()))})
+    monkeypatch.setattr(Conversion, "can_revert", lambda _: False)
     monkeypatch.setattr(PruneTask, "__init__", refuse)
     with pytest.raises(
         ValueError, match=r"save=true: transformers computes model\.decoder\.layers\.1\.fc1\.weight from other tensors"

@@ -46,7 +46,7 @@ class HiddenStates:
         self.ids = ids[self.share]
         shape = (len(self.ids), *self.shape[1:])
         self.activations = HiddenBuffer(shape, first.dtype, runtime, path)
-        self.rows = slice(0, 0)  # the current batch of `each_batch`
+        self.rows: slice | list[int] = slice(0, 0)  # of `ids`, that are on the device
         self._calls: dict[torch.Size, list[LayerCall]] = {}
         self._each_batch(lambda rows: self.activations.put(rows, decoder.embed(self.ids[rows].to(self.device))))
 
@@ -57,8 +57,12 @@ class HiddenStates:
         self.activations.close()
 
     def run(self, index: int, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """The outputs (B, T, D) of decoder layer `index`, fetched as `layer`, for a batch of hidden states (B, T, D)."""
+        """The outputs (B, T, D) of decoder layer `index`, fetched as `layer`, for a batch of hidden states (B, T, D): the one that
+        `each_batch` hands out, or those that were probed or picked last."""
         shape = hidden.shape[:2]
+        if self.decoder.calls_depend_on_tokens:
+            call = self.decoder.record_calls(self.ids[self.rows, : shape[1]].to(self.device))[index]
+            return run_layer(layer, hidden, call)
         if shape not in self._calls:  # without padding only the shape of the ids matters
             self._calls[shape] = self.decoder.record_calls(torch.zeros(shape, dtype=torch.int64, device=self.device))
         return run_layer(layer, hidden, self._calls[shape][index])
@@ -66,14 +70,15 @@ class HiddenStates:
     def probe(self, num_tokens: int) -> Tensor:
         """Hidden states (1, tokens, D) to run a layer on when values do not matter, but for not being zero: that is what some models
         give an expert for tokens of others."""
-        like = self.activations.tensor
+        like, self.rows = self.activations.tensor, slice(0, 1)
         token = torch.linspace(-1, 1, like.shape[-1], dtype=like.dtype, device=self.device)
         return token.repeat(1, min(num_tokens, self.ids.shape[1]), 1)
 
     def pick(self, rows: Sequence[int]) -> Tensor:
         """The hidden states (B, T, D) of those of `rows` that this process holds, in that order, on the device."""
         start, stop = self.share.start, self.share.stop
-        return self.activations.pick([row - start for row in rows if start <= row < stop])
+        self.rows = [row - start for row in rows if start <= row < stop]
+        return self.activations.pick(self.rows)
 
     def total(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its sum over all processes, in place, and return it."""

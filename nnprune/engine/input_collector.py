@@ -13,7 +13,7 @@ from torch import Tensor
 from nnprune.checks import finite, read_together
 from nnprune.engine import parallel
 from nnprune.engine.experts import Routing, Statistics, pool_key, share_tokens
-from nnprune.engine.input_groups import NONFINITE_INPUTS
+from nnprune.engine.input_groups import NONFINITE_INPUTS, NONFINITE_WEIGHT, observed
 from nnprune.method import Method
 from nnprune.model.decoder import StopForward
 from nnprune.model.weight_views import WeightView

@@ -112,7 +112,7 @@ def open_engine(experiment: Experiment, decoder: Decoder) -> LayerwiseEngine:
     model is loaded in place of the skeleton."""
     source, runtime = experiment.source, experiment.runtime
     checkpoint = source.checkpoint(decoder.model) if source.files.is_safetensors else None
-    if checkpoint is None or (runtime.layers != "disk" and not checkpoint.can_read(f"{decoder.path}.")):
+    if checkpoint is None or (runtime.layers != "disk" and not checkpoint.can_read()):
         decoder, checkpoint = Decoder(source.load(source.config()), source.layers_path), None
     use_kernel(decoder.model, runtime.torch_device)
     interval = 0 if experiment.config["save"] else runtime.seconds_unsaved

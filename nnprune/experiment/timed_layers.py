@@ -43,7 +43,7 @@ def time_layers(
     for key, value in vars(text).items():
         if isinstance(value, list) and len(value) == text.num_hidden_layers:  # such as layer_types
             setattr(text, key, (value * num_layers)[:num_layers])
-    text.num_hidden_layers, text.vocab_size, text.pad_token_id = num_layers, VOCABULARY, None
+    text.num_hidden_layers, text.vocab_size, text.pad_token_id = num_layers, VOCABULARY, 0
     decoder = Decoder(first.source.random(config), path)
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory() as name:

@@ -1,17 +1,25 @@
 """The model card of a pruned model: the README.md that the hub and people read."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LM
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT
 
-def model_card(summary: Mapping[str, Any]) -> str:
-    """The card for the content of `pruning.json`, in Markdown with YAML in front."""
+TASKS = {"AutoModelForCausalLM": "text-generation", "AutoModelForImageTextToText": "image-text-to-text"}
+"""Class that loads a model -> what the hub calls its task."""
+
+
+def model_card(summary: Mapping[str, Any], architectures: Sequence[str]) -> str:
+    """The card for the content of `pruning.json`, in Markdown with YAML in front; `architectures` are those of config.json."""
+    sees_images = set(architectures) & (set(IMAGE_TEXT.values()) - set(CAUSAL_LM.values()))
+    loader = "AutoModelForImageTextToText" if sees_images else "AutoModelForCausalLM"
     base, config = summary["base_model"], summary["config"]
     name = base["path"] if base["commit"] else summary["model"]  # a local folder says nothing to others
     dataset = config["calibration"].get("dataset")
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["nnprune", "pruned", "sparse"]}
+    front = {"library_name": "transformers", "pipeline_tag": TASKS[loader], "tags": ["nnprune", "pruned", "sparse"]}
     if base["commit"]:
         front |= {"base_model": name, "base_model_revision": base["commit"]}
     if dataset and not Path(dataset).exists():
@@ -41,8 +49,8 @@ def model_card(summary: Mapping[str, Any]) -> str:
         "and nothing is faster unless a program makes use of the zeros.",
         *("", *(f"- {fact}: {value}" for fact, value in facts.items()), ""),
         *(("| metric | base model | this model |", "| :--- | ---: | ---: |", *figures, "") if figures else ()),
-        *("Load it:", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""),
-        f'model = AutoModelForCausalLM.from_pretrained("DIR"{trust})',
+        *("Load it:", "", "```python", f"from transformers import {loader}, AutoTokenizer", ""),
+        f'model = {loader}.from_pretrained("DIR"{trust})',
         *(f'tokenizer = AutoTokenizer.from_pretrained("DIR"{trust})', "```", ""),
         "Verify zeros and untouched tensors with `nnprune-check DIR`. The whole record is in `pruning.json`.",
     ]

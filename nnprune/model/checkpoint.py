@@ -100,24 +100,29 @@ class Checkpoint:
                 absent -= group
         return absent
 
-    def can_read(self, prefix: str) -> bool:
-        """Whether `read` gives every weight whose name starts with `prefix`, and `load_embeddings_and_head` all others."""
-        tied = self._model.all_tied_weights_keys
-        absent = {name for name in self._state if name not in self}
-        from_others = {name for name in absent if not name.startswith(prefix) and name in {*tied, *tied.values()}}
-        return absent == from_others and not self.missing(list(absent))
+    def can_read(self) -> bool:
+        """Whether `read` gives every weight, some for those that they are tied to."""
+        absent = [name for name in self._state if name not in self]
+        return all(map(self._stand_in, absent)) and not self.missing(absent)
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Name -> tensor, in the model's dtype, for the model's parameters `names`."""
-        if missing := [name for name in names if name not in self]:
+        held = {name: name if name in self else self._stand_in(name) for name in names}
+        if missing := [name for name, stored in held.items() if stored is None]:
             raise ValueError(f"{self.label}: its safetensors lack {min(missing)}; use runtime.layers=host")
-        conversions = {id(one): one for name in names if (one := self.conversions.get(name))}.values()
-        keys = {self.places[name].key: name for name in names if name in self.places}
-        found = self._get([*keys, *(key for one in conversions for key in one.patterns)])
-        tensors = {name: found.pop(key) for key, name in keys.items()}
+        conversions = {id(one): one for name in held.values() if (one := self.conversions.get(name))}.values()
+        keys = {name: self.places[name].key for name in held.values() if name in self.places}
+        found = self._get([*keys.values(), *(key for one in conversions for key in one.patterns)])
+        tensors = {name: found.pop(key) for name, key in keys.items()}
         for conversion in conversions:
             tensors |= conversion.apply({key: found.pop(key) for key in conversion.patterns})
-        return {name: tensors[name].to(self._state[name][0]) for name in names}
+        return {name: tensors[stored].to(self._state[name][0]) for name, stored in held.items()}
+
+    def _stand_in(self, name: str) -> str | None:
+        """A weight that the files hold and that `name`, which they lack, is tied to."""
+        tied = self._model.all_tied_weights_keys
+        source = tied.get(name, name)
+        return next((one for one in (source, *(key for key, value in tied.items() if value == source)) if one in self), None)
 
     def weights_of(self, key: str) -> set[str]:
         """The names of the weights that a tensor of the files is, or that are made of it."""

@@ -49,6 +49,7 @@ class Decoder:
         model.set_experts_implementation("eager")  # one expert after the other, so that what each receives can be seen
         self.text_config = model.config.get_text_config()
         self.path, self.layers = _find_layers(model, layers_path)
+        self.calls_depend_on_tokens = False  # arguments of the layers besides the hidden states: embeddings, say
         self._tuple_lengths: dict[type[nn.Module], int] = {}
         hidden_size = getattr(self.text_config, "hidden_size", None)
         self._weights = [weight_views(layer, f"{self.path}.{index}", hidden_size) for index, layer in enumerate(self.layers)]
@@ -106,7 +107,7 @@ class Decoder:
         self.left_alone |= summarise(self.path, reasons, list(self.shapes()))
         self._weights = [{name: view for name, view in views.items() if name not in reasons} for views in self._weights]
         if not any(self._weights):
-            why = "; ".join(f"{name} {reason}" for name, reason in self.left_alone.items())
+            why = "; ".join(f"{name} is {reason}" for name, reason in self.left_alone.items())
             raise ValueError(
                 f"model.path: {type(self.model).__name__} has no linear that can be pruned ({why}); choose another model"
             )
@@ -128,7 +129,8 @@ class Decoder:
         return captured[0]
 
     def record_calls(self, ids: Tensor) -> list[LayerCall]:
-        """The arguments of every decoder layer for ids (B, T), which may differ between layers, as in Gemma."""
+        """The arguments of every decoder layer for ids (B, T), which may differ between layers, as in Gemma. Raises ValueError when text
+        does not pass through all layers."""
         calls: list[LayerCall] = []
 
         def record(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
@@ -140,7 +142,8 @@ class Decoder:
         self._forward(ids, record)
         if len(calls) != len(self.layers):
             raise ValueError(
-                f"{self.path}: the model calls {len(calls)} of its {len(self.layers)} layers; set model.layers_path"
+                f"model.path: {type(self.model).__name__} calls {len(calls)} of its {len(self.layers)} layers {self.path} for text, so "
+                "it is not supported; set model.layers_path if these are not its decoder layers"
             )
         return calls
 

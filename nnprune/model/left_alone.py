@@ -7,9 +7,10 @@ from torch import nn
 
 from nnprune.model.weight_views import WeightView
 
-NO_LINEAR = "is a router, or no weight of a linear"
-SHARED = "is shared by several decoder layers"
-NOT_CALLED = "never receives an input in the model's own forward"
+NO_LINEAR = "a router, or not the weight of a linear"
+SHARED = "shared by several decoder layers"
+NOT_CALLED = "not called by the model's own forward"
+CALLED_OTHERWISE = "not called exactly once for each token"
 
 
 def summarise(path: str, reasons: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:

@@ -133,7 +133,7 @@ class ModelSource:
     @property
     def stored_dtype(self) -> torch.dtype:
         """The dtype that weights are kept, and saved, in."""
-        return DTYPES.get(self.dtype) or self._config.dtype or torch.float32
+        return DTYPES.get(self.dtype) or self._config.dtype or self._config.get_text_config().dtype or torch.float32
 
     def computing_dtype(self, device: torch.device) -> torch.dtype:
         """The dtype that `device` computes in."""

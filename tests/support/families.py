@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 VOCAB_SIZE = 264
 COMMON = {
@@ -124,6 +124,13 @@ MIXTURES = {
 
 MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
 MIXED_MAMBA = {"layer_types": ["mamba", "attention", "mamba"]}
+SMALL_GEMMA = {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]}
+PER_LAYER_INPUTS = {
+    **SMALL_GEMMA,
+    "global_head_dim": 8,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+}
 SSM = {"state_size": 8, "time_step_rank": 8}
 KIMI = {"linear_head_dim": 8, "linear_num_heads": 4, **LATENT, "layer_types": ["linear_attention", "full_attention"]}
 
@@ -132,7 +139,14 @@ HYBRIDS = {
     "qwen3_5": make_model("Qwen3_5Text", **DELTA, num_hidden_layers=2, **GROUPED),
     "olmo_hybrid": make_model("OlmoHybrid", **DELTA, num_hidden_layers=2, **GROUPED),
     "kimi_linear": make_model("KimiLinear", **KIMI, mlp_layer_types=["dense"] * 2, num_hidden_layers=2),
-    "bailing_hybrid": make_model("BailingHybrid", **{**ROUTED, "first_k_dense_replace": 2}, **LATENT),
+    "bailing_hybrid": make_model(
+        "BailingHybrid",
+        head_dim=8,
+        num_key_value_heads=4,
+        layer_group_size=2,
+        **{**ROUTED, "first_k_dense_replace": 2},
+        **LATENT,
+    ),
     "falcon_h1": make_model("FalconH1", mamba_d_ssm=64, **MAMBA2, **GROUPED),
     "bamba": make_model("Bamba", attn_layer_indices=[1], **MAMBA2, **GROUPED),
     "granitemoehybrid": make_model(
@@ -170,79 +184,6 @@ HYBRIDS = {
     "mamba2": make_model("Mamba2", num_heads=4, head_dim=16, n_groups=1, chunk_size=8, **SSM),
     "falcon_mamba": make_model("FalconMamba", **SSM),
     "xlstm": make_model("xLSTM"),
-    "rwkv": make_model("Rwkv", context_length=64),
+    "gemma4_text": make_model("Gemma4Text", **PER_LAYER_INPUTS, num_hidden_layers=2, **GROUPED),
 }
-
-TEXT = {**COMMON, **GROUPED, "num_hidden_layers": 2}
-VISION = {
-    **{
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    },  # as deep as the text decoder
-    **{"image_size": 28, "patch_size": 14, "num_channels": 3},
-}
-QWEN_VISION = {
-    **{"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32},
-    **{"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 16},
-}
-GLM_VISION = {**QWEN_VISION, "image_size": 28, "patch_size": 14}
-MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
-SMALL_GEMMA = {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]}
-GEMMA3N = {
-    **{"intermediate_size": [64] * 2, **SMALL_GEMMA, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * 2},
-    **{"vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size_per_layer_input": 8, "altup_num_inputs": 2, "laurel_rank": 8},
-}
-GEMMA3N_VISION = {"hidden_size": 16, "vocab_size": 8, "vocab_offset": 248}
-
-
-def make_tower(
-    name: str, vision: dict | None = VISION, text: dict | None = None, **options: object
-) -> Callable[[], PreTrainedModel]:
-    """A text decoder within a model that also sees images; `text` adds to the text decoder's configuration."""
-
-    def build() -> PreTrainedModel:
-        torch.manual_seed(0)
-        config = getattr(transformers, f"{name}Config")
-        text_class = type(config().text_config)
-        config = config(
-            text_config={**TEXT, **(text or {}), "model_type": text_class.model_type},
-            **({} if vision is None else {"vision_config": vision}),
-            image_token_id=3,
-            image_token_index=3,
-            video_token_id=4,
-            **options,
-        )
-        return AutoModelForImageTextToText.from_config(config).eval()
-
-    return build
-
-
-TOWERS = {
-    "llava": make_tower("Llava"),
-    "llava_next": make_tower("LlavaNext"),
-    "llava_onevision": make_tower("LlavaOnevision"),
-    "qwen2_vl": make_tower("Qwen2VL", {**QWEN_VISION, "embed_dim": 16, "hidden_size": 32}, MROPE),
-    "qwen2_5_vl": make_tower("Qwen2_5_VL", QWEN_VISION, MROPE),
-    "qwen3_vl": make_tower("Qwen3VL", {**QWEN_VISION, "deepstack_visual_indexes": [0]}, {"head_dim": 8, **MROPE}),
-    "qwen3_5": make_tower("Qwen3_5", QWEN_VISION, {**DELTA, **MROPE}),
-    "gemma3": make_tower("Gemma3", text=SMALL_GEMMA, mm_tokens_per_image=1),
-    "gemma3n": make_tower("Gemma3n", GEMMA3N_VISION, GEMMA3N),
-    "gemma4": make_tower(
-        "Gemma4", None, {**SMALL_GEMMA, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE}
-    ),
-    "mistral3": make_tower("Mistral3", text={"head_dim": 8}),
-    "idefics3": make_tower("Idefics3"),
-    "smolvlm": make_tower("SmolVLM"),
-    "paligemma": make_tower("PaliGemma", text={"head_dim": 8}),
-    "internvl": make_tower("InternVL", {**VISION, "image_size": [28, 28], "patch_size": [14, 14]}),
-    "aya_vision": make_tower("AyaVision", text={"head_dim": 8}),
-    "cohere2_vision": make_tower("Cohere2Vision", text={"head_dim": 8}),
-    "glm4v": make_tower("Glm4v", GLM_VISION, {"rope_parameters": {**MROPE["rope_parameters"], "partial_rotary_factor": 1.0}}),
-    "lfm2_vl": make_tower("Lfm2Vl", {**VISION, "num_patches": 4}, {"layer_types": ["conv", "full_attention"]}),
-    "ovis2": make_tower("Ovis2"),
-    "lighton_ocr": make_tower("LightOnOcr", text={"head_dim": 8}),
-    "mllama": make_tower("Mllama"),
-}
-"""Text decoders within models that see images."""
+"""Dense decoders with layers of several kinds, or whose layers receive more than hidden states."""
