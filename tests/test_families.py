@@ -1,10 +1,10 @@
-"""Hybrids and text towers, pruned with their layers on disk, saved and loaded by transformers; families that cannot be pruned."""
+"""Hybrids, text towers and mixtures of experts: pruned with layers on disk, saved, loaded by transformers; what cannot be pruned."""
 
 import pytest
 import torch
 from conftest import byte_tokenizer
 from support.engine import prune, random_ids, through_layers
-from support.families import HYBRIDS
+from support.families import HYBRIDS, MIXTURES
 from support.towers import REFUSED, TOWERS
 
 from nnprune.engine.consistency_check import check_consistency
@@ -12,14 +12,15 @@ from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.layer_files import LayerFiles
 from nnprune.engine.layer_store import LayerStore
 from nnprune.model.decoder import Decoder
-from nnprune.model.export import save_model
+from nnprune.model.export import save_model, weight_of
 from nnprune.model.loading import ModelSource
 from nnprune.patterns import NM
 from nnprune.pruners.wanda import Wanda
 from nnprune.records import RunRecord
 from nnprune.runtime import Runtime
 
-PRUNED = {f"hybrid-{name}": make for name, make in HYBRIDS.items()} | {f"tower-{name}": make for name, make in TOWERS.items()}
+KINDS = {"hybrid": HYBRIDS, "tower": TOWERS, "mixture": {name: make for name, make in MIXTURES.items() if name != "dbrx"}}
+PRUNED = {f"{kind}-{name}": make for kind, families in KINDS.items() for name, make in families.items()}
 PATTERN = NM(2, 4)
 CONFIG = {"model": {}, "pruner": {"_target_": "Wanda"}, "calibration": {}}
 
@@ -56,18 +57,20 @@ def test_pruned_and_saved(family, tmp_path):
     save_model(source, decoder.model, [files.path(index) for index in files.reports], record, tmp_path / "saved")
     saved, info = type(dense).from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    pruned = {f"{linear['name']}.weight" for linear in linears}
-    assert len(pruned) == len(linears) == len(decoder.shapes()) > 0
-    before, after = dense.state_dict(), saved.state_dict()
-    assert before.keys() == after.keys()
-    for name in before:
-        if name in pruned:
-            PATTERN.check(after[name])
-            kept = after[name] != 0
-            assert torch.equal(after[name][kept], before[name][kept]), name
-            assert kept.sum() == min((before[name] != 0).sum(), before[name].numel() // 2), name
-        else:
-            assert torch.equal(after[name], before[name]), name
+    assert len({linear["name"] for linear in linears}) == len(linears) == len(decoder.shapes()) > 0
+    before, after = (
+        {name: view for index in range(len(one.layers)) for name, view in one.weights(index).items()}
+        for one in (Decoder(dense), Decoder(saved))
+    )
+    for linear in linears:
+        weight, base = after[linear["name"]].read(), before[linear["name"]].read()
+        PATTERN.check(weight)
+        kept = weight != 0
+        assert torch.equal(weight[kept], base[kept]), linear["name"]
+        assert kept.sum() == min((base != 0).sum(), base.numel() // 2), linear["name"]
+    pruned, others, base = {weight_of(linear) for linear in linears}, saved.state_dict(), dense.state_dict()
+    assert others.keys() == base.keys()
+    assert all(torch.equal(others[name], base[name]) for name in base if name not in pruned)
     expected = saved.eval()(input_ids=ids, use_cache=False).logits
     assert (expected - dense(input_ids=ids, use_cache=False).logits).abs().max() > 1e-3 * expected.std()
     torch.testing.assert_close(logits_layer_by_layer(engine, ids), expected, rtol=0, atol=1e-4 * float(expected.std()))

@@ -57,7 +57,7 @@ def _dense_layer(engine: LayerwiseEngine, index: int, module: nn.Module, states:
     layer = DenseLayer(weights, {}, {})
     if states is None:
         return layer
-    collector = collect_inputs(states, index, module, [SquaredNorm], engine.routing, is_last=index == engine.num_layers - 1)
+    collector = collect_inputs(states, index, module, [SquaredNorm], index == engine.num_layers - 1, engine.routing)
     for names in collector.groups:
         layer.squared_norms |= dict.fromkeys(names, collector.statistics[names[0]][SquaredNorm].mean())
         layer.samples |= dict.fromkeys(names, collector.sample(names))
@@ -69,14 +69,16 @@ def collect_inputs(
     index: int,
     layer: nn.Module,
     statistics: Sequence[type[InputStatistic]],
-    routing: Routing,
     is_last: bool,
+    routing: Routing | None = None,
 ) -> InputCollector:
     """Statistics of the inputs of decoder layer `index`, fetched as `layer`. The hidden states advance to the next layer unless
     it `is_last`."""
     weights = states.decoder.weights(index)
     groups, first_row = layer_groups(states, index, layer), states.share.start
-    collector = InputCollector(statistics, [], groups, weights, states.shape[1], first_row=first_row, routing=routing)
+    collector = InputCollector(
+        statistics, [], groups, weights, states.shape[1], first_row=first_row, routing=routing or Routing()
+    )
     with collector.observing(stop=is_last):
         states.each_batch(lambda rows, hidden: collector.run(rows, lambda: states.run(index, layer, hidden)))
     collector.finish()
