@@ -68,6 +68,10 @@ class Propagation:
         Afterwards the reference has passed through this layer and, in dense mode with `hand_on`, so has the calibration.
         """
         groups = layer_groups(self.calibration, index, layer) if self._next_collector is None else self._next_collector.groups
+        if not groups:  # no linear of this layer is chosen
+            with self.stopwatch.stage("calibration"):
+                self._pass_by(index, layer, hand_on and self.mode == "dense")
+            return
         passes, dense = [groups], layer
         if self.mode == "sequential":
             passes = [[names] for names in groups]
@@ -84,6 +88,14 @@ class Propagation:
             yield collector
         self._reference_advanced = False
 
+    def _pass_by(self, index: int, layer: nn.Module, hand_on: bool) -> None:
+        """Take the reference, and with `hand_on` the calibration, through a layer none of whose inputs is collected."""
+        if self.reference is not None and not self._reference_advanced:
+            self.reference.advance(index, layer)
+        if hand_on:
+            self.calibration.advance(index, layer)
+        self._reference_advanced = False
+
     def invalidate(self) -> None:
         """Drop cached outputs: the weights of the current layer have changed, or the layer is done."""
         for cached in self._cached.values():
@@ -98,7 +110,8 @@ class Propagation:
         """
         with self.stopwatch.stage("calibration"):
             layer = self.engine.store.fetch(index)
-            if self.mode == "sequential" or not methods or any(method.recovery.epochs_before for method in methods):
+            collects = methods and self.engine.decoder.weights(index + 1)
+            if self.mode == "sequential" or not collects or any(method.recovery.epochs_before for method in methods):
                 with self._replaying(layer, (), is_last=True):
                     self.calibration.advance(index, layer)
                 self.invalidate()

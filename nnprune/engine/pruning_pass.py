@@ -99,7 +99,7 @@ class PruningPass:
                 try:
                     if dense is not None:
                         layer = self._advance(index, dense, "dense_evaluation", pruned=False)
-                        counts.append(count_zeros(layer, engine.decoder.weights(index)))
+                        counts.append(count_zeros(layer, engine.decoder.all_weights(index)))
                     if index <= last:
                         self._prune_or_skip(index, last, propagation)
                     if pruned:

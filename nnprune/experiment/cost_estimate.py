@@ -64,7 +64,7 @@ class CostEstimate:
         rows = max(TIMED_TOKENS[self.device.type] // self.load.seq_len, 1 + self.first.method.recovery.is_on)
         ids = torch.randint(VOCABULARY, (rows, self.load.seq_len))
         for _ in range(2):  # the first time warms up
-            timed, self.load.groups = time_layers(self.pruned or self.cells, ids, self.decoder.path)
+            timed, self.load.groups = time_layers(self.pruned or self.cells, ids, self.decoder)
         seconds = {stage: value * len(self.decoder.layers) / LAYERS for stage, value in timed.items()}
         seconds["load"] *= self.outside / self.in_layers + (self.runtime.layers != "disk")
         for stage in {"calibration", "recover"} & set(seconds):

@@ -25,6 +25,7 @@ from nnprune.experiment.plans import PlanRequest, make_plans
 from nnprune.experiment.preparation import (
     SCRATCH,
     check_shapes,
+    chosen_linears,
     log_computing_dtype,
     open_engine,
     skeleton,
@@ -66,6 +67,8 @@ class Job:
             self.engine = open_engine(experiment, decoder)
             check_consistency(self.engine)
             self._fit_device(methods or [experiment.method])
+            if not experiment.is_dense:
+                self.engine.decoder.keep(chosen_linears(experiment, self.engine.decoder))
             if experiment.config["save"]:
                 self._check_that_it_can_be_saved()
 
@@ -176,6 +179,7 @@ class Job:
             dense.linear_sparsity, dense.model_sparsity = fractions_of_zeros(self.engine.decoder, counts)
         if pruned:
             reports = [layer_files.reports[index] for index in range(self.engine.num_layers)]
+            pruned.selection = self.experiment.selection.counts(self.engine.decoder.all_shapes_by_layer())
             pruned.per_linear = [linear for report in reports for linear in report["linears"]]
             pruned.recovered = [report["recovered"] for report in reports if "recovered" in report]
             pruned.linear_sparsity, pruned.model_sparsity = fractions_of_zeros(self.engine.decoder, reports)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from nnprune.allocations.uniform import Uniform
 from nnprune.engine.consistency_check import check_consistency
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.importance_pass import run_importance_pass
@@ -17,6 +16,7 @@ from nnprune.engine.layer_store import LayerStore
 from nnprune.engine.pruning_pass import PruneTask, PruningPass
 from nnprune.engine.stopwatch import Stopwatch
 from nnprune.experiment.build import Experiment
+from nnprune.experiment.preparation import chosen_linears
 from nnprune.model.decoder import Decoder
 
 LAYERS = 2  # one hands on to the other
@@ -24,9 +24,9 @@ VOCABULARY = 512
 
 
 @torch.no_grad()
-def time_layers(cells: Sequence[Experiment], ids: torch.Tensor, path: str) -> tuple[dict[str, float], list[list[str]]]:
-    """Seconds by stage of `LAYERS` layers, found at `path`, for `ids` (N, T) < VOCABULARY; and the groups of linears of a layer that
-    share an input. "load" reads them from the file cache: a cold disk takes longer."""
+def time_layers(cells: Sequence[Experiment], ids: torch.Tensor, whole: Decoder) -> tuple[dict[str, float], list[list[str]]]:
+    """Seconds by stage of `LAYERS` layers like those of the `whole` model, for `ids` (N, T) < VOCABULARY; and the groups of linears of a
+    layer that share an input and are pruned. "load" reads them from the file cache: a cold disk takes longer."""
     first = cells[0]
     config, runtime = first.source.config(), first.runtime
     watch, text = Stopwatch(runtime.torch_device), config.get_text_config()
@@ -34,7 +34,7 @@ def time_layers(cells: Sequence[Experiment], ids: torch.Tensor, path: str) -> tu
         if isinstance(value, list) and len(value) == text.num_hidden_layers:  # such as layer_types
             setattr(text, key, (value * 2)[:LAYERS])
     text.num_hidden_layers, text.vocab_size, text.pad_token_id = LAYERS, VOCABULARY, None
-    decoder = Decoder(first.source.random(config), path)
+    decoder, path = Decoder(first.source.random(config), whole.path), whole.path
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -46,8 +46,10 @@ def time_layers(cells: Sequence[Experiment], ids: torch.Tensor, path: str) -> tu
             store = LayerStore(decoder, runtime.torch_device, offload, finished[0], None, first.computing_dtype)
             engine = LayerwiseEngine(decoder, store, runtime, folder)
             check_consistency(engine)
+        if not first.is_dense:
+            decoder.keep(chosen_linears(first, whole, like=decoder))
         tasks = [
-            PruneTask(cell.method, Uniform().plan(cell.pattern, decoder.shapes_by_layer()), files)  # as good as any plan
+            PruneTask(cell.method, dict.fromkeys(decoder.shapes(), cell.allocation.typical(cell.pattern)), files)
             for cell, files in zip(cells, finished, strict=True)
             if not cell.is_dense
         ]

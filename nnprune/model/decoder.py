@@ -7,7 +7,7 @@ model's own forward, and logits come from that forward with the layers bypassed,
 Letters: B batch, T tokens, D hidden, O output features, I input features, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,8 @@ class Decoder:
                     f"model.path: {type(model).__name__} holds {self.path}.{name}, no weight of a linear: mixture-of-experts "
                     "and convolutional layers are not supported yet; choose a dense decoder-only model"
                 )
-        self._weights = [weight_views(layer, f"{self.path}.{index}") for index, layer in enumerate(self.layers)]
+        self._all_weights = [weight_views(layer, f"{self.path}.{index}") for index, layer in enumerate(self.layers)]
+        self._weights = self._all_weights
 
     @property
     def vocab_size(self) -> int:
@@ -61,6 +62,18 @@ class Decoder:
     def weights(self, index: int) -> dict[str, WeightView]:
         """Full name -> weight that can be pruned, of decoder layer `index`, in order of definition."""
         return self._weights[index]
+
+    def all_weights(self, index: int) -> dict[str, WeightView]:
+        """As `weights`, with those that `keep` has left out."""
+        return self._all_weights[index]
+
+    def all_shapes_by_layer(self) -> list[dict[str, tuple[int, int]]]:
+        """As `shapes_by_layer`, with those that `keep` has left out."""
+        return [{name: view.shape for name, view in views.items()} for views in self._all_weights]
+
+    def keep(self, names: Set[str]) -> None:
+        """Leave out all weights but those of these full names: they stay as they are, and nothing is collected for them."""
+        self._weights = [{name: view for name, view in views.items() if name in names} for views in self._all_weights]
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Full name -> (O, I) of every linear of every decoder layer."""
