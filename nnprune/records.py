@@ -32,12 +32,12 @@ class RunRecord:
 
     Keys of `metrics` (of the pruned model) and `dense_metrics` are `<evaluation>_perplexity`; sparsities are fractions of zeros;
     times are seconds; sizes are bytes; `dtype` is the computing dtype. `linear_sparsity` is that of all linears that were to be pruned;
-    `selection` tells which, if not all: `linears` of `all_linears`, and how many fit each pattern of `include` and `exclude`. `per_linear` holds a dict per linear: name, pattern,
-    sparsity, relative_error, seconds. `recovered` holds a dict per tuned decoder layer: the reports of `Recovery.tune`, `before`
-    and `after` pruning. `evaluations` maps the fingerprint of each evaluation to its name, settings, hash of token ids (tokens),
-    figures (metrics, dense_metrics) and time (finished); the last one of each metric is in `metrics`. Commits are those on the hub,
-    hashes those of files; `code` maps each of nnprune's files that the method uses to a hash; `command` is None if the run was
-    called from Python.
+    `selection` tells which, if not all: `linears` of `all_linears`, and how many fit each pattern of `include` and `exclude`.
+    `per_linear` holds a dict per linear: name, pattern, sparsity, relative_error, seconds. `recovered` holds a dict per tuned decoder
+    layer: the reports of `Recovery.tune`, `before` and `after` pruning. `evaluations` maps the fingerprint of each evaluation to its
+    name, settings, hash of token ids (tokens), figures (metrics, dense_metrics) and time (finished); the last one of each metric is in
+    `metrics`. Commits are those on the hub, hashes those of files; `code` maps each of nnprune's files that the method uses to a hash;
+    `command` is None if the run was called from Python.
     """
 
     status: str

@@ -43,7 +43,9 @@ class Selection:
         fitting = {key: set().union(*self._fitting(key, names).values()) for key in self._matchers}
         chosen = (fitting["include"] if self._matchers["include"] else set(names)) - fitting["exclude"]
         if not chosen:
-            raise ValueError(f"prune.exclude={quoted(self.settings.get('exclude'))}: leaves no linear to prune; take a pattern out")
+            raise ValueError(
+                f"prune.exclude={quoted(self.settings.get('exclude'))}: leaves no linear to prune; take a pattern out"
+            )
         return [{name: shape for name, shape in layer.items() if name in chosen} for layer in shapes]
 
     def counts(self, shapes: Shapes) -> dict[str, Any]:
@@ -69,5 +71,7 @@ def _patterns(key: str, patterns: object) -> list[str]:
     found = [patterns] if isinstance(patterns, str) else [] if patterns is None else patterns
     is_usable = isinstance(found, list | tuple) and all(isinstance(one, str) and one for one in found)
     if not is_usable or (patterns is not None and not found):
-        raise ValueError(f"{key}={quoted(patterns)}: must be names, globs such as *.mlp.* or regular expressions such as re:.*_proj, or null")
+        raise ValueError(
+            f"{key}={quoted(patterns)}: must be names, globs such as *.mlp.* or regular expressions such as re:.*_proj, or null"
+        )
     return sorted(set(found))

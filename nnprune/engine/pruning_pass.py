@@ -162,7 +162,9 @@ class PruningPass:
         reports = self._prune(index, last, propagation, tasks)
         if self.propagate != "dense" and index < last:
             propagation.hand_on(index, [task.method for task in self._unfinished_tasks(index + 1)])
-        if not reports:  # all tasks failed
+        if not reports:  # all tasks failed, or
+            if not self.engine.decoder.weights(index):
+                log.info("layer %d/%d  no linear chosen", index + 1, self.engine.num_layers)
             return
         error, sparsity = (fmean(report[key] for report in reports) for key in ("relative_error", "sparsity"))
         seconds = time.perf_counter() - start
