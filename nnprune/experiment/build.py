@@ -138,6 +138,8 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
         label="dense" if allocation.is_dense(pattern) else str(config["label"] or type(pruner).__name__),
         evaluations=evaluation_fingerprints(evaluation.evaluators),
     )
+    if not experiment.is_dense:
+        calibration.check(runtime)
     _ = experiment.fingerprint  # computed, or refused, before anything is written under that name
     return experiment
 

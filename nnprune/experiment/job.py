@@ -34,6 +34,7 @@ from nnprune.experiment.preparation import (
     workload,
 )
 from nnprune.experiment.provenance import new_record, now
+from nnprune.experiment.written_text import written_ids
 from nnprune.method import Method
 from nnprune.model.checkpoint import Checkpoint
 from nnprune.model.export import check_names, save_model
@@ -62,6 +63,9 @@ class Job:
             decoder = skeleton(experiment, config)
             check_shapes(experiment, decoder)  # before the texts are read
             self.calibration_ids, self.evaluation_ids = token_ids(experiment, config, experiment.source.tokenizer())
+            if experiment.calibration.needs_model and not experiment.is_dense:
+                with self.stopwatch.stage("generation"):
+                    self.calibration_ids = written_ids(experiment, decoder, self.calibration_ids)
             self.evaluation_hashes = {key: token_hash(ids) for key, ids in self.evaluation_ids.items()}
         with self.stopwatch.stage("load"):
             self.engine = open_engine(experiment, decoder)

@@ -19,6 +19,7 @@ from nnprune.method import Method
 from nnprune.model.attention import use_kernel
 from nnprune.model.decoder import Decoder
 from nnprune.model.dtypes import name_of
+from nnprune.texts import check_ids
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,8 @@ def token_ids(experiment: Experiment, config: Any, tokenizer: Any) -> tuple[Tens
     vocab_size = config.get_text_config().vocab_size
     evaluators = experiment.evaluation.evaluators
     evaluation = {key: evaluators[name].prepare(tokenizer) for name, key in experiment.evaluations.items()}
+    for name, key in experiment.evaluations.items():
+        check_ids(f"evaluation: {name}", evaluation[key], vocab_size)
     if experiment.is_dense:
         return torch.empty(0, experiment.calibration.seq_len, dtype=torch.int64), evaluation
     return experiment.calibration.token_ids(tokenizer, vocab_size), evaluation
