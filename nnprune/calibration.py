@@ -6,6 +6,7 @@ Letters: N samples (`num_samples`), T tokens of a sample (`seq_len`). Ids are in
 import hashlib
 import random
 from array import array
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nnprune.checks import check_count, one_of, quoted
-from nnprune.runtime import available_host_bytes
+from nnprune.runtime import Runtime, available_host_bytes
 from nnprune.texts import TextSource
 
 MIN_TOKENS_PER_EXPERT = 256
@@ -30,6 +31,9 @@ class Calibration:
     """
 
     source: TextSource | None = None
+
+    needs_model = False
+    """Whether `token_ids` are only the first column, and a method `write(model, ids)` gives the others."""
 
     def __init__(
         self, num_samples: int, seq_len: int, seed: int, min_tokens_per_expert: int = MIN_TOKENS_PER_EXPERT, route: str = "own"
@@ -48,6 +52,13 @@ class Calibration:
                 f"calibration.{key}={value}: {num_samples} samples of {seq_len} tokens are more than the {most} token ids that fit "
                 f"into {MEMORY_SHARE:.0%} of this machine's memory; lower calibration.{key}"
             )
+
+    def check(self, runtime: Runtime) -> None:
+        """Raise ValueError for what can be refused before anything is read."""
+
+    def identity(self, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> dict[str, Any]:
+        """What a fingerprint counts besides settings and files."""
+        return {}
 
     def token_ids(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
         """The ids (N, T), int64, each below `vocab_size`."""
@@ -88,11 +99,21 @@ class TextCalibration(Calibration):
         self.source = TextSource(key="calibration", **source)
 
     def token_ids(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
-        draw = self._packed if self.mode == "packed" else self._documents
+        draw = self._draw_packed if self.mode == "packed" else self._draw_documents
         return draw(tokenizer, random.Random(self.seed))
 
-    def _packed(self, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Tensor:
-        ids = _tokenise(tokenizer, self.source.joined())
+    def _documents(self) -> Sequence[Any]:
+        return self.source.documents()
+
+    def _joined(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        return self.source.joined()
+
+    def _ids(self, tokenizer: PreTrainedTokenizerBase, document: Any) -> Tensor:
+        """The ids (tokens,), int64, of a document or of the joined text."""
+        return torch.tensor(tokenizer(document).input_ids, dtype=torch.int64)
+
+    def _draw_packed(self, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Tensor:
+        ids = self._ids(tokenizer, self._joined(tokenizer))
         if len(ids) <= self.seq_len:
             raise ValueError(
                 f"calibration.seq_len={self.seq_len}: the text has {len(ids)} tokens, fewer than one window and its "
@@ -102,8 +123,8 @@ class TextCalibration(Calibration):
         starts = array("q", (rng.randint(0, last) for _ in range(self.num_samples)))
         return ids.unfold(0, self.seq_len, 1)[torch.frombuffer(starts, dtype=torch.int64)]
 
-    def _documents(self, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Tensor:
-        documents = self.source.documents()
+    def _draw_documents(self, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Tensor:
+        documents = self._documents()
         too_short: set[int] = set()  # draws are with replacement: a short document is tokenised once
         rows = torch.empty(self.num_samples, self.seq_len, dtype=torch.int64)
         num_drawn = 0
@@ -116,7 +137,7 @@ class TextCalibration(Calibration):
             index = rng.randint(0, len(documents) - 1)
             if index in too_short:
                 continue
-            ids = _tokenise(tokenizer, documents[index])
+            ids = self._ids(tokenizer, documents[index])
             if len(ids) <= self.seq_len:
                 too_short.add(index)
                 continue
@@ -124,11 +145,6 @@ class TextCalibration(Calibration):
             rows[num_drawn] = ids[start : start + self.seq_len]
             num_drawn += 1
         return rows
-
-
-def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """The ids (tokens,), int64, of a text."""
-    return torch.tensor(tokenizer(text).input_ids, dtype=torch.int64)
 
 
 def token_hash(ids: Tensor) -> str:

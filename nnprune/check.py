@@ -40,7 +40,8 @@ class SavedModel:
         self.folder = folder
         self.summary = read_json(folder / SUMMARY, str(folder))
         try:
-            settings = self.summary["config"]["model"]
+            settings, selection = self.summary["config"]["model"], self.summary.get("selection")
+            self.chosen = f" of {selection['all_linears']}" if selection else ""
             self.linears = {
                 one["name"]: (parse_pattern(one["pattern"]), float(one["sparsity"])) for one in self.summary["per_linear"]
             }
@@ -162,7 +163,11 @@ def _check(args: argparse.Namespace) -> bool:
     patterns = ", ".join(sorted({str(pattern) for pattern, _ in saved.linears.values()})) or "no pattern"
     is_right = [
         _report("files", f"{num_tensors} tensors in {len(saved.source.files.weights())} files", saved.faults_of_files()),
-        _report("patterns", f"{len(saved.linears)} linears have {patterns}, zeros as recorded", saved.faults_of_patterns()),
+        _report(
+            "patterns",
+            f"{len(saved.linears)}{saved.chosen} linears have {patterns}, zeros as recorded",
+            saved.faults_of_patterns(),
+        ),
         _report("values", f"{num_tensors} tensors are finite", saved.faults_of_values()),
     ]
     if base is None:

@@ -72,7 +72,7 @@ class Perplexity(Evaluator):
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """The windows (N, T), int64. Raises ValueError for a text shorter than one window."""
-        ids = torch.tensor(tokenizer(self.source.joined()).input_ids, dtype=torch.int64)
+        ids = self.source.token_ids(tokenizer)
         num_windows = len(ids) // self.seq_len
         if not num_windows:
             raise ValueError(

@@ -31,13 +31,14 @@ class RunRecord:
     """The settings, results and provenance of one run.
 
     Keys of `metrics` (of the pruned model) and `dense_metrics` are `<evaluation>_perplexity`; sparsities are fractions of zeros;
-    times are seconds; sizes are bytes; `dtype` is the computing dtype. `per_linear` holds a dict per linear: name, pattern,
-    sparsity, relative_error, seconds. `left_alone` maps what the decoder layers hold beside these linears, of more than one
-    dimension, to why it was not pruned; `*` in a name stands for all layers that have it. `recovered` holds a dict per tuned decoder
-    layer: the reports of `Recovery.tune`, `before` and `after` pruning. `evaluations` maps the fingerprint of each evaluation to its
-    name, settings, hash of token ids (tokens), figures (metrics, dense_metrics) and time (finished); the last one of each metric is
-    in `metrics`. Commits are those on the hub, hashes those of files; `code` maps each of nnprune's files that the method uses to a
-    hash; `command` is None if the run was called from Python.
+    times are seconds; sizes are bytes; `dtype` is the computing dtype. `linear_sparsity` is that of all linears that were to be pruned;
+    `selection` tells which, if not all: `linears` of `all_linears`, and how many fit each pattern of `include` and `exclude`.
+    `per_linear` holds a dict per linear: name, pattern, sparsity, relative_error, seconds. `left_alone` maps what the decoder layers
+    hold beside these linears, of more than one dimension, to why it was not pruned; `*` in a name stands for all layers that have it.
+    `recovered` holds a dict per tuned decoder layer: the reports of `Recovery.tune`, `before` and `after` pruning. `evaluations` maps
+    the fingerprint of each evaluation to its name, settings, hash of token ids (tokens), figures (metrics, dense_metrics) and time
+    (finished); the last one of each metric is in `metrics`. Commits are those on the hub, hashes those of files; `code` maps each of
+    nnprune's files that the method uses to a hash; `command` is None if the run was called from Python.
     """
 
     status: str
@@ -49,6 +50,7 @@ class RunRecord:
     dense_metrics: dict[str, float] = field(default_factory=dict)
     linear_sparsity: float | None = None
     model_sparsity: float | None = None
+    selection: dict[str, Any] = field(default_factory=dict)
     per_linear: list[dict[str, Any]] = field(default_factory=list)
     left_alone: dict[str, str] = field(default_factory=dict)
     recovered: list[dict[str, Any]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Documents from a local file, from the embedded demo, or from a dataset on the hub. No tokens, no model."""
+"""Documents, conversations or token ids from a local file, from the embedded demo, or from a dataset on the hub. No model."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -7,12 +7,28 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
 from nnprune.checks import check_count, quoted
 from nnprune.files.digests import file_digest
 from nnprune.files.hub import Repository, find
-from nnprune.files.text_files import FORMATS, NoSuchColumn, read_documents, read_joined, suffix
+from nnprune.files.text_files import (
+    KINDS,
+    NoSuchColumn,
+    check_kind,
+    holds_ids,
+    read_conversations,
+    read_documents,
+    read_joined,
+    read_rows,
+    suffix,
+)
 
 T = TypeVar("T")
+
+Conversation = list[dict[str, Any]]
+"""Messages in order, with "role" and "content"."""
 
 DEMO_FOLDER = Path(__file__).parent / "data" / "demo"
 
@@ -23,7 +39,7 @@ class TextSource:
 
     Args:
         key: the config key of this source, for error messages.
-        path: one or several local files (.txt, .jsonl, .json.gz, .parquet); "demo:NAME" is a file of the embedded demo.
+        path: one or several local files (text, JSON, CSV, also compressed, or Parquet); "demo:NAME" is a file of the embedded demo.
         dataset: a dataset id on the hub, or a local folder with the hub's files in it.
         data_files: the file, or glob, to read within `dataset`.
         column: the column that holds the text, in all formats but .txt.
@@ -61,11 +77,29 @@ class TextSource:
 
     def documents(self) -> Sequence[str]:
         """The documents in order. Raises ValueError when they cannot be had or there are none."""
-        parts = [self._read_file(path, partial(read_documents, column=self.column)) for path in self._files()]
-        documents = parts[0] if len(parts) == 1 else [document for part in parts for document in part]
-        if not documents:
+        return self._read(read_documents)
+
+    def conversations(self) -> Sequence[Conversation]:
+        """The conversations in order. Raises ValueError when they cannot be had or there are none."""
+        return self._read(read_conversations)
+
+    def rows(self) -> Sequence[list[int]]:
+        """The rows of token ids in order. Raises ValueError when they cannot be had or there are none."""
+        return self._read(read_rows)
+
+    def token_ids(self, tokenizer: Callable[[str], Any]) -> Tensor:
+        """All documents as one sequence of token ids (tokens,), int64: those in the files, or those of the joined text."""
+        paths = self._files()
+        if paths and all(self._read_file(path, partial(holds_ids, column=self.column)) for path in paths):
+            return torch.tensor([index for row in self.rows() for index in row], dtype=torch.int64)
+        return torch.tensor(tokenizer(self.joined()).input_ids, dtype=torch.int64)
+
+    def _read(self, read: Callable[[Path, str], Sequence[T]]) -> Sequence[T]:
+        parts = [self._read_file(path, partial(read, column=self.column)) for path in self._files()]
+        found = parts[0] if len(parts) == 1 else [one for part in parts for one in part]
+        if not found:
             raise ValueError(self._no_text)
-        return documents[: self.max_documents] if self.max_documents is not None else documents
+        return found[: self.max_documents] if self.max_documents is not None else found
 
     def joined(self) -> str:
         """All documents as one text."""
@@ -84,9 +118,8 @@ class TextSource:
             raise ValueError(f"{self.key}.dataset={self.dataset}: has no file {self.data_files}; copy it there as on the hub")
         for path in self._paths():
             if not path.is_file():
-                raise ValueError(f"{self.key}.path={path}: no such file; give a .txt, .jsonl, .json.gz or .parquet file")
-            if path.suffix != ".txt" and suffix(path) not in FORMATS:
-                raise ValueError(f"{self.key}.path={path}: must be a .txt, .jsonl, .json.gz or .parquet file")
+                raise ValueError(f"{self.key}.path={path}: no such file; give a {KINDS}")
+            _check_kind(f"{self.key}.path={path}", path)
 
     def digest(self) -> str | None:
         """SHA-256 over the local files, so that a text is known by its content; None for a dataset of the hub, whose `commit`
@@ -150,11 +183,26 @@ class TextSource:
 
     def _read_file(self, path: Path, read: Callable[[Path], T]) -> T:
         named = f"{self.key}.path={path}" if self.dataset is None else f"{self._where()} {self.data_files}"
-        if path.suffix != ".txt" and suffix(path) not in FORMATS:
-            raise ValueError(f"{self.key}.data_files={self.data_files}: must be a .txt, .jsonl, .json.gz or .parquet file")
+        _check_kind(f"{self.key}.data_files={self.data_files}" if self.dataset else named, path)
         try:
             return read(path)
         except NoSuchColumn as found:
-            raise ValueError(f"{self.key}.column={self.column}: is no column of text; {path} has {found}") from None
+            what = "token ids" if read.func is read_rows else "messages" if read.func is read_conversations else "text"
+            raise ValueError(f"{self.key}.column={self.column}: is no column of {what}; {path} has {found}") from None
         except ValueError as error:
             raise ValueError(f"{named}: {error}") from error
+
+
+def check_ids(where: str, ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError if a token id is none of a model's `vocab_size`. `where` names the setting."""
+    for found in (int(ids.min()), int(ids.max())) if ids.numel() else ():
+        if not 0 <= found < vocab_size:
+            remedy = "tokenise the text with the tokenizer of this model"
+            raise ValueError(f"{where}: has the token id {found}, the model's go from 0 to {vocab_size - 1}; {remedy}")
+
+
+def _check_kind(where: str, path: Path) -> None:
+    try:
+        check_kind(path)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None

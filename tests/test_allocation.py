@@ -200,9 +200,10 @@ def test_bad_settings(overrides, start, remedy, tiny_config, monkeypatch):
     assert remedy in str(caught.value)
 
 
-def test_a_layer_without_linears_is_refused():
-    with pytest.raises(ValueError, match="decoder layer without linears; use allocation=uniform"):
-        OWL().check(Unstructured(0.5), [{"a": (2, 2)}, {}])
+def test_a_layer_without_linears_is_passed_over():
+    shapes = [{"a": (2, 2)}, {}, {"b": (2, 2)}]
+    OWL().check(Unstructured(0.5), shapes)
+    assert OWL(strength=0.1).plan(Unstructured(0.5), shapes, [1.0, 2.0]) == {"a": Unstructured(0.6), "b": Unstructured(0.4)}
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,9 @@ BROKEN = {
     "list.jsonl": (b'{"text": "a"}\n5\n', "could not be read"),
     "cut.json": (b'[{"text": "a"},', "could not be read"),
     "cut.json.gz": (gzip.compress(b'{"text": "a"}\n' * 999)[:-20], "could not be read"),
+    "cut.txt.gz": (gzip.compress(b"text\n" * 999)[:-20], "could not be read"),
+    "no.txt.xz": (b"not compressed", "could not be read"),
+    "no.csv.bz2": (b"not compressed", "could not be read"),
     "half.jsonl": (b'{"text": "\\ud800"}\n', "could not be read"),
     "latin.jsonl": ('{"text": "naïve"}\n'.encode("latin-1"), "could not be read"),
 }

@@ -71,15 +71,23 @@ class Allocation(ABC):
         """Settings to replace in the fingerprint, such as a path by a hash of the file's content."""
         return {}
 
+    def typical(self, pattern: SparsityPattern) -> SparsityPattern:
+        """A pattern that takes as long to prune as the plan's."""
+        return pattern
+
+    def is_dense(self, pattern: SparsityPattern) -> bool:
+        """Whether nothing is pruned."""
+        return pattern == Unstructured(0.0)
+
     @abstractmethod
     def plan(self, pattern: SparsityPattern, shapes: Shapes, measured: Sequence[float] = ()) -> Plan:
-        """The plan, with the mean sparsity of `pattern`, from the numbers (L,) that `measure` returned."""
+        """The plan, with the mean sparsity of `pattern`, from the numbers that `measure` returned for the layers with linears."""
 
 
 class LayerwiseAllocation(Allocation):
     """One sparsity for each decoder layer. Subclasses propose them in `sparsities`; this class applies the rules.
 
-    For N:M every layer has the same M and its own n from 1 to M - 1.
+    For N:M every layer has the same M and its own n from 1 to M - 1. L counts the layers with linears.
     """
 
     looks_at = "inputs"
@@ -90,8 +98,6 @@ class LayerwiseAllocation(Allocation):
 
     def check(self, pattern: SparsityPattern, shapes: Shapes) -> set[SparsityPattern]:
         check_widths(pattern, shapes)
-        if not all(shapes):
-            raise ValueError(f"allocation: {type(self).__name__} finds a decoder layer without linears; use allocation=uniform")
         if isinstance(pattern, Unstructured):
             return {pattern}
         if pattern.m == 2:
@@ -101,7 +107,8 @@ class LayerwiseAllocation(Allocation):
         return {NM(n, pattern.m) for n in range(1, pattern.m)}
 
     def plan(self, pattern: SparsityPattern, shapes: Shapes, measured: Sequence[float] = ()) -> Plan:
-        sizes = [sum(num_outputs * num_inputs for num_outputs, num_inputs in layer.values()) for layer in shapes]
+        layers = [layer for layer in shapes if layer]
+        sizes = [sum(num_outputs * num_inputs for num_outputs, num_inputs in layer.values()) for layer in layers]
         wanted = self.sparsities(measured, sizes, float(pattern.sparsity))
         if isinstance(pattern, NM):
             patterns = mixed_nm(wanted, sizes, pattern)
@@ -113,7 +120,7 @@ class LayerwiseAllocation(Allocation):
                 log.warning("warning: a layer would lose more than %g of its weights; lower allocation.strength", highest)
             kept = within(wanted, sizes, float(pattern.sparsity), 0, highest)
             patterns = [Unstructured(round(sparsity, DECIMALS)) for sparsity in kept]
-        return {name: pattern for layer, pattern in zip(shapes, patterns, strict=True) for name in layer}
+        return {name: pattern for layer, pattern in zip(layers, patterns, strict=True) for name in layer}
 
 
 def spread(importance: Sequence[float], sizes: Sequence[int], sparsity: float, strength: float) -> list[float]:

@@ -60,7 +60,8 @@ def with_all_experts(groups: Sequence[list[str]], weights: Mapping[str, WeightVi
             found.append(names)
         elif owner[0] not in done:
             done.add(owner[0])
-            found += _groups_of(owner[0], parts, experts.values())
+            groups_of_all = _groups_of(owner[0], parts, experts.values())
+            found += filter(None, ([name for name in shared if name in experts] for shared in groups_of_all))
     return found
 
 

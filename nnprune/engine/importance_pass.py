@@ -26,7 +26,7 @@ Measure = Callable[[DenseLayer], float]
 
 @torch.no_grad()
 def run_importance_pass(engine: LayerwiseEngine, ids: Tensor | None, measures: dict[str, Measure]) -> dict[str, list[float]]:
-    """Apply each measure to each dense decoder layer. Returns its key -> its numbers (L,).
+    """Apply each measure to each dense decoder layer with linears to prune. Returns its key -> its numbers, for these layers.
 
     `ids` are calibration ids (N, T), or None if the measures need weights only. Raises ValueError if a weight, an input or a
     measured number is not finite.
@@ -37,13 +37,16 @@ def run_importance_pass(engine: LayerwiseEngine, ids: Tensor | None, measures: d
         for index in range(engine.num_layers):
             module = engine.store.fetch(index, pruned=False)
             engine.store.prefetch(index + 1)
-            layer = _dense_layer(engine, index, module, states)
-            for key, measure in measures.items():
-                number = measure(layer)
-                if not math.isfinite(number):
-                    raise ValueError(f"allocation: {key} of decoder layer {index} is {number}; try model.dtype=float32")
-                found[key].append(number)
-            del layer
+            if engine.decoder.weights(index):
+                layer = _dense_layer(engine, index, module, states)
+                for key, measure in measures.items():
+                    number = measure(layer)
+                    if not math.isfinite(number):
+                        raise ValueError(f"allocation: {key} of decoder layer {index} is {number}; try model.dtype=float32")
+                    found[key].append(number)
+                del layer
+            elif states is not None:
+                states.advance(index, module)
             engine.store.release(index)
             bar.update()
     return found

@@ -72,6 +72,10 @@ class Propagation:
         """
         passes, dense = self._next_passes or self._passes(index, layer, methods), layer
         self._next_passes, is_dense = [], self.mode == "dense"
+        if not passes:  # no linear of this layer is chosen
+            with self.stopwatch.stage("calibration"):
+                self._pass_by(index, layer, hand_on and is_dense)
+            return
         if self.mode == "sequential":
             if any(method.pairs_inputs for method in methods) or (self.reference and not self._reference_advanced):
                 dense = copy.deepcopy(layer)
@@ -91,6 +95,14 @@ class Propagation:
                 self.calibration.advance(index, dense)
         self._reference_advanced = False
 
+    def _pass_by(self, index: int, layer: nn.Module, hand_on: bool) -> None:
+        """Take the reference, and with `hand_on` the calibration, through a layer none of whose inputs is collected."""
+        if self.reference is not None and not self._reference_advanced:
+            self.reference.advance(index, layer)
+        if hand_on:
+            self.calibration.advance(index, layer)
+        self._reference_advanced = False
+
     def invalidate(self) -> None:
         """Drop cached outputs: the weights of the current layer have changed, or the layer is done."""
         for cached in self._cached.values():
@@ -105,7 +117,8 @@ class Propagation:
         """
         with self.stopwatch.stage("calibration"):
             layer = self.engine.store.fetch(index)
-            if self.mode == "sequential" or not methods or any(method.recovery.epochs_before for method in methods):
+            collects = methods and self.engine.decoder.weights(index + 1)
+            if self.mode == "sequential" or not collects or any(method.recovery.epochs_before for method in methods):
                 with self._replaying(layer, (), is_last=True):
                     self.calibration.advance(index, layer)
                 self.invalidate()

@@ -100,7 +100,7 @@ class PruningPass:
                 try:
                     if dense is not None:
                         layer = self._advance(index, dense, "dense_evaluation", pruned=False)
-                        counts.append(count_zeros(layer, engine.decoder.weights(index)))
+                        counts.append(count_zeros(layer, engine.decoder.all_weights(index)))
                     if index <= last:
                         self._prune_or_skip(index, last, propagation)
                     if pruned:
@@ -163,7 +163,9 @@ class PruningPass:
         reports = self._prune(index, last, propagation, tasks)
         if self.propagate != "dense" and index < last:
             propagation.hand_on(index, [task.method for task in self._unfinished_tasks(index + 1)])
-        if not reports:  # all tasks failed
+        if not reports:  # all tasks failed, or
+            if not self.engine.decoder.weights(index):
+                log.info("layer %d/%d  no linear chosen", index + 1, self.engine.num_layers)
             return
         error, sparsity = (fmean(report[key] for report in reports) for key in ("relative_error", "sparsity"))
         seconds = time.perf_counter() - start

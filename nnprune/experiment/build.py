@@ -12,6 +12,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from nnprune.allocations.base import Allocation
+from nnprune.allocations.selection import Selection
+from nnprune.allocations.uniform import Uniform
 from nnprune.calibration import Calibration
 from nnprune.checks import check_count, nearest, one_of, quoted
 from nnprune.engine.propagation import PROPAGATE
@@ -32,7 +34,7 @@ NAMES = (("label",), ("outputs",), ("model", "name"), ("model", "path"), ("model
 MAX_NAME = 200
 """Characters of a part of a name: file systems take 255 bytes, and a fingerprint is added."""
 
-SETTINGS = ("seed", "propagate", "label", "outputs", "overwrite", "save", "plan", "grid")
+SETTINGS = ("prune", "seed", "propagate", "label", "outputs", "overwrite", "save", "plan", "grid")
 
 
 @dataclass
@@ -46,6 +48,7 @@ class Experiment:
     config: dict[str, Any]
     pattern: SparsityPattern
     method: Method
+    selection: Selection
     allocation: Allocation
     calibration: Calibration
     evaluation: Evaluation
@@ -58,7 +61,7 @@ class Experiment:
     @property
     def is_dense(self) -> bool:
         """Whether nothing is pruned, so that only model and evaluation matter."""
-        return self.pattern == Unstructured(0.0)
+        return self.allocation.is_dense(self.pattern)
 
     @property
     def computing_dtype(self) -> torch.dtype:
@@ -88,7 +91,7 @@ class Experiment:
     def dense(self) -> "Experiment":
         """The same model and evaluations with nothing pruned."""
         config = {**self.config, "save": False, "overwrite": False}
-        return replace(self, config=config, pattern=Unstructured(0.0), label="dense")
+        return replace(self, config=config, pattern=Unstructured(0.0), allocation=Uniform(), label="dense")
 
 
 def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
@@ -105,6 +108,8 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
         raise ValueError(f"propagate={quoted(config['propagate'])}: must be {one_of(PROPAGATE)}")
     pattern = parse_pattern(config["sparsity"]["pattern"])
     runtime = _make("runtime", Runtime, config)
+    selection = _make("prune", Selection, {"prune": config.pop("prune")})
+    config |= {"prune": selection.settings} if selection.settings else {}  # the default is no part of a fingerprint
     pruner = pruner or _instantiate("pruner", config, Pruner)
     pruner.validate(pattern)
     parts = (("target", Target), ("update", Update), ("recover", Recovery))
@@ -119,18 +124,22 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
     for part in (*evaluation.evaluators.values(), calibration.source):
         if part:
             part.check()
+    allocation = _instantiate("allocation", config, Allocation)
     experiment = Experiment(
         config=config,
         pattern=pattern,
         method=method,
-        allocation=_instantiate("allocation", config, Allocation),
+        selection=selection,
+        allocation=allocation,
         calibration=calibration,
         evaluation=evaluation,
         source=_make("model", ModelSource, config),
         runtime=runtime,
-        label="dense" if pattern == Unstructured(0.0) else str(config["label"] or type(pruner).__name__),
+        label="dense" if allocation.is_dense(pattern) else str(config["label"] or type(pruner).__name__),
         evaluations=evaluation_fingerprints(evaluation.evaluators),
     )
+    if not experiment.is_dense:
+        calibration.check(runtime)
     _ = experiment.fingerprint  # computed, or refused, before anything is written under that name
     return experiment
 
@@ -150,6 +159,8 @@ def _check_settings(config: dict[str, Any]) -> None:
         raise ValueError(
             f"{unknown[0]}={quoted(config[unknown[0]])}: no such setting; {nearest(unknown[0], (*GROUPS, *SETTINGS))}"
         )
+    if not isinstance(config["prune"], dict):
+        raise ValueError(f"prune={quoted(config['prune'])}: must be prune.include=... or prune.exclude=..., patterns of names")
     check_count("seed", config["seed"], 0)
     for key in ("overwrite", "save", "plan"):
         if not isinstance(config[key], bool):

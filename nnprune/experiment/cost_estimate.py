@@ -64,8 +64,7 @@ class CostEstimate:
         rows = max(TIMED_TOKENS[self.device.type] // self.load.seq_len, 1 + self.first.method.recovery.is_on)
         ids = torch.randint(VOCABULARY, (rows, self.load.seq_len))
         for _ in range(2):  # the first time warms up
-            cells, decoder = self.pruned or self.cells, self.decoder
-            timed, self.load.groups, num_parameters = time_layers(cells, ids, decoder.path, decoder.largest)
+            timed, self.load.groups, num_parameters = time_layers(self.pruned or self.cells, ids, self.decoder)
         seconds = {stage: value * self.in_layers / num_parameters for stage, value in timed.items()}
         seconds["load"] *= self.outside / self.in_layers + (self.runtime.layers != "disk")
         for stage in {"calibration", "recover"} & set(seconds):

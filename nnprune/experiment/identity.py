@@ -50,7 +50,12 @@ def science(experiment: "Experiment") -> dict[str, Any]:
     settings |= {key: settings[key] | _code_entry(type(part)) for key, part in parts.items()}
     return settings | {
         "model": model,
-        "calibration": {**calibration, "path": None, "dataset": text and text.identity()},
+        "calibration": {
+            **calibration,
+            "path": None,
+            "dataset": text and text.identity(),
+            **experiment.calibration.identity(source.tokenizer),
+        },
         "sparsity": str(experiment.pattern),
         "pruner_code": _code_of(type(method.pruner)),
     }

@@ -25,6 +25,7 @@ from nnprune.experiment.plans import PlanRequest, make_plans
 from nnprune.experiment.preparation import (
     SCRATCH,
     check_shapes,
+    chosen_linears,
     log_computing_dtype,
     open_engine,
     skeleton,
@@ -33,6 +34,7 @@ from nnprune.experiment.preparation import (
     workload,
 )
 from nnprune.experiment.provenance import new_record, now
+from nnprune.experiment.written_text import written_ids
 from nnprune.method import Method
 from nnprune.model.checkpoint import Checkpoint
 from nnprune.model.export import check_names, save_model
@@ -61,11 +63,16 @@ class Job:
             decoder = skeleton(experiment, config)
             check_shapes(experiment, decoder)  # before the texts are read
             self.calibration_ids, self.evaluation_ids = token_ids(experiment, config, experiment.source.tokenizer())
+            if experiment.calibration.needs_model and not experiment.is_dense:
+                with self.stopwatch.stage("generation"):
+                    self.calibration_ids = written_ids(experiment, decoder, self.calibration_ids)
             self.evaluation_hashes = {key: token_hash(ids) for key, ids in self.evaluation_ids.items()}
         with self.stopwatch.stage("load"):
             self.engine = open_engine(experiment, decoder)
             check_consistency(self.engine)
             self._fit_device(methods or [experiment.method])
+            if not experiment.is_dense:
+                self.engine.decoder.keep(chosen_linears(experiment, self.engine.decoder))
             if experiment.config["save"]:
                 self._check_that_it_can_be_saved()
 
@@ -176,6 +183,7 @@ class Job:
             dense.linear_sparsity, dense.model_sparsity = fractions_of_zeros(self.engine.decoder, counts)
         if pruned:
             reports = [layer_files.reports[index] for index in range(self.engine.num_layers)]
+            pruned.selection = self.experiment.selection.counts(self.engine.decoder.all_shapes_by_layer())
             pruned.per_linear = [linear for report in reports for linear in report["linears"]]
             pruned.recovered = [report["recovered"] for report in reports if "recovered" in report]
             pruned.left_alone = self.engine.decoder.left_alone

@@ -22,6 +22,7 @@ from nnprune.method import Method
 from nnprune.model.attention import use_kernel
 from nnprune.model.decoder import Decoder
 from nnprune.model.dtypes import name_of
+from nnprune.texts import check_ids
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +64,22 @@ def check_shapes(experiment: Experiment, decoder: Decoder) -> None:
             raise ValueError(
                 f"{key}.seq_len={seq_len}: {experiment.source.name} has {positions} positions; lower {key}.seq_len"
             )
-    allocation = Uniform() if experiment.is_dense else experiment.allocation
-    for pattern in sorted(allocation.check(experiment.pattern, decoder.shapes_by_layer()), key=str):
+    allocation, shapes = Uniform(), decoder.shapes_by_layer()
+    if not experiment.is_dense:
+        allocation, shapes = experiment.allocation, experiment.selection.cut(shapes)
+    for pattern in sorted(allocation.check(experiment.pattern, shapes), key=str):
         experiment.method.pruner.validate(pattern)
+
+
+def chosen_linears(experiment: Experiment, decoder: Decoder, like: Decoder | None = None) -> set[str]:
+    """The full names of the linears that are pruned. `like`: those of a decoder with fewer of the same layers, each chosen if it is in
+    any layer."""
+    chosen = {name for layer in experiment.selection.cut(decoder.shapes_by_layer()) for name in layer}
+    if like is None:
+        return chosen
+    start = f"{decoder.path}.".count(".")  # of the part of a name that is the layer's number
+    within = {tuple(name.split(".")[start + 1 :]) for name in chosen}
+    return {name for name in like.shapes() if tuple(name.split(".")[start + 1 :]) in within}
 
 
 def token_ids(experiment: Experiment, config: Any, tokenizer: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -73,6 +87,8 @@ def token_ids(experiment: Experiment, config: Any, tokenizer: Any) -> tuple[Tens
     vocab_size = config.get_text_config().vocab_size
     evaluators = experiment.evaluation.evaluators
     evaluation = {key: evaluators[name].prepare(tokenizer) for name, key in experiment.evaluations.items()}
+    for name, key in experiment.evaluations.items():
+        check_ids(f"evaluation: {name}", evaluation[key], vocab_size)
     if experiment.is_dense:
         return torch.empty(0, experiment.calibration.seq_len, dtype=torch.int64), evaluation
     return experiment.calibration.token_ids(tokenizer, vocab_size), evaluation
@@ -89,8 +105,12 @@ def workload(
 ) -> Workload:
     """What pruning with `methods` computes for ids (N, T) of the calibration and of each evaluation, whose windows `num_measured` models
     run."""
-    methods = [] if experiment.is_dense else methods
     weights = decoder.weights(decoder.largest)
+    if experiment.is_dense:
+        methods = []
+    else:
+        chosen = chosen_linears(experiment, decoder, like=decoder)
+        groups = [kept for names in groups if (kept := [name for name in names if name in chosen])]
     calibration = rows_needed(methods, calibration)
     return Workload(
         shapes={name: weight.shape for name, weight in weights.items()},

@@ -12,7 +12,6 @@ from nnprune.experiment.preparation import SCRATCH
 from nnprune.experiment.provenance import now
 from nnprune.model.export import SUMMARY, describe
 from nnprune.model.model_files import read_json
-from nnprune.patterns import Unstructured
 from nnprune.records import RunRecord, read_completed, read_journal, write_journal
 
 log = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ def add_evaluations(experiment: Experiment, record: RunRecord) -> bool:
         log.info("finished already: measuring the saved model with %s", ", ".join(missing))
         wanted = replace(experiment, evaluations=missing)
         source, scratch = experiment.saved_source(), experiment.folder / SCRATCH
-        job = Job(replace(wanted, source=source, pattern=Unstructured(0.0), label="saved", home=scratch))
+        job = Job(replace(wanted.dense(), source=source, label="saved", home=scratch))
         metrics = job.measure()
         dense = dense_record_of(wanted).evaluations
         record.add_evaluations(job.entries(metrics, {key: dense[key]["metrics"] for key in metrics}))

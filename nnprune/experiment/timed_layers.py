@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from nnprune.allocations.uniform import Uniform
 from nnprune.engine.consistency_check import check_consistency
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.importance_pass import run_importance_pass
@@ -17,26 +16,24 @@ from nnprune.engine.layer_store import LayerStore
 from nnprune.engine.pruning_pass import PruneTask, PruningPass
 from nnprune.engine.stopwatch import Stopwatch
 from nnprune.experiment.build import Experiment
-from nnprune.experiment.preparation import routing
+from nnprune.experiment.preparation import chosen_linears, routing
 from nnprune.model.decoder import Decoder
 
-LAYERS = (
-    2,
-    4,
-)  # at least two, one hands on to the other; more where the largest, such as one with experts, comes after smaller ones
+LEAST_LAYERS = 2  # one hands on to the other
+MOST_LAYERS = 4  # as many as it takes to reach the largest, such as the first one with experts
 VOCABULARY = 512
 
 
 @torch.no_grad()
 def time_layers(
-    cells: Sequence[Experiment], ids: torch.Tensor, path: str, largest: int
+    cells: Sequence[Experiment], ids: torch.Tensor, whole: Decoder
 ) -> tuple[dict[str, float], list[list[str]], int]:
-    """Seconds by stage of the first few layers, found at `path`, for `ids` (N, T) < VOCABULARY; the groups of linears of the
-    `largest` layer, or of the largest of those, that share an input; and the parameters of the layers.
+    """Seconds by stage of a few layers like the first ones of the `whole` model, for `ids` (N, T) < VOCABULARY; the groups of linears of
+    the largest of them that share an input and are pruned; and the parameters of these layers.
 
     "load" reads them from the file cache: a cold disk takes longer.
     """
-    num_layers = min(max(largest + 1, LAYERS[0]), LAYERS[1])
+    num_layers = min(max(whole.largest + 1, LEAST_LAYERS), MOST_LAYERS)
     first = cells[0]
     config, runtime = first.source.config(), first.runtime
     watch, text = Stopwatch(runtime.torch_device), config.get_text_config()
@@ -44,7 +41,7 @@ def time_layers(
         if isinstance(value, list) and len(value) == text.num_hidden_layers:  # such as layer_types
             setattr(text, key, (value * num_layers)[:num_layers])
     text.num_hidden_layers, text.vocab_size, text.pad_token_id = num_layers, VOCABULARY, 0
-    decoder = Decoder(first.source.random(config), path)
+    decoder, path = Decoder(first.source.random(config), whole.path), whole.path
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -56,8 +53,10 @@ def time_layers(
             store = LayerStore(decoder, runtime.torch_device, offload, finished[0], None, first.computing_dtype)
             engine = LayerwiseEngine(decoder, store, runtime, folder, routing(first.calibration))
             check_consistency(engine)
+        if not first.is_dense:
+            decoder.keep(chosen_linears(first, whole, like=decoder))
         tasks = [
-            PruneTask(cell.method, Uniform().plan(cell.pattern, decoder.shapes_by_layer()), files)  # as good as any plan
+            PruneTask(cell.method, dict.fromkeys(decoder.shapes(), cell.allocation.typical(cell.pattern)), files)
             for cell, files in zip(cells, finished, strict=True)
             if not cell.is_dense
         ]

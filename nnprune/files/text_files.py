@@ -1,24 +1,51 @@
-"""Documents of one local file: .txt, or a table that the datasets library reads. A path names the file of exactly that name."""
+"""Documents, token ids or conversations of one local file: .txt, or a table that the datasets library reads.
+
+A path names the file of exactly that name.
+"""
 
 import glob
+import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from nnprune.files.digests import cache_folder, file_digest
 
-FORMATS = {".jsonl": "json", ".json": "json", ".json.gz": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
+TEXT = ".txt"
+
+TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """Suffix -> what the datasets library calls the format. The documents are in one of several columns."""
+
+COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
+"""Suffixes that may follow those of text, JSON and CSV."""
+
+KINDS = ".txt, .jsonl, .json, .csv (also .gz, .xz, .bz2 or .zst) or .parquet file"
+"""For error messages."""
 
 
 class NoSuchColumn(ValueError):
-    """The file has no column of text of that name; its columns of text are the message."""
+    """The file has no such column of what is to be read; its columns of that are the message."""
 
 
 def suffix(path: Path) -> str:
     """ ".json.gz" and the like as one suffix."""
-    return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+    return "".join(path.suffixes[-2:]) if path.suffix in COMPRESSIONS else path.suffix
+
+
+def kind(path: Path) -> str:
+    """The suffix without that of a compression."""
+    return path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
+
+
+def check_kind(path: Path) -> None:
+    """Raise ValueError for a file that cannot be read, by its name."""
+    if kind(path) not in (TEXT, *TABLES) or suffix(path).startswith(".parquet."):
+        raise ValueError(f"must be a {KINDS}")
+    if path.suffix == ".zst" and find_spec("zstandard") is None:
+        raise ValueError("needs a package that is not installed; pip install 'nnprune[zstd]'")
 
 
 def read_documents(path: Path, column: str) -> Sequence[str]:
@@ -26,24 +53,68 @@ def read_documents(path: Path, column: str) -> Sequence[str]:
 
     Raises NoSuchColumn, or ValueError with the reason why the file cannot be read, in one line.
     """
-    return _paragraphs(_read_text(path))[0] if path.suffix == ".txt" else _read_table(path, column)
+    return _paragraphs(_read_text(path))[0] if kind(path) == TEXT else _read_table(path, column, _is_text)
 
 
 def read_joined(path: Path, column: str, separator: str) -> str:
     """The documents of a file as one text: a .txt with a document a line is taken as it is. Raises what `read_documents` raises."""
-    if path.suffix != ".txt":
+    if kind(path) != TEXT:
         return separator.join(read_documents(path, column))
     parts, are_lines = _paragraphs(_read_text(path))
     return ("\n" if are_lines else separator).join(parts)
 
 
+def read_rows(path: Path, column: str) -> Sequence[list[int]]:
+    """The rows of token ids in `column` of a table. Raises what `read_documents` raises."""
+    if kind(path) == TEXT:
+        raise ValueError("holds text and no token ids; give a table with a column of them")
+    return _read_table(path, column, _is_ids)
+
+
+def holds_ids(path: Path, column: str) -> bool:
+    """Whether `column` of a table holds rows of token ids. Raises what `read_documents` raises."""
+    return kind(path) != TEXT and _is_ids(_types(_open_table(path, column)).get(column, ""))
+
+
+def read_conversations(path: Path, column: str) -> list[list[dict[str, Any]]]:
+    """The conversations of a file in order, each a list of messages with "role" and "content": those of `column`, or entries of a
+    JSON file that are such lists. Raises what `read_documents` raises."""
+    if kind(path) in (".json", ".jsonl"):
+        text = _read_text(path)
+        try:
+            entries = (
+                json.loads(text) if kind(path) == ".json" else [json.loads(one) for one in text.split("\n") if one.strip()]
+            )
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"could not be read ({error}); check the file") from error
+    elif kind(path) == ".parquet":
+        entries = _read_table(path, column, lambda arrow_type: arrow_type.startswith(("list<", "large_list<")))
+    else:
+        raise ValueError("holds no conversations; give a .jsonl, .json or .parquet file with a list of messages in each row")
+    conversations = [entry.get(column) if isinstance(entry, dict) else entry for entry in entries]
+    for number, messages in enumerate(conversations, 1):
+        are_messages = isinstance(messages, list) and all(
+            isinstance(one, dict) and {"role", "content"} <= one.keys() for one in messages
+        )
+        if not are_messages or not messages:
+            raise ValueError(
+                f'entry {number} is no conversation; write {{"{column}": [{{"role": "user", "content": "..."}}, ...]}}'
+            )
+    return conversations
+
+
 def _read_text(path: Path) -> str:
     try:
+        if path.suffix in COMPRESSIONS:
+            from fsspec.implementations.local import LocalFileSystem  # which comes with datasets, and takes a while too
+
+            with LocalFileSystem().open(str(path.absolute()), "rt", encoding="utf-8-sig", compression="infer") as file:
+                return file.read()
         return path.read_text(encoding="utf-8-sig")  # a byte-order mark is no text
     except UnicodeDecodeError:
         raise ValueError("is not UTF-8 text; convert it, or name another file") from None
-    except OSError as error:
-        raise ValueError(f"could not be read ({error.strerror}); check the file") from error
+    except Exception as error:  # each compression has errors of its own
+        raise ValueError(f"could not be read ({getattr(error, 'strerror', None) or error}); check the file") from error
 
 
 def _paragraphs(text: str) -> tuple[list[str], bool]:
@@ -69,21 +140,41 @@ def _literal(path: Path) -> str:
         return glob.escape(str(path.absolute()))
 
 
-def _read_table(path: Path, column: str) -> Sequence[str]:
+def _is_text(arrow_type: str) -> bool:
+    return arrow_type in ("string", "large_string")
+
+
+def _is_ids(arrow_type: str) -> bool:
+    return re.fullmatch(r"(large_|fixed_size_)?list<\w+: u?int\d+.*", arrow_type) is not None
+
+
+def _types(table: Any) -> dict[str, str]:
+    """Column -> the Arrow type of its entries."""
+    return {field.name: str(field.type) for field in table.data.schema}
+
+
+def _open_table(path: Path, column: str) -> Any:
+    """The table of a file in the datasets library."""
     import datasets  # takes a second to import, and a text file needs none of it
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        table = datasets.load_dataset(FORMATS[suffix(path)], data_files={"train": _literal(path)}, split="train")
+        table = datasets.load_dataset(TABLES[kind(path)], data_files={"train": _literal(path)}, split="train")
         if column in table.features:
             table.data.column(column).validate(full=True)  # or bytes that are no UTF-8 would be found out about late
+        return table
     except Exception as error:  # the library raises a dozen kinds
         reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise ValueError(f"could not be read ({reason}); check the file") from error
-    columns = [name for name, kind in table.features.items() if getattr(kind, "dtype", None) in ("string", "large_string")]
+
+
+def _read_table(path: Path, column: str, is_wanted: Callable[[str], bool]) -> Sequence[Any]:
+    """The entries of a column whose type is wanted, those of null left out."""
+    table = _open_table(path, column)
+    columns = [name for name, found in _types(table).items() if is_wanted(found)]
     if column not in columns:
         raise NoSuchColumn(", ".join(columns) or "none")
     if table.data.column(column).null_count:
-        table = table.filter(lambda text: text is not None, input_columns=column)
+        table = table.filter(lambda entry: entry is not None, input_columns=column)
     return table[column]

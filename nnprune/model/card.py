@@ -27,12 +27,15 @@ def model_card(summary: Mapping[str, Any], architectures: Sequence[str]) -> str:
     calibration = ", ".join(
         f"{key} {value}" for key, value in config["calibration"].items() if value is not None and key != "_target_"
     )
+    selection, chosen = summary["selection"], "the linears of the decoder layers"
+    if selection:
+        chosen = f"the {selection['linears']} of {selection['all_linears']} linears that were pruned"
     facts = {
         "Base model": f"{name}, " + (f"commit {base['commit']}" if base["commit"] else f"digest {base['digest']}"),
         "Command": f"`{summary['command']}`" if summary["command"] else "none, called from Python",
         "Method": f"{summary['pruner']} (`{config['pruner']['_target_']}`)",
         "Sparsity": summary["sparsity"],
-        "Zeros in the linears of the decoder layers": _percent(summary["linear_sparsity"]),
+        f"Zeros in {chosen}": _percent(summary["linear_sparsity"]),
         "Zeros in the whole model": _percent(summary["model_sparsity"]),
         "Calibration": calibration,
         "Computed in": summary["dtype"],

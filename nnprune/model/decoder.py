@@ -8,7 +8,7 @@ Letters: B batch, T tokens, D hidden, O output features, I input features, V voc
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +53,7 @@ class Decoder:
         self._tuple_lengths: dict[type[nn.Module], int] = {}
         hidden_size = getattr(self.text_config, "hidden_size", None)
         self._weights = [weight_views(layer, f"{self.path}.{index}", hidden_size) for index, layer in enumerate(self.layers)]
+        self._all_weights = self._weights
         viewed = {id(view.module) for views in self._weights for view in views.values()}
         for name, module in self.layers.named_modules():
             matrices = [one for one in module._parameters.values() if one is not None and one.ndim == 2]
@@ -81,6 +82,18 @@ class Decoder:
         """Full name -> weight that can be pruned, of decoder layer `index`, in order of definition."""
         return self._weights[index]
 
+    def all_weights(self, index: int) -> dict[str, WeightView]:
+        """As `weights`, with those that `keep` has left out."""
+        return self._all_weights[index]
+
+    def all_shapes_by_layer(self) -> list[dict[str, tuple[int, int]]]:
+        """As `shapes_by_layer`, with those that `keep` has left out."""
+        return [{name: view.shape for name, view in views.items()} for views in self._all_weights]
+
+    def keep(self, names: Set[str]) -> None:
+        """Leave out all weights but those of these full names: they stay as they are, and nothing is collected for them."""
+        self._weights = [{name: view for name, view in views.items() if name in names} for views in self._all_weights]
+
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Full name -> (O, I) of every linear of every decoder layer."""
         return {name: shape for layer in self.shapes_by_layer() for name, shape in layer.items()}
@@ -92,7 +105,7 @@ class Decoder:
     @property
     def largest(self) -> int:
         """The first of the decoder layers with most weights."""
-        sizes = [sum(math.prod(shape) for shape in layer.values()) for layer in self.shapes_by_layer()]
+        sizes = [sum(math.prod(shape) for shape in layer.values()) for layer in self.all_shapes_by_layer()]
         return sizes.index(max(sizes))
 
     def kinds(self) -> list[int]:
@@ -106,6 +119,7 @@ class Decoder:
         """Take the linears in `reasons`, full name -> why, out of `weights`. Raises ValueError if none is left."""
         self.left_alone |= summarise(self.path, reasons, list(self.shapes()))
         self._weights = [{name: view for name, view in views.items() if name not in reasons} for views in self._weights]
+        self._all_weights = self._weights
         if not any(self._weights):
             why = "; ".join(f"{name} is {reason}" for name, reason in self.left_alone.items())
             raise ValueError(

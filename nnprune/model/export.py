@@ -95,7 +95,7 @@ def check_names(checkpoint: Checkpoint, weights: Iterable[str]) -> None:
 def changed_names(names: Iterable[str], summary: Mapping[str, Any]) -> set[str]:
     """Of the `names` in memory of tensors of decoder layers, those that the run may have changed: pruned weights, or all if the layers
     were tuned."""
-    pruned = {weight_of(linear) for linear in summary["per_linear"]}
+    pruned = {weight_of(linear) for linear in summary["per_linear"] if linear["pattern"] != "dense"}
     return {name for name in names if summary["recovered"] or name in pruned}
 
 

@@ -8,7 +8,8 @@ from nnprune.pruners.base import Pruner
 from nnprune.run import CONF
 
 NAMES = sorted(path.stem for path in (CONF / "pruner").glob("*.yaml") if path.stem != "custom")
-MEASURED = sorted(path.stem for path in (CONF / "allocation").glob("*.yaml") if path.stem not in ("uniform", "file"))
+UNMEASURED = ("uniform", "file", "by_name")
+MEASURED = sorted(path.stem for path in (CONF / "allocation").glob("*.yaml") if path.stem not in UNMEASURED)
 
 
 def make_pruner(name: str) -> Pruner:
