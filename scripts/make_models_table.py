@@ -1,6 +1,6 @@
 """Rewrites the table of docs/models.md: prunes a tiny random model of each family and checks what is saved.
 
-    python scripts/make_models_table.py                    all families, about five minutes
+    python scripts/make_models_table.py                    all families, about ten minutes
     python scripts/make_models_table.py mamba llava        prints the rows of these
 
 Each model is pruned to 2:4 with Wanda, once with layers in memory and once on disk. A family is in the table as pruned if
@@ -47,7 +47,7 @@ EXAMPLES = {
     "mistral": "Mistral 7B",
     "qwen2": "Qwen2, Qwen2.5",
     "qwen3": "Qwen3",
-    "gemma3_text": "Gemma 3 1B",
+    "Gemma3ForCausalLM": "Gemma 3 1B",
     "phi3": "Phi-3, Phi-4",
     "falcon_alibi": "Falcon RW",
     "mixtral": "Mixtral 8x7B",
@@ -75,7 +75,7 @@ EXAMPLES = {
     "llava": "LLaVA 1.5",
     "qwen2_5_vl": "Qwen2.5-VL",
     "qwen3_vl": "Qwen3-VL",
-    "gemma3": "Gemma 3 4B to 27B",
+    "Gemma3ForConditionalGeneration": "Gemma 3 4B to 27B",
     "gemma4": "Gemma 4",
     "mistral3": "Mistral Small 3.1",
     "idefics3": "Idefics3 8B",
@@ -86,7 +86,7 @@ EXAMPLES = {
     "mllama": "Llama 3.2 Vision",
     "rwkv": "RWKV-4",
 }
-"""Where its own name does not say it."""
+"""Of a family, as the tests call it, or of a model class: where model_type does not say it."""
 
 GROUPS = {
     "Dense decoders": FAMILIES,
@@ -182,7 +182,8 @@ def row(name: str, make: Callable[[], PreTrainedModel]) -> str:
                 break
             check(folder, outputs, record)
             pruned, others = own_names(linear["name"] for linear in record.per_linear), left_alone(record) or "--"
-    return f"| `{model.config.model_type}` | {EXAMPLES.get(name, '')} | {pruned} | {others} |"
+    examples = EXAMPLES.get(name) or EXAMPLES.get(type(model).__name__, "")
+    return f"| `{model.config.model_type}` | {examples} | {pruned} | {others} |"
 
 
 def main() -> None:

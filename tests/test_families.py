@@ -1,7 +1,11 @@
-"""Hybrids, text towers and mixtures of experts: pruned with layers on disk, saved, loaded by transformers; what cannot be pruned."""
+"""Hybrids, text towers and mixtures of experts: pruned with layers on disk and in memory, saved, loaded by transformers; and what
+cannot be pruned."""
+
+import re
 
 import pytest
 import torch
+import transformers
 from conftest import byte_tokenizer
 from support.engine import prune, random_ids, through_layers
 from support.families import HYBRIDS, MIXTURES
@@ -15,6 +19,7 @@ from nnprune.model.decoder import Decoder
 from nnprune.model.export import save_model, weight_of
 from nnprune.model.loading import ModelSource
 from nnprune.patterns import NM
+from nnprune.pruners.sparsegpt import SparseGPT
 from nnprune.pruners.wanda import Wanda
 from nnprune.records import RunRecord
 from nnprune.runtime import Runtime
@@ -25,15 +30,15 @@ PATTERN = NM(2, 4)
 CONFIG = {"model": {}, "pruner": {"_target_": "Wanda"}, "calibration": {}}
 
 
-def engine_on_disk(model, folder):
+def engine_of_folder(model, folder, layers="disk"):
     """The model's folder as a source, and an engine that reads its layers from there."""
     model.save_pretrained(folder / "base")
     byte_tokenizer().save_pretrained(folder / "base")
     source = ModelSource(str(folder / "base"))
     decoder = Decoder(source.skeleton(source.config()))
-    runtime = Runtime("cpu", layers="disk", activations="host")
+    runtime = Runtime("cpu", layers=layers, activations="host")
     files = LayerFiles(folder / "layers", decoder.path)
-    store = LayerStore(decoder, runtime.torch_device, "disk", files, source.checkpoint(decoder.model))
+    store = LayerStore(decoder, runtime.torch_device, layers, files, source.checkpoint(decoder.model))
     return source, LayerwiseEngine(decoder, store, runtime, folder)
 
 
@@ -43,19 +48,35 @@ def logits_layer_by_layer(engine, ids):
     return torch.cat(parts).view(*ids.shape, -1)
 
 
-@pytest.mark.parametrize("family", PRUNED)
+ALIKE = {
+    *("hybrid-falcon_mamba", "hybrid-gemma4_text", "hybrid-bamba", "hybrid-lfm3"),
+    *(
+        f"tower-{name}"
+        for name in ("llava_next", "llava_onevision", "qwen2_5_vl", "smolvlm", "aya_vision", "cohere2_vision", "lighton_ocr")
+    ),
+}
+"""Much as others: only scripts/make_models_table.py tries them."""
+IN_MEMORY = ("hybrid-jamba", "hybrid-zamba2", "hybrid-kimi_linear", "tower-gemma4")
+CASES = [(family, "disk", Wanda) for family in PRUNED if family not in ALIKE] + [
+    (family, "host", SparseGPT) for family in IN_MEMORY
+]
+
+
+@pytest.mark.parametrize(("family", "layers", "pruner"), CASES)
 @torch.no_grad()
-def test_pruned_and_saved(family, tmp_path):
+def test_pruned_and_saved(family, layers, pruner, tmp_path):
     dense, ids = PRUNED[family](), random_ids()
-    source, engine = engine_on_disk(dense, tmp_path)
+    source, engine = engine_of_folder(dense, tmp_path, layers)
     check_consistency(engine)
     decoder = engine.decoder
-    reports = prune(engine, Wanda(), dict.fromkeys(decoder.shapes(), PATTERN), random_ids(rows=4, seq_len=24))
+    reports = prune(engine, pruner(), dict.fromkeys(decoder.shapes(), PATTERN), random_ids(rows=4, seq_len=24))
     linears = [linear for report in reports for linear in report["linears"]]
     record = RunRecord("completed", "0" * 12, source.name, "wanda", str(PATTERN), per_linear=linears, config=CONFIG)
     files = engine.store.layer_files
     save_model(source, decoder.model, [files.path(index) for index in files.reports], record, tmp_path / "saved")
-    saved, info = type(dense).from_pretrained(tmp_path / "saved", output_loading_info=True)
+    [loader] = re.findall(r"model = (\w+)\.from_pretrained", (tmp_path / "saved" / "README.md").read_text())
+    saved, info = getattr(transformers, loader).from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert type(saved) is type(dense)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert len({linear["name"] for linear in linears}) == len(linears) == len(decoder.shapes()) > 0
     before, after = (
@@ -66,7 +87,7 @@ def test_pruned_and_saved(family, tmp_path):
         weight, base = after[linear["name"]].read(), before[linear["name"]].read()
         PATTERN.check(weight)
         kept = weight != 0
-        assert torch.equal(weight[kept], base[kept]), linear["name"]
+        assert pruner is SparseGPT or torch.equal(weight[kept], base[kept]), linear["name"]
         assert kept.sum() == min((base != 0).sum(), base.numel() // 2), linear["name"]
     pruned, others, base = {weight_of(linear) for linear in linears}, saved.state_dict(), dense.state_dict()
     assert others.keys() == base.keys()
@@ -81,6 +102,6 @@ def test_pruned_and_saved(family, tmp_path):
 def test_refused_in_one_line(family, tmp_path):
     make, reason = REFUSED[family]
     with pytest.raises(ValueError) as caught:
-        check_consistency(engine_on_disk(make(), tmp_path)[1])
+        check_consistency(engine_of_folder(make(), tmp_path)[1])
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -1,8 +1,8 @@
 """Splits a Hugging Face decoder-only model into embeddings and head, decoder layers, and linears, for any architecture.
 
-The decoder layers are the one `nn.ModuleList` with `num_hidden_layers` entries. Each layer's arguments are recorded from the
-model's own forward, and logits come from that forward with the layers bypassed, so that masks, rotary embeddings, final norm,
-`project_out` and soft-capping need no code here.
+The decoder layers are the one `nn.ModuleList` with `num_hidden_layers` entries, in the text decoder where the model also sees images.
+Each layer's arguments are recorded from the model's own forward, and logits come from that forward with the layers bypassed, so that
+masks, rotary embeddings, final norm, `project_out` and soft-capping need no code here.
 
 Letters: B batch, T tokens, D hidden, O output features, I input features, V vocabulary.
 """
@@ -40,7 +40,7 @@ AroundLayer = Callable[[int, Callable[..., Any], Tensor, LayerCall], Tensor]
 class Decoder:
     """A causal language model as embeddings and head, decoder layers, and linears.
 
-    Raises ValueError if its list of decoder layers is ambiguous, or for experts that are no weights of linears.
+    Raises ValueError if its list of decoder layers is ambiguous, if it has no linear of its own, or for experts in one matrix.
     """
 
     def __init__(self, model: PreTrainedModel, layers_path: str | None = None) -> None:
