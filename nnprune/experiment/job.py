@@ -1,5 +1,6 @@
 """One run after its settings are checked: token ids, model, one pass over the layers, record."""
 
+import hashlib
 import json
 import logging
 import math
@@ -7,8 +8,11 @@ import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from nnprune.allocations.base import Plan
 from nnprune.calibration import token_hash
@@ -61,7 +65,7 @@ class Job:
             decoder = skeleton(experiment, config)
             check_shapes(experiment, decoder)  # before the texts are read
             self.calibration_ids, self.evaluation_ids = token_ids(experiment, config, experiment.source.tokenizer())
-            self.evaluation_hashes = {key: token_hash(ids) for key, ids in self.evaluation_ids.items()}
+            self.evaluation_hashes = {key: _rows_hash(rows) for key, rows in self.evaluation_ids.items()}
         with self.stopwatch.stage("load"):
             self.engine = open_engine(experiment, decoder)
             check_consistency(self.engine)
@@ -154,7 +158,7 @@ class Job:
         dense model by fingerprint, those of the latter for `dense_keys`."""
         tasks, layer_files = [], self.engine.store.layer_files
         by_name = self.experiment.evaluation.evaluators
-        evaluators = {key: by_name[name] for name, key in self.experiment.evaluations.items()}
+        evaluators = {key: by_name[name] for name, key in self.experiment.evaluations.items() if key in self.evaluation_ids}
         if pruned:
             tasks.append(PruneTask(self.experiment.method, self.plan, layer_files))
         with ExitStack() as stack:
@@ -188,7 +192,7 @@ class Job:
         runtime, free = self.experiment.runtime, self.experiment.runtime.free_device_bytes()
         if math.isinf(free):
             return
-        windows = list(self.evaluation_ids.values())
+        windows = list(chain.from_iterable(self.evaluation_ids.values()))
         load = workload(self.experiment, self.engine.decoder, groups_of(self.engine), methods, self.calibration_ids, windows)
         if not fit_device(runtime, load, free):
             need = (load.fetched_bytes() * (runtime.layers != "device") + load.workspace_bytes(runtime)) / 2**30
@@ -228,6 +232,12 @@ class Job:
         record.finished = now()
         record.write(experiment.folder)
         shutil.rmtree(experiment.folder / SCRATCH, ignore_errors=True)
+
+
+def _rows_hash(rows: Sequence[Tensor]) -> str:
+    """16 hexadecimal digits that identify the rows (N, T) of an evaluation, of one or several lengths."""
+    hashes = [token_hash(ids) for ids in rows]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
 
 def dense_record_of(experiment: Experiment) -> RunRecord:

@@ -1,8 +1,9 @@
 """The metrics of one model, including those that an interrupted run measured."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -19,15 +20,15 @@ class Measurement:
     Args:
         kind: "dense" or "pruned", for messages.
         evaluators: by fingerprint.
-        ids: fingerprint -> rows (N, T).
+        ids: fingerprint -> the rows (N, T) of each length.
         folder: holds the metrics until the record is written.
     """
 
-    def __init__(self, kind: str, evaluators: Mapping[str, Evaluator], ids: Mapping[str, Tensor], folder: Path) -> None:
+    def __init__(self, kind: str, evaluators: Mapping[str, Evaluator], ids: Mapping[str, Sequence[Tensor]], folder: Path) -> None:
         self.kind, self.evaluators, self.ids = kind, evaluators, ids
         self.journal = folder / f"{kind}_metrics.json"
         self.metrics: dict[str, dict[str, float]] = parallel.on_rank_0(read_journal)(self.journal) or {}  # by fingerprint
-        self._states: dict[str, HiddenStates] = {}
+        self._states: dict[str, list[HiddenStates]] = {}
 
     @contextmanager
     def hidden_states(self, engine: LayerwiseEngine) -> Iterator[list[HiddenStates]]:
@@ -35,21 +36,26 @@ class Measurement:
         with ExitStack() as stack:
             for key, evaluator in self.evaluators.items():
                 if key not in self.metrics:
-                    states = engine.hidden_states(self.ids[key], f"{self.kind}-{key}", whole=evaluator.combine is None)
-                    self._states[key] = stack.enter_context(states)
-            yield list(self._states.values())
+                    name, whole = f"{self.kind}-{key}", evaluator.combine is None
+                    self._states[key] = [
+                        stack.enter_context(engine.hidden_states(ids, f"{name}-{index}", whole))
+                        for index, ids in enumerate(self.ids[key])
+                    ]
+            yield [states for of_evaluator in self._states.values() for states in of_evaluator]
             self._states.clear()
 
     def finish(self) -> dict[str, dict[str, float]]:
         """Fingerprint -> metrics. Call it when all rows have passed through all layers. Each evaluator's metrics are saved at once."""
-        for key, states in self._states.items():
-            parts = [part for part in parallel.gather(self._measured(self.evaluators[key], states)) if part]
-            self.metrics[key] = parts[0][1] if len(parts) == 1 else self.evaluators[key].combine(parts)
+        for key, of_evaluator in self._states.items():
+            evaluator = self.evaluators[key]
+            own = [self._measured(evaluator, states) for states in of_evaluator]
+            parts = [part for of_rank in parallel.gather(own) for part in of_rank if part]
+            self.metrics[key] = evaluator.combine(parts) if evaluator.combine else parts[0][1]
             parallel.on_rank_0(write_journal)(self.journal, self.metrics)
         return {key: self.metrics[key] for key in self.evaluators}
 
-    def _measured(self, evaluator: Evaluator, states: HiddenStates) -> tuple[int, dict[str, float]] | None:
-        """The number of rows that this process holds, and their metrics; None without rows."""
+    def _measured(self, evaluator: Evaluator, states: HiddenStates) -> tuple[int, Any] | None:
+        """The number of rows that this process holds, and what the evaluator measured of them; None without rows."""
         if parallel.rank() and not len(states.ids):
             return None
         try:

@@ -22,6 +22,8 @@ from nnprune.model.dtypes import name_of
 
 log = logging.getLogger(__name__)
 
+DEFAULT_POSITIONS = 2048  # of models without a limit
+
 SCRATCH = "unfinished"
 """Subfolder of a run's folder for what a resumed run needs, such as layer files; removed once the record is written."""
 
@@ -54,7 +56,7 @@ def check_shapes(experiment: Experiment, decoder: Decoder) -> None:
     """Raise ValueError for sequences longer than the model's positions, and for patterns that do not fit its linears or the pruner."""
     positions = getattr(decoder.text_config, "max_position_embeddings", None)
     lengths = {"calibration": 0 if experiment.is_dense else experiment.calibration.seq_len}
-    lengths["evaluation"] = max((one.seq_len for one in experiment.evaluation.evaluators.values()), default=0)
+    lengths["evaluation"] = max((one.seq_len or 0 for one in experiment.evaluation.evaluators.values()), default=0)
     for key, seq_len in lengths.items():
         if positions and seq_len > positions:
             raise ValueError(
@@ -65,11 +67,18 @@ def check_shapes(experiment: Experiment, decoder: Decoder) -> None:
         experiment.method.pruner.validate(pattern)
 
 
-def token_ids(experiment: Experiment, config: Any, tokenizer: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Calibration ids (N, T), with N = 0 for a dense run, and rows (N, T) by fingerprint of the evaluation; int64."""
-    vocab_size = config.get_text_config().vocab_size
-    evaluators = experiment.evaluation.evaluators
-    evaluation = {key: evaluators[name].prepare(tokenizer) for name, key in experiment.evaluations.items()}
+def token_ids(experiment: Experiment, config: Any, tokenizer: Any) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    """Calibration ids (N, T), with N = 0 for a dense run, and the rows (N, T) of each length by fingerprint of the evaluation; int64.
+    Evaluators without rows are left out."""
+    text_config = config.get_text_config()
+    vocab_size, evaluation = text_config.vocab_size, {}
+    for name, key in experiment.evaluations.items():
+        evaluator = experiment.evaluation.evaluators[name]
+        if evaluator.seq_len is None:
+            evaluator.seq_len = getattr(text_config, "max_position_embeddings", None) or DEFAULT_POSITIONS
+        rows = evaluator.prepare(tokenizer)
+        if not evaluator.loads_model:
+            evaluation[key] = [rows] if isinstance(rows, Tensor) else rows
     if experiment.is_dense:
         return torch.empty(0, experiment.calibration.seq_len, dtype=torch.int64), evaluation
     return experiment.calibration.token_ids(tokenizer, vocab_size), evaluation
