@@ -62,7 +62,9 @@ class Evaluation:
             self.evaluators["text"] = _perplexity("text", "evaluation", {"path": path, "column": column}, seq_len, max_windows)
         for name in _names("tasks", tasks):
             if name in self.evaluators:
-                raise ValueError(f"evaluation.tasks={quoted(name)}: there is a text of this name, or the task twice; leave one out")
+                raise ValueError(
+                    f"evaluation.tasks={quoted(name)}: there is a text of this name, or the task twice; leave one out"
+                )
             task = LMEvalTask(name, num_fewshot, limit, tuple(_names("include_path", include_path or ())), seed)
             self.evaluators[name] = LMEval(task, max_length, backend)
 

@@ -66,9 +66,7 @@ class LMEval(Evaluator):
     def measure(self, ids: Tensor, logits: Logits) -> "Answers":
         answers = self._rows.score(ids, logits)
         if not all(math.isfinite(value) for value, _ in answers.values()):
-            raise ValueError(
-                f"{self.task.name}: the model gives NaN or infinite logits; try model.dtype=float32 or bfloat16"
-            )
+            raise ValueError(f"{self.task.name}: the model gives NaN or infinite logits; try model.dtype=float32 or bfloat16")
         return answers
 
     def combine(self, parts: list[tuple[int, "Answers"]]) -> dict[str, float]:
@@ -78,7 +76,7 @@ class LMEval(Evaluator):
     def measure_model(self, path: str, **options: Any) -> dict[str, float]:
         from lm_eval.models.huggingface import HFLM
 
-        return self._figures(HFLM(pretrained=path, max_length=self.seq_len, **options))
+        return self._figures(HFLM(pretrained=path, max_length=self.settings["max_length"], **options))
 
     def _figures(self, model: "LM") -> dict[str, float]:
         """The metrics that lm-eval computes of a model's answers."""

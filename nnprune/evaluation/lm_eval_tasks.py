@@ -58,12 +58,20 @@ class LMEvalTask:
         known = self._manager().task_index
         if self.name not in known:
             near = get_close_matches(self.name, known)
-            remedy = f"did you mean {one_of(near)}?" if near else "lm_eval ls tasks lists lm-eval's; evaluation.include_path adds yours"
+            remedy = (
+                f"did you mean {one_of(near)}?"
+                if near
+                else "lm_eval ls tasks lists lm-eval's; evaluation.include_path adds yours"
+            )
             raise ValueError(f"evaluation.tasks={quoted(self.name)}: no such task; {remedy}")
 
     def generating(self) -> list[str]:
         """The names of those of its tasks that generate text, as far as their YAML files tell."""
-        return [config["task"] for config in self._configs() if config.get("output_type", GENERATES) == GENERATES and "class" not in config]
+        return [
+            config["task"]
+            for config in self._configs()
+            if config.get("output_type", GENERATES) == GENERATES and "class" not in config
+        ]
 
     def identity(self) -> dict[str, Any]:
         """What its figures depend on: settings, lm-eval's version, the versions of its tasks, the content of local files."""

@@ -1,7 +1,5 @@
 """One run after its settings are checked: token ids, model, one pass over the layers, record."""
 
-import hashlib
-import json
 import logging
 import math
 import shutil
@@ -11,8 +9,6 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from nnprune.allocations.base import Plan
 from nnprune.calibration import token_hash
@@ -24,7 +20,7 @@ from nnprune.engine.pruning_pass import PruneTask, PruningPass
 from nnprune.engine.stopwatch import Stopwatch
 from nnprune.experiment.build import Experiment
 from nnprune.experiment.folder import locked
-from nnprune.experiment.measurement import Measurement
+from nnprune.experiment.measurement import Measurement, evaluation_entry, rows_hash
 from nnprune.experiment.plans import PlanRequest, make_plans
 from nnprune.experiment.preparation import (
     SCRATCH,
@@ -65,7 +61,7 @@ class Job:
             decoder = skeleton(experiment, config)
             check_shapes(experiment, decoder)  # before the texts are read
             self.calibration_ids, self.evaluation_ids = token_ids(experiment, config, experiment.source.tokenizer())
-            self.evaluation_hashes = {key: _rows_hash(rows) for key, rows in self.evaluation_ids.items()}
+            self.evaluation_hashes = {key: rows_hash(rows) for key, rows in self.evaluation_ids.items()}
         with self.stopwatch.stage("load"):
             self.engine = open_engine(experiment, decoder)
             check_consistency(self.engine)
@@ -107,19 +103,12 @@ class Job:
 
     def entries(self, metrics: Metrics, dense_metrics: Metrics) -> dict[str, dict[str, Any]]:
         """What a record's `evaluations` holds of these metrics, by fingerprint."""
-        found = {}
-        for name, key in self.experiment.evaluations.items():
-            if key in metrics:
-                settings = json.loads(json.dumps(self.experiment.evaluation.evaluators[name].identity(), default=str))
-                found[key] = {
-                    "name": name,
-                    "settings": settings,
-                    "tokens": self.evaluation_hashes[key],
-                    "metrics": metrics[key],
-                    "dense_metrics": dense_metrics[key],
-                    "finished": now(),
-                }
-        return found
+        evaluators, hashes = self.experiment.evaluation.evaluators, self.evaluation_hashes
+        return {
+            key: evaluation_entry(name, evaluators[name], hashes[key], metrics[key], dense_metrics[key])
+            for name, key in self.experiment.evaluations.items()
+            if key in metrics
+        }
 
     def _unmeasured(self, dense: RunRecord | None) -> list[str]:
         """Fingerprints of the evaluations that a dense record lacks, or has of other tokens."""
@@ -232,12 +221,6 @@ class Job:
         record.finished = now()
         record.write(experiment.folder)
         shutil.rmtree(experiment.folder / SCRATCH, ignore_errors=True)
-
-
-def _rows_hash(rows: Sequence[Tensor]) -> str:
-    """16 hexadecimal digits that identify the rows (N, T) of an evaluation, of one or several lengths."""
-    hashes = [token_hash(ids) for ids in rows]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
 
 def dense_record_of(experiment: Experiment) -> RunRecord:

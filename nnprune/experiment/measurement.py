@@ -1,5 +1,10 @@
-"""The metrics of one model, including those that an interrupted run measured."""
+"""The metrics of one model, including those that an interrupted run measured.
 
+Letters: N rows, T tokens of a row.
+"""
+
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -7,10 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
+from nnprune.calibration import token_hash
 from nnprune.engine import parallel
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.hidden_states import HiddenStates
 from nnprune.evaluation import Evaluator
+from nnprune.experiment.provenance import now
 from nnprune.records import read_journal, write_journal
 
 
@@ -24,7 +31,9 @@ class Measurement:
         folder: holds the metrics until the record is written.
     """
 
-    def __init__(self, kind: str, evaluators: Mapping[str, Evaluator], ids: Mapping[str, Sequence[Tensor]], folder: Path) -> None:
+    def __init__(
+        self, kind: str, evaluators: Mapping[str, Evaluator], ids: Mapping[str, Sequence[Tensor]], folder: Path
+    ) -> None:
         self.kind, self.evaluators, self.ids = kind, evaluators, ids
         self.journal = folder / f"{kind}_metrics.json"
         self.metrics: dict[str, dict[str, float]] = parallel.on_rank_0(read_journal)(self.journal) or {}  # by fingerprint
@@ -62,3 +71,18 @@ class Measurement:
             return len(states.ids), evaluator.measure(states.ids, states.logits())
         except ValueError as error:
             raise ValueError(f"{self.kind} {error}") from error
+
+
+def rows_hash(rows: Sequence[Tensor]) -> str:
+    """16 hexadecimal digits that identify the rows (N, T) of an evaluation, of one or several lengths."""
+    hashes = [token_hash(ids) for ids in rows]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
+
+
+def evaluation_entry(
+    name: str, evaluator: Evaluator, tokens: str, metrics: dict[str, float], dense_metrics: dict[str, float]
+) -> dict[str, Any]:
+    """What a record's `evaluations` holds of an evaluator and the hash of its rows, "" without any."""
+    settings = json.loads(json.dumps(evaluator.identity(), default=str))
+    figures = {"metrics": metrics, "dense_metrics": dense_metrics}
+    return {"name": name, "settings": settings, "tokens": tokens, **figures, "finished": now()}

@@ -69,11 +69,13 @@ def check_shapes(experiment: Experiment, decoder: Decoder) -> None:
 
 def token_ids(experiment: Experiment, config: Any, tokenizer: Any) -> tuple[Tensor, dict[str, list[Tensor]]]:
     """Calibration ids (N, T), with N = 0 for a dense run, and the rows (N, T) of each length by fingerprint of the evaluation; int64.
-    Evaluators without rows are left out."""
+    Evaluators that load the model themselves are left out."""
     text_config = config.get_text_config()
     vocab_size, evaluation = text_config.vocab_size, {}
     for name, key in experiment.evaluations.items():
         evaluator = experiment.evaluation.evaluators[name]
+        if evaluator.loads_model and not (experiment.is_dense or experiment.config["save"]):
+            raise ValueError(f"save=false: {name} is measured on the saved model with evaluation.backend=hf; set save=true")
         if evaluator.seq_len is None:
             evaluator.seq_len = getattr(text_config, "max_position_embeddings", None) or DEFAULT_POSITIONS
         rows = evaluator.prepare(tokenizer)
