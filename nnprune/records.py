@@ -30,7 +30,8 @@ class RecordError(ValueError):
 class RunRecord:
     """The settings, results and provenance of one run.
 
-    Keys of `metrics` (of the pruned model) and `dense_metrics` are `<evaluation>_perplexity`; sparsities are fractions of zeros;
+    Keys of `metrics` (of the pruned model) and `dense_metrics` are `<evaluation>_perplexity`, `<task>_acc` and the like, and
+    `<metric>_stderr` for a metric's standard error; sparsities are fractions of zeros;
     times are seconds; sizes are bytes; `dtype` is the computing dtype. `per_linear` holds a dict per linear: name, pattern,
     sparsity, relative_error, seconds. `recovered` holds a dict per tuned decoder layer: the reports of `Recovery.tune`, `before`
     and `after` pruning. `evaluations` maps the fingerprint of each evaluation to its name, settings, hash of token ids (tokens),
@@ -86,6 +87,12 @@ class RunRecord:
     def as_json(self) -> str:
         """The text of a `result.json`."""
         return json.dumps(_finite(asdict(self)), indent=1, allow_nan=False) + "\n"
+
+
+def with_stderr(metrics: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Metric -> its value and standard error, None without one, from a record's `metrics`."""
+    stderrs = {f"{metric}_stderr" for metric in metrics}
+    return {metric: (value, metrics.get(f"{metric}_stderr")) for metric, value in metrics.items() if metric not in stderrs}
 
 
 def fingerprint(science: dict[str, Any]) -> str:
