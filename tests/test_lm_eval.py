@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import byte_tokenizer, compose_config
+from omegaconf import OmegaConf
 from support.ranks import on_ranks
 from support.runs import failure, watch_measurements
 
@@ -88,14 +89,17 @@ def tasks_dir(tmp_path_factory):
 
 @pytest.fixture
 def task_config(tiny_model_dir, small_text, tasks_dir, tmp_path):
-    """`task_config("colours", "pruner=wanda", ...)`: the config of a run with a task, or tasks."""
+    """`task_config("colours", {"save": True}, limit=2)`: the config of a run with a task, or tasks, and settings of `evaluation`."""
 
-    def make(tasks, *overrides):
+    def make(tasks, others=None, **evaluation):
         calibration = [f"calibration.{one}" for one in (f"path={small_text}", "num_samples=4", "seq_len=32")]
-        model, outputs = f"model.path={tiny_model_dir}", f"outputs={tmp_path / 'outputs'}"
-        settings = [f"evaluation.tasks=[{tasks}]", f"evaluation.include_path={tasks_dir}"]
-        groups = ("model=local", "calibration=text", "evaluation=lm_eval")
-        return compose_config(*groups, model, *calibration, *settings, "runtime.device=cpu", outputs, *overrides)
+        groups = ("model=local", "calibration=text", "evaluation=lm_eval", "sparsity=2:4")
+        cfg = compose_config(*groups, f"model.path={tiny_model_dir}", *calibration, "runtime.device=cpu")
+        evaluation = {"include_path": str(tasks_dir), "tasks": tasks.split(",")} | evaluation
+        settings = {f"evaluation.{key}": value for key, value in evaluation.items()}
+        for key, value in ({"outputs": str(tmp_path / "outputs")} | settings | (others or {})).items():
+            OmegaConf.update(cfg, key, value)
+        return cfg
 
     return make
 
@@ -112,8 +116,8 @@ def of_lm_eval(path, tasks_dir, tasks, num_fewshot):
 
 
 def test_figures_are_lm_evals_own(task_config, tasks_dir, tiny_model_dir):
-    tasks, overrides = ("colours", "lines", "letters"), ("save=true", "sparsity=2:4", "runtime.batch_tokens=99")
-    cfg = task_config(",".join(tasks), "evaluation.num_fewshot=1", *overrides)
+    tasks = ("colours", "lines", "letters")
+    cfg = task_config(",".join(tasks), {"save": True, "runtime.batch_tokens": 99}, num_fewshot=1)
     record, folder = run(cfg), build(cfg).folder
     expected = of_lm_eval(folder / "model", tasks_dir, tasks, num_fewshot=1)
     expected_dense = of_lm_eval(tiny_model_dir, tasks_dir, tasks, num_fewshot=1)
@@ -126,20 +130,20 @@ def test_figures_are_lm_evals_own(task_config, tasks_dir, tiny_model_dir):
 
 
 def test_a_task_added_to_a_saved_model_is_all_that_is_measured(task_config, monkeypatch):
-    cfg = task_config("colours", "save=true", "evaluation.limit=4")
+    cfg = task_config("colours", {"save": True}, limit=4)
     first = run(cfg)
     monkeypatch.setattr(PruningPass, "_prune", lambda *_: pytest.fail("it is pruned again"))
     titles = watch_measurements(monkeypatch)
-    record = run(task_config("colours,letters", "evaluation.limit=4"))
-    key = build(task_config("letters", "evaluation.limit=4")).evaluations["letters"]
+    record = run(task_config("colours,letters", limit=4))
+    key = build(task_config("letters", limit=4)).evaluations["letters"]
     assert titles == [f"dense {key}", f"dense {key}"]  # of the saved model, which is taken as it is, and of the dense one
     assert record.metrics.items() >= first.metrics.items() and "letters_acc" in record.metrics
 
 
 def test_two_processes_share_out_the_rows(task_config, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    expected = run(task_config("colours,lines", f"outputs={one}"))
-    assert on_ranks(run, task_config("colours,lines", f"outputs={two}")) == [0, 0]
+    expected = run(task_config("colours,lines", {"outputs": str(one)}, limit=8))
+    assert on_ranks(run, task_config("colours,lines", {"outputs": str(two)}, limit=8)) == [0, 0]
     records, _ = read_all(two)
     [record] = (record for record in records if record["pruner"] != "dense")
     assert record["metrics"] == pytest.approx(expected.metrics, rel=1e-5)
@@ -147,9 +151,9 @@ def test_two_processes_share_out_the_rows(task_config, tmp_path):
 
 def test_tasks_that_generate_text_take_the_whole_saved_model(task_config, tmp_path):
     assert "stories: generates text, which takes a whole saved model" in failure(task_config("stories"))
-    generating = ("stories", "evaluation.backend=hf", "evaluation.limit=2", f"outputs={tmp_path / 'hf'}")
-    assert "set save=true" in failure(task_config(*generating))
-    record = run(task_config(*generating, "save=true"))
+    outputs = {"outputs": str(tmp_path / "hf")}
+    assert "set save=true" in failure(task_config("stories", outputs, backend="hf"))
+    record = run(task_config("stories", outputs | {"save": True}, backend="hf", limit=2))
     assert record.metrics["stories_exact_match"] == record.dense_metrics["stories_exact_match"] == 0
     assert record.status == "completed" and read_all(tmp_path / "hf")[1] == []
 
@@ -164,8 +168,8 @@ def test_plan_counts_the_tokens_of_requests(task_config):
 
 def test_what_changes_a_figure_changes_its_fingerprint(task_config, tasks_dir):
     key = "colours"
-    settings = [f"evaluation.{one}" for one in ("num_fewshot=1", "limit=2", "seed=3", "max_length=40", "backend=hf")]
-    keys = [build(task_config(key, *more)).evaluations[key] for more in ([], *([one] for one in settings))]
+    settings = ({}, {"num_fewshot": 1}, {"limit": 2}, {"seed": 3}, {"max_length": 40}, {"backend": "hf"})
+    keys = [build(task_config(key, **one)).evaluations[key] for one in settings]
     notes = tasks_dir / "utils.py"
     notes.write_text("# a task's own code")
     keys.append(build(task_config(key)).evaluations[key])
@@ -176,22 +180,22 @@ def test_what_changes_a_figure_changes_its_fingerprint(task_config, tasks_dir):
 
 
 @pytest.mark.parametrize(
-    ("tasks", "override", "message"),
+    ("tasks", "settings", "message"),
     [
-        ("colurs", "", "evaluation.tasks=colurs: no such task; did you mean colours?"),
-        ("colours,colours", "", "the task twice"),
-        ("colours", "evaluation.include_path=nowhere", "evaluation.include_path=nowhere: no such folder"),
-        ("colours", "evaluation.limit=0", "evaluation.limit=0: must be a whole number"),
-        ("colours", "evaluation.backend=vllm", "must be layerwise or hf"),
-        ("colours", "evaluation.max_length=65", "has 64 positions"),
+        ("colurs", {}, "evaluation.tasks=colurs: no such task; did you mean colours?"),
+        ("colours,colours", {}, "the task twice"),
+        ("colours", {"include_path": "nowhere"}, "evaluation.include_path=nowhere: no such folder"),
+        ("colours", {"limit": 0}, "evaluation.limit=0: must be a whole number"),
+        ("colours", {"backend": "vllm"}, "must be layerwise or hf"),
+        ("colours", {"max_length": 65}, "evaluation.max_length=65: tiny-opt has 64 positions"),
     ],
 )
-def test_mistakes_are_one_line(tasks, override, message, task_config, monkeypatch):
+def test_mistakes_are_one_line(tasks, settings, message, task_config, monkeypatch):
     index = lm_eval_tasks._manager
     monkeypatch.setattr(
         lm_eval_tasks, "_manager", lambda paths, digest, _: index(paths, digest, False)
     )  # the whole takes seconds
-    assert message in failure(task_config(tasks, *filter(None, [override])))
+    assert message in failure(task_config(tasks, **settings))
 
 
 def test_without_lm_eval_a_line_says_what_to_install(task_config, monkeypatch):

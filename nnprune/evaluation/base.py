@@ -21,6 +21,9 @@ class Evaluator(ABC):
     seq_len: int | None
     """T, at most the model's number of positions; None: set to it before `prepare`."""
 
+    length_key = "evaluation.seq_len"
+    """The setting that it comes from, for messages."""
+
     combine: Callable[[list[tuple[int, Any]]], dict[str, float]] | None = None
     """The metrics of all rows, from (number of rows, what `measure` returned) of each part: of each tensor of rows, and of each
     process. None: there is one tensor, and one process measures all of it."""

@@ -30,6 +30,8 @@ class LMEval(Evaluator):
         backend: "layerwise", or "hf": lm-eval's own model class, which loads a whole saved model and generates text too.
     """
 
+    length_key = "evaluation.max_length"
+
     def __init__(self, task: LMEvalTask, max_length: int | None = None, backend: str = "layerwise") -> None:
         self.task, self.seq_len, self.backend = task, max_length, backend
         self.settings = {"max_length": max_length, "backend": backend}

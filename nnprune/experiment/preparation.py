@@ -55,13 +55,11 @@ def skeleton(experiment: Experiment, config: Any) -> Decoder:
 def check_shapes(experiment: Experiment, decoder: Decoder) -> None:
     """Raise ValueError for sequences longer than the model's positions, and for patterns that do not fit its linears or the pruner."""
     positions = getattr(decoder.text_config, "max_position_embeddings", None)
-    lengths = {"calibration": 0 if experiment.is_dense else experiment.calibration.seq_len}
-    lengths["evaluation"] = max((one.seq_len or 0 for one in experiment.evaluation.evaluators.values()), default=0)
-    for key, seq_len in lengths.items():
-        if positions and seq_len > positions:
-            raise ValueError(
-                f"{key}.seq_len={seq_len}: {experiment.source.name} has {positions} positions; lower {key}.seq_len"
-            )
+    lengths = [("calibration.seq_len", 0 if experiment.is_dense else experiment.calibration.seq_len)]
+    lengths += [(one.length_key, one.seq_len or 0) for one in experiment.evaluation.evaluators.values()]
+    for key, length in lengths:
+        if positions and length > positions:
+            raise ValueError(f"{key}={length}: {experiment.source.name} has {positions} positions; lower {key}")
     allocation = Uniform() if experiment.is_dense else experiment.allocation
     for pattern in sorted(allocation.check(experiment.pattern, decoder.shapes_by_layer()), key=str):
         experiment.method.pruner.validate(pattern)
