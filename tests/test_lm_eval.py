@@ -170,10 +170,15 @@ def test_what_changes_a_figure_changes_its_fingerprint(task_config, tasks_dir):
     key = "colours"
     settings = ({}, {"num_fewshot": 1}, {"limit": 2}, {"seed": 3}, {"max_length": 40}, {"backend": "hf"})
     keys = [build(task_config(key, **one)).evaluations[key] for one in settings]
-    notes = tasks_dir / "utils.py"
-    notes.write_text("# a task's own code")
+    data, code = tasks_dir / "colours.jsonl", tasks_dir / "utils.py"
+    text = data.read_text()
+    data.write_text(text.replace("stone", "rock"))
     keys.append(build(task_config(key)).evaluations[key])
-    notes.unlink()
+    data.write_text(text)
+    code.write_text("# a task's own code")
+    keys.append(build(task_config(key)).evaluations[key])
+    code.unlink()
+    (tasks_dir / "notes.txt").write_text("not a task")
     assert len(set(keys)) == len(keys)
     assert build(task_config(key)).evaluations[key] == keys[0]
     assert build(task_config(f"lines,{key}")).evaluations[key] == keys[0], "other tasks do not matter"

@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
+from glob import glob
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 GENERATES = "generate_until"
 """lm-eval's name for requests that generate text."""
+
+DEFINITIONS = (".yaml", ".yml", ".py")
+"""Files that define tasks."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,12 @@ class LMEvalTask:
         return list(_leaves(self._manager(), self.name))
 
     def _files_digest(self) -> str:
+        """A hash of the tasks and their code in `include_path`, which may hold other files too."""
         folders = [Path(folder).expanduser() for folder in self.include_path]
-        return _digest([path for folder in folders for path in sorted(folder.rglob("*")) if "__pycache__" not in path.parts])
+        found = [(path, path.relative_to(folder).parts) for folder in folders for path in sorted(folder.rglob("*"))]
+        hidden = (".", "__pycache__")
+        kept = [path for path, parts in found if not any(part.startswith(hidden) for part in parts)]
+        return _digest([path for path in kept if path.suffix in DEFINITIONS])
 
 
 @cache
@@ -175,10 +183,14 @@ def _leaves(manager: "TaskManager", name: str) -> Iterator[dict[str, Any]]:
 
 
 def _local_data(config: dict[str, Any]) -> list[Path]:
-    """The files outside `include_path` that a task reads from this machine."""
-    files = (config.get("dataset_kwargs") or {}).get("data_files") or []
+    """The files on this machine that a task's documents come from."""
+    options = config.get("dataset_kwargs") or {}
+    files = options.get("data_files") or []
     values = files.values() if isinstance(files, dict) else [files]
-    return [Path(name) for value in values for name in ([value] if isinstance(value, str) else value) if Path(name).is_file()]
+    names = [name for value in values for name in ([value] if isinstance(value, str) else value)]
+    places = [*names, options.get("data_dir") or "", config.get("dataset_path") or ""]
+    found = [Path(path) for place in places for path in sorted(glob(str(place)))]
+    return [path for one in found for path in (sorted(one.rglob("*")) if one.is_dir() else [one])]
 
 
 def _digest(paths: list[Path]) -> str:
