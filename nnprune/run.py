@@ -56,6 +56,7 @@ def run(cfg: DictConfig, pruner: Any = None, keep_layers: bool = False) -> RunRe
             record = reusable_record(experiment, keep_layers)
             if record is None:
                 record = Job(experiment).run()
+                add_evaluations(experiment, record)  # of the saved model as a whole
                 log.info(summary(record))
             elif add_evaluations(experiment, record):
                 log.info(summary(record))

@@ -135,7 +135,9 @@ def test_values_that_json_lacks_become_null(tmp_path):
     by_metric = {r["metric"]: r for r in json.loads(collect(tmp_path / "o", "--format", "json")[1])[:2]}
     assert by_metric["demo_perplexity"]["value"] is by_metric["arc_acc"]["peak_host_bytes"] is None
     out = collect(tmp_path / "o", "--format", "markdown")[1]
-    assert "| **Wanda** | 50% | -- |" in out and "| **Wanda** | 50% | **0.25** |" in out  # more accuracy is better
+    assert (
+        "| **Wanda** | 50% | -- |" in out and "| **Wanda** | 50% | **25.00** |" in out
+    )  # more accuracy is better, in per cent
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from nnprune.allocations.selection import Selection
 from nnprune.allocations.uniform import Uniform
 from nnprune.calibration import Calibration
 from nnprune.checks import check_count, nearest, one_of, quoted
+from nnprune.engine import parallel
 from nnprune.engine.propagation import PROPAGATE
 from nnprune.evaluation import Evaluation
 from nnprune.experiment.identity import evaluation_fingerprints, science
@@ -121,6 +122,8 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
         )
     evaluation = _instantiate("evaluation", config, Evaluation)
     calibration = _instantiate("calibration", config, Calibration)
+    if parallel.is_distributed() and any(one.loads_model for one in evaluation.evaluators.values()):
+        raise ValueError("evaluation.backend=hf: measures in one process; add it to the saved model's record without torchrun")
     for part in (*evaluation.evaluators.values(), calibration.source):
         if part:
             part.check()

@@ -5,6 +5,7 @@ Start-up and texts take what they took to make the estimate."""
 import shutil
 import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ class CostEstimate:
             for cell in cells:
                 check_shapes(cell, self.decoder)
             ids, texts = token_ids(self.first, config, self.first.source.tokenizer())
-        self.windows = list(texts.values())
+        self.windows = list(chain.from_iterable(texts.values()))
         self.measures_dense = self.first.is_dense or read_completed(self.first.dense().folder) is None
         methods, num_measured = [cell.method for cell in self.pruned], self.measures_dense + bool(self.pruned)
         self.load = workload(self.first, self.decoder, [], methods, ids, self.windows, num_measured)

@@ -1,12 +1,12 @@
 """One run after its settings are checked: token ids, model, one pass over the layers, record."""
 
-import json
 import logging
 import math
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from nnprune.engine.pruning_pass import PruneTask, PruningPass
 from nnprune.engine.stopwatch import Stopwatch
 from nnprune.experiment.build import Experiment
 from nnprune.experiment.folder import locked
-from nnprune.experiment.measurement import Measurement
+from nnprune.experiment.measurement import Measurement, evaluation_entry, rows_hash
 from nnprune.experiment.plans import PlanRequest, make_plans
 from nnprune.experiment.preparation import (
     SCRATCH,
@@ -66,7 +66,7 @@ class Job:
             if experiment.calibration.needs_model and not experiment.is_dense:
                 with self.stopwatch.stage("generation"):
                     self.calibration_ids = written_ids(experiment, decoder, self.calibration_ids)
-            self.evaluation_hashes = {key: token_hash(ids) for key, ids in self.evaluation_ids.items()}
+            self.evaluation_hashes = {key: rows_hash(rows) for key, rows in self.evaluation_ids.items()}
         with self.stopwatch.stage("load"):
             self.engine = open_engine(experiment, decoder)
             check_consistency(self.engine)
@@ -110,19 +110,12 @@ class Job:
 
     def entries(self, metrics: Metrics, dense_metrics: Metrics) -> dict[str, dict[str, Any]]:
         """What a record's `evaluations` holds of these metrics, by fingerprint."""
-        found = {}
-        for name, key in self.experiment.evaluations.items():
-            if key in metrics:
-                settings = json.loads(json.dumps(self.experiment.evaluation.evaluators[name].identity(), default=str))
-                found[key] = {
-                    "name": name,
-                    "settings": settings,
-                    "tokens": self.evaluation_hashes[key],
-                    "metrics": metrics[key],
-                    "dense_metrics": dense_metrics[key],
-                    "finished": now(),
-                }
-        return found
+        evaluators, hashes = self.experiment.evaluation.evaluators, self.evaluation_hashes
+        return {
+            key: evaluation_entry(name, evaluators[name], hashes[key], metrics[key], dense_metrics[key])
+            for name, key in self.experiment.evaluations.items()
+            if key in metrics
+        }
 
     def _unmeasured(self, dense: RunRecord | None) -> list[str]:
         """Fingerprints of the evaluations that a dense record lacks, or has of other tokens."""
@@ -161,7 +154,7 @@ class Job:
         dense model by fingerprint, those of the latter for `dense_keys`."""
         tasks, layer_files = [], self.engine.store.layer_files
         by_name = self.experiment.evaluation.evaluators
-        evaluators = {key: by_name[name] for name, key in self.experiment.evaluations.items()}
+        evaluators = {key: by_name[name] for name, key in self.experiment.evaluations.items() if key in self.evaluation_ids}
         if pruned:
             tasks.append(PruneTask(self.experiment.method, self.plan, layer_files))
         with ExitStack() as stack:
@@ -197,7 +190,7 @@ class Job:
         runtime, free = self.experiment.runtime, self.experiment.runtime.free_device_bytes()
         if math.isinf(free):
             return
-        windows = list(self.evaluation_ids.values())
+        windows = list(chain.from_iterable(self.evaluation_ids.values()))
         load = workload(self.experiment, self.engine.decoder, groups_of(self.engine), methods, self.calibration_ids, windows)
         if not fit_device(runtime, load, free):
             need = (load.fetched_bytes() * (runtime.layers != "device") + load.workspace_bytes(runtime)) / 2**30

@@ -1,15 +1,23 @@
-"""The metrics of one model, including those that an interrupted run measured."""
+"""The metrics of one model, including those that an interrupted run measured.
 
-from collections.abc import Iterator, Mapping
+Letters: N rows, T tokens of a row.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from nnprune.calibration import token_hash
 from nnprune.engine import parallel
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.hidden_states import HiddenStates
 from nnprune.evaluation import Evaluator
+from nnprune.experiment.provenance import now
 from nnprune.records import read_journal, write_journal
 
 
@@ -19,15 +27,17 @@ class Measurement:
     Args:
         kind: "dense" or "pruned", for messages.
         evaluators: by fingerprint.
-        ids: fingerprint -> rows (N, T).
+        ids: fingerprint -> the rows (N, T) of each length.
         folder: holds the metrics until the record is written.
     """
 
-    def __init__(self, kind: str, evaluators: Mapping[str, Evaluator], ids: Mapping[str, Tensor], folder: Path) -> None:
+    def __init__(
+        self, kind: str, evaluators: Mapping[str, Evaluator], ids: Mapping[str, Sequence[Tensor]], folder: Path
+    ) -> None:
         self.kind, self.evaluators, self.ids = kind, evaluators, ids
         self.journal = folder / f"{kind}_metrics.json"
         self.metrics: dict[str, dict[str, float]] = parallel.on_rank_0(read_journal)(self.journal) or {}  # by fingerprint
-        self._states: dict[str, HiddenStates] = {}
+        self._states: dict[str, list[HiddenStates]] = {}
 
     @contextmanager
     def hidden_states(self, engine: LayerwiseEngine) -> Iterator[list[HiddenStates]]:
@@ -35,24 +45,44 @@ class Measurement:
         with ExitStack() as stack:
             for key, evaluator in self.evaluators.items():
                 if key not in self.metrics:
-                    states = engine.hidden_states(self.ids[key], f"{self.kind}-{key}", whole=evaluator.combine is None)
-                    self._states[key] = stack.enter_context(states)
-            yield list(self._states.values())
+                    name, whole = f"{self.kind}-{key}", evaluator.combine is None
+                    self._states[key] = [
+                        stack.enter_context(engine.hidden_states(ids, f"{name}-{index}", whole))
+                        for index, ids in enumerate(self.ids[key])
+                    ]
+            yield [states for of_evaluator in self._states.values() for states in of_evaluator]
             self._states.clear()
 
     def finish(self) -> dict[str, dict[str, float]]:
         """Fingerprint -> metrics. Call it when all rows have passed through all layers. Each evaluator's metrics are saved at once."""
-        for key, states in self._states.items():
-            parts = [part for part in parallel.gather(self._measured(self.evaluators[key], states)) if part]
-            self.metrics[key] = parts[0][1] if len(parts) == 1 else self.evaluators[key].combine(parts)
+        for key, of_evaluator in self._states.items():
+            evaluator = self.evaluators[key]
+            own = [self._measured(evaluator, states) for states in of_evaluator]
+            parts = [part for of_rank in parallel.gather(own) for part in of_rank if part]
+            self.metrics[key] = evaluator.combine(parts) if evaluator.combine else parts[0][1]
             parallel.on_rank_0(write_journal)(self.journal, self.metrics)
         return {key: self.metrics[key] for key in self.evaluators}
 
-    def _measured(self, evaluator: Evaluator, states: HiddenStates) -> tuple[int, dict[str, float]] | None:
-        """The number of rows that this process holds, and their metrics; None without rows."""
+    def _measured(self, evaluator: Evaluator, states: HiddenStates) -> tuple[int, Any] | None:
+        """The number of rows that this process holds, and what the evaluator measured of them; None without rows."""
         if parallel.rank() and not len(states.ids):
             return None
         try:
             return len(states.ids), evaluator.measure(states.ids, states.logits())
         except ValueError as error:
             raise ValueError(f"{self.kind} {error}") from error
+
+
+def rows_hash(rows: Sequence[Tensor]) -> str:
+    """16 hexadecimal digits that identify the rows (N, T) of an evaluation, of one or several lengths."""
+    hashes = [token_hash(ids) for ids in rows]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
+
+
+def evaluation_entry(
+    name: str, evaluator: Evaluator, tokens: str, metrics: dict[str, float], dense_metrics: dict[str, float]
+) -> dict[str, Any]:
+    """What a record's `evaluations` holds of an evaluator and the hash of its rows, "" without any."""
+    settings = json.loads(json.dumps(evaluator.identity(), default=str))
+    figures = {"metrics": metrics, "dense_metrics": dense_metrics}
+    return {"name": name, "settings": settings, "tokens": tokens, **figures, "finished": now()}

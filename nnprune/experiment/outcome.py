@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nnprune.experiment.build import Experiment, run_folder
-from nnprune.records import RecordError, RunRecord, fingerprint, read
+from nnprune.records import RecordError, RunRecord, fingerprint, read, with_stderr
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,10 @@ def one_line(error: Exception) -> str:
 def summary(record: RunRecord) -> str:
     """One line with model, pruner, sparsity, metrics and time."""
     figures = [
-        f"{name} {float(value):.4g}" + (f" (dense {float(record.dense_metrics[name]):.4g})" if record.pruner != "dense" else "")
-        for name, value in record.metrics.items()
+        f"{name} {float(value):.4g}"
+        + (f" ± {float(stderr):.2g}" if stderr is not None else "")
+        + (f" (dense {float(record.dense_metrics[name]):.4g})" if record.pruner != "dense" else "")
+        for name, (value, stderr) in with_stderr(record.metrics).items()
     ]
     seconds = record.seconds.get("total", 0)
     return f"{record.model}  {record.pruner}  {record.sparsity}  {', '.join(figures) or 'not evaluated'}  {seconds:.1f} s"

@@ -26,6 +26,8 @@ from nnprune.texts import check_ids
 
 log = logging.getLogger(__name__)
 
+DEFAULT_POSITIONS = 2048  # of models without a limit
+
 SCRATCH = "unfinished"
 """Subfolder of a run's folder for what a resumed run needs, such as layer files; removed once the record is written."""
 
@@ -57,13 +59,11 @@ def skeleton(experiment: Experiment, config: Any) -> Decoder:
 def check_shapes(experiment: Experiment, decoder: Decoder) -> None:
     """Raise ValueError for sequences longer than the model's positions, and for patterns that do not fit its linears or the pruner."""
     positions = getattr(decoder.text_config, "max_position_embeddings", None)
-    lengths = {"calibration": 0 if experiment.is_dense else experiment.calibration.seq_len}
-    lengths["evaluation"] = max((one.seq_len for one in experiment.evaluation.evaluators.values()), default=0)
-    for key, seq_len in lengths.items():
-        if positions and seq_len > positions:
-            raise ValueError(
-                f"{key}.seq_len={seq_len}: {experiment.source.name} has {positions} positions; lower {key}.seq_len"
-            )
+    lengths = [("calibration.seq_len", 0 if experiment.is_dense else experiment.calibration.seq_len)]
+    lengths += [(one.length_key, one.seq_len or 0) for one in experiment.evaluation.evaluators.values()]
+    for key, length in lengths:
+        if positions and length > positions:
+            raise ValueError(f"{key}={length}: {experiment.source.name} has {positions} positions; lower {key}")
     allocation, shapes = Uniform(), decoder.shapes_by_layer()
     if not experiment.is_dense:
         allocation, shapes = experiment.allocation, experiment.selection.cut(shapes)
@@ -82,13 +82,22 @@ def chosen_linears(experiment: Experiment, decoder: Decoder, like: Decoder | Non
     return {name for name in like.shapes() if tuple(name.split(".")[start + 1 :]) in within}
 
 
-def token_ids(experiment: Experiment, config: Any, tokenizer: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Calibration ids (N, T), with N = 0 for a dense run, and rows (N, T) by fingerprint of the evaluation; int64."""
-    vocab_size = config.get_text_config().vocab_size
-    evaluators = experiment.evaluation.evaluators
-    evaluation = {key: evaluators[name].prepare(tokenizer) for name, key in experiment.evaluations.items()}
+def token_ids(experiment: Experiment, config: Any, tokenizer: Any) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    """Calibration ids (N, T), with N = 0 for a dense run, and the rows (N, T) of each length by fingerprint of the evaluation; int64.
+    Evaluators that load the model themselves are left out."""
+    text_config = config.get_text_config()
+    vocab_size, evaluation = text_config.vocab_size, {}
     for name, key in experiment.evaluations.items():
-        check_ids(f"evaluation: {name}", evaluation[key], vocab_size)
+        evaluator = experiment.evaluation.evaluators[name]
+        if evaluator.loads_model and not (experiment.is_dense or experiment.config["save"]):
+            raise ValueError(f"save=false: {name} is measured on the saved model with evaluation.backend=hf; set save=true")
+        if evaluator.seq_len is None:
+            evaluator.seq_len = getattr(text_config, "max_position_embeddings", None) or DEFAULT_POSITIONS
+        rows = evaluator.prepare(tokenizer)
+        if not evaluator.loads_model:
+            evaluation[key] = [rows] if isinstance(rows, Tensor) else rows
+            for ids in evaluation[key]:
+                check_ids(f"evaluation: {name}", ids, vocab_size)
     if experiment.is_dense:
         return torch.empty(0, experiment.calibration.seq_len, dtype=torch.int64), evaluation
     return experiment.calibration.token_ids(tokenizer, vocab_size), evaluation

@@ -6,10 +6,13 @@ from dataclasses import replace
 
 from nnprune.engine import parallel
 from nnprune.experiment.build import Experiment
+from nnprune.experiment.folder import locked
 from nnprune.experiment.identity import own_code
 from nnprune.experiment.job import Job, dense_record_of
-from nnprune.experiment.preparation import SCRATCH
+from nnprune.experiment.measurement import evaluation_entry
+from nnprune.experiment.preparation import DEFAULT_POSITIONS, SCRATCH
 from nnprune.experiment.provenance import now
+from nnprune.model.dtypes import name_of
 from nnprune.model.export import SUMMARY, describe
 from nnprune.model.model_files import read_json
 from nnprune.records import RunRecord, read_completed, read_journal, write_journal
@@ -51,23 +54,55 @@ def reusable_record(experiment: Experiment, keep_layers: bool = False) -> RunRec
 
 
 def add_evaluations(experiment: Experiment, record: RunRecord) -> bool:
-    """Add to a reusable record the evaluations that it lacks, measured on the saved model. Returns whether any was measured."""
+    """Add to the record of a finished run the evaluations that it lacks, measured on the saved model. Returns whether any was measured."""
     missing = experiment.missing_from(record)
     before = dict(record.metrics)
     if missing:
-        log.info("finished already: measuring the saved model with %s", ", ".join(missing))
-        wanted = replace(experiment, evaluations=missing)
+        log.info("measuring the %s model with %s", "dense" if experiment.is_dense else "saved", ", ".join(missing))
+    if by_rows := _with_rows(experiment, missing):
+        wanted = replace(experiment, evaluations=by_rows)
         source, scratch = experiment.saved_source(), experiment.folder / SCRATCH
         job = Job(replace(wanted.dense(), source=source, label="saved", home=scratch))
         metrics = job.measure()
         dense = dense_record_of(wanted).evaluations
         record.add_evaluations(job.entries(metrics, {key: dense[key]["metrics"] for key in metrics}))
+    for name, key in missing.items():
+        if name not in by_rows:
+            _add_whole_models(experiment, record, name, key)
     record.add_evaluations({key: record.evaluations[key] for key in experiment.evaluations.values()})  # the last ones are shown
     if missing or record.metrics != before:
         record.config["evaluation"], record.finished = experiment.config["evaluation"], now()
         parallel.on_rank_0(_write)(experiment, record)
         shutil.rmtree(experiment.folder / SCRATCH, ignore_errors=True)
     return bool(missing)
+
+
+def _with_rows(experiment: Experiment, evaluations: dict[str, str]) -> dict[str, str]:
+    """Those of some evaluations that measure rows."""
+    evaluators = experiment.evaluation.evaluators
+    return {name: key for name, key in evaluations.items() if not evaluators[name].loads_model}
+
+
+def _add_whole_models(experiment: Experiment, record: RunRecord, name: str, key: str) -> None:
+    """Add the evaluation `key` of an evaluator that loads the model itself: the dense one, or the saved one and the dense one's figures."""
+    evaluator, runtime = experiment.evaluation.evaluators[name], experiment.runtime
+    source = experiment.source if experiment.is_dense else experiment.saved_source()
+    source.files.weights()  # those of the hub are fetched
+    metrics = dense_metrics = evaluator.measure_model(
+        str(source.files.folder),
+        device=str(runtime.torch_device),
+        dtype=name_of(experiment.computing_dtype),
+        batch_size=runtime.rows_per_batch(evaluator.seq_len or DEFAULT_POSITIONS),
+        trust_remote_code=source.trust_remote_code,
+    )
+    if not experiment.is_dense:
+        dense = replace(experiment.dense(), evaluations={name: key})
+        dense_record_of(replace(dense, evaluations={}))
+        with locked(dense.folder):
+            dense_record = read_completed(dense.folder)
+            add_evaluations(dense, dense_record)
+        dense_metrics = dense_record.evaluations[key]["metrics"]
+    record.add_evaluations({key: evaluation_entry(name, evaluator, "", metrics, dense_metrics)})
 
 
 def _write(experiment: Experiment, record: RunRecord) -> None:
@@ -83,7 +118,7 @@ def _unmet(experiment: Experiment, record: RunRecord) -> str | None:
     if experiment.config["save"] and not is_saved:
         return "its model was not saved"
     missing = experiment.missing_from(record)
-    if not missing:
+    if not (_with_rows(experiment, missing) if experiment.is_dense else missing):
         return None
     reason = f"not measured with {', '.join(missing)}"
     if experiment.is_dense:

@@ -10,6 +10,7 @@ from nnprune import records
 from nnprune.report import tables
 from nnprune.report.markdown import EXAMPLE, Block, find_blocks
 from nnprune.report.messages import UsageError, print_table, warn
+from nnprune.report.task_tables import build_tasks_table
 
 README = "README.md"
 DOCUMENTS = [README, "docs/methods.md"]  # all but the first may be missing or without a table
@@ -25,7 +26,13 @@ def check_known(frame: pd.DataFrame, column: str, name: str, where: str) -> None
 def build_block(frame: pd.DataFrame, block: Block, name: str) -> tables.Table:
     """The table that a block of the file `name` asks for. Raises UsageError for a metric or pruner without a record."""
     where = f"{name}:{block.start + 1}: "
-    check_known(frame, "metric", block.metric, f"{where}metric=")
+    metrics = block.metric.split(",") if block.layout == "tasks" else [block.metric]
+    for metric in metrics:
+        check_known(frame, "metric", metric, f"{where}metric=")
+    if block.layout == "tasks":
+        filters = {**block.filters}
+        [model] = filters.pop("models")
+        return build_tasks_table(frame, metrics, model, **filters)
     if block.layout == "methods":
         if block.relative:
             check_known(frame, "pruner", block.relative, f"{where}relative=")

@@ -2,8 +2,8 @@
 
 A *cell* is one (model, pruner, sparsity) of one metric. An *experiment* is all records of a cell whose configs differ in
 nothing but the seed, the newest record of each seed. Where experiments compete for a cell, the one with the newest
-`finished` is shown: the mean over its seeds and their sample standard deviation. That, and on demand a perplexity relative
-to another pruner's, is all that is computed here.
+`finished` is shown: the mean over its seeds and their sample standard deviation. That, the mean accuracy over a record's tasks,
+and on demand a perplexity relative to another pruner's, is all that is computed here.
 """
 
 import math
@@ -17,9 +17,12 @@ from nnprune.report.labels import DENSE, normal_sparsity
 from nnprune.report.validation import find_fault
 
 CELL = ["model", "pruner", "sparsity"]
-FIGURES = ["value", "dense_value", "linear_sparsity", "seconds_total"]
+FIGURES = ["value", "stderr", "dense_value", "linear_sparsity", "seconds_total"]
 PEAKS = ["peak_host_bytes", "peak_device_bytes"]
 COLUMNS = [*CELL, "metric", *FIGURES, *PEAKS, "fingerprint", "finished", "path", "experiment", "seed"]
+FRACTIONS = ("accuracy", "acc", "acc_norm", "exact_match", "f1")
+"""How names of metrics end that are fractions of what is right; tables show them in per cent."""
+
 SAME_EXPERIMENT = ("seed", *records.NOT_SCIENCE)  # settings in which records of one experiment may differ
 
 
@@ -96,7 +99,28 @@ def _with_seed_statistics(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(num_seeds=num_seeds, mean=mean, std=values.transform("std").where(complete))
 
 
+def shown(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows as a table or a plot shows them: accuracies in per cent, and the standard error of the measurement as `std` where there
+    is one seed."""
+    factor = rows["metric"].map(lambda metric: 100.0 if metric.endswith(FRACTIONS) else 1.0).astype(float)
+    std = rows["std"].where(rows["num_seeds"] > 1, rows["stderr"])
+    return rows.assign(mean=rows["mean"] * factor, std=std * factor, dense_value=rows["dense_value"] * factor)
+
+
+def _with_mean_accuracy(record: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics and, if a record has the accuracies of several tasks, their mean as `mean_acc`."""
+    names = dict.fromkeys(f"{entry.get('name')}_acc" for entry in record["evaluations"].values())
+    found = [(metrics[name], metrics.get(f"{name}_stderr")) for name in names if isinstance(metrics.get(name), float | int)]
+    if len(found) < 2:
+        return metrics
+    mean = {"mean_acc": sum(value for value, _ in found) / len(found)}
+    if all(isinstance(stderr, float | int) for _, stderr in found):
+        mean["mean_acc_stderr"] = math.hypot(*(stderr for _, stderr in found)) / len(found)  # tasks are independent
+    return metrics | mean
+
+
 def _record_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    metrics, dense = (_with_mean_accuracy(record, record[key]) for key in ("metrics", "dense_metrics"))
     return [
         {
             "model": record["model"],
@@ -104,7 +128,8 @@ def _record_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
             "sparsity": normal_sparsity(record["sparsity"]),
             "metric": metric,
             "value": value,
-            "dense_value": record["dense_metrics"].get(metric),
+            "stderr": stderr,
+            "dense_value": dense.get(metric),
             "linear_sparsity": record["linear_sparsity"],
             "seconds_total": record["seconds"].get("total"),
             **{name: record[name] for name in PEAKS},
@@ -113,7 +138,7 @@ def _record_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
             "path": record["path"],
             **_experiment_and_seed(record, metric),
         }
-        for metric, value in record["metrics"].items()
+        for metric, (value, stderr) in records.with_stderr(metrics).items()
     ]
 
 
@@ -125,7 +150,12 @@ def _experiment_and_seed(record: dict[str, Any], metric: str) -> dict[str, str]:
         config["calibration"] = dict(config["calibration"])
         seeds.append(config["calibration"].pop("seed", None))
     measured = [key for key, entry in record["evaluations"].items() if metric in entry["metrics"]]
-    config["evaluation"] = measured[-1] if measured else [record["config"].get("evaluation"), record["evaluation_hashes"]]
+    if metric == "mean_acc":
+        config["evaluation"] = sorted(
+            key for key, entry in record["evaluations"].items() if f"{entry['name']}_acc" in entry["metrics"]
+        )
+    else:
+        config["evaluation"] = measured[-1] if measured else [record["config"].get("evaluation"), record["evaluation_hashes"]]
     if record["pruner"] == DENSE and normal_sparsity(record["sparsity"]) == DENSE:
         seeds = []  # nothing random in evaluating the dense model
     seed = "/".join(dict.fromkeys(str(seed) for seed in seeds if seed is not None))

@@ -11,7 +11,7 @@ START = re.compile(r"<!--\s*nnprune:table\b(.*?)-->\s*")
 END = re.compile(r"<!--\s*/nnprune:table\s*-->\s*")
 EXAMPLE = "<!-- nnprune:table metric=NAME --> and, on a later line, <!-- /nnprune:table -->"
 LISTS = ("models", "pruners", "sparsities")
-CHOICES = {"layout": ["models", "methods"], "costs": ["true", "false"]}
+CHOICES = {"layout": ["models", "methods", "tasks"], "costs": ["true", "false"]}
 
 
 @dataclass
@@ -67,8 +67,8 @@ def parse_options(text: str, where: str) -> dict[str, Any]:
     if "sparsities" in filters:
         filters["sparsities"] = [normal_sparsity(value) for value in filters["sparsities"]]
     layout, costs, relative = given.get("layout", "models"), given.get("costs") == "true", given.get("relative")
-    if layout == "methods" and len(filters.get("models", [])) != 1:
-        raise UsageError(f"{where}: layout=methods shows one model; name it with models=NAME")
+    if layout != "models" and len(filters.get("models", [])) != 1:
+        raise UsageError(f"{where}: layout={layout} shows one model; name it with models=NAME")
     if layout != "methods" and costs:
         raise UsageError(f"{where}: costs=true adds columns to layout=methods; add that, or leave it out")
     if layout != "methods" and relative:

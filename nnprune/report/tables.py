@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from nnprune.report.escaping import distinct_names, escape_latex, escape_markdown
-from nnprune.report.frame import PEAKS, dense_disagreements, dense_values, is_dense, newest_experiments, relative_to
+from nnprune.report.frame import (
+    FRACTIONS,
+    PEAKS,
+    dense_disagreements,
+    dense_values,
+    is_dense,
+    newest_experiments,
+    relative_to,
+    shown,
+)
 from nnprune.report.labels import DENSE, model_key, pretty_pruner, pretty_sparsity, pruner_key, sparsity_key
 
 MISSING = "--"
@@ -124,7 +133,7 @@ def _select(frame: pd.DataFrame, metric: str, filters: dict[str, list[str] | Non
         warnings += [f"{option}={value}: no record with {metric} has it" for value in unmatched]
         rows = rows[rows[column].isin(wanted) | (is_dense(rows) & (column != "model"))]
     rows, contested = newest_experiments(rows)
-    return rows, warnings + contested + dense_disagreements(rows, metric)
+    return shown(rows), warnings + contested + dense_disagreements(rows, metric)
 
 
 def _pruner_names(pruned: pd.DataFrame) -> dict[str, str]:
@@ -164,8 +173,7 @@ def _block(
     # A pivot each: columns of both at once would be a MultiIndex, in which an empty name means something else.
     cells = rows.drop_duplicates(["pruner", across], keep="last")  # `mean` and `std` are those over all seeds
     means, stds = (cells.pivot(index="pruner", columns=across, values=v).reindex(columns=columns) for v in ("mean", "std"))
-    is_accuracy = metric.endswith(("accuracy", "acc", "acc_norm"))
-    best = means.max() if is_accuracy else means.min()
+    best = means.max() if metric.endswith(FRACTIONS) else means.min()
     contested = means.notna().sum() > 1  # a value alone in its column is not worth a mark
     block = []
     for pruner in sorted(means.index, key=pruner_key):
