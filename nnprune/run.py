@@ -47,6 +47,7 @@ def run(cfg: DictConfig, pruner: Any = None, keep_layers: bool = False) -> RunRe
     from nnprune.experiment.job import Job
     from nnprune.experiment.outcome import record_failure, summary
     from nnprune.experiment.reuse import add_evaluations, reusable_record
+    from nnprune.model.push import push_model
 
     experiment = None
     try:
@@ -62,6 +63,8 @@ def run(cfg: DictConfig, pruner: Any = None, keep_layers: bool = False) -> RunRe
             else:
                 log.info("finished already, nothing to do (overwrite=true runs it again): %s", summary(record))
             log.info("record: %s", experiment.folder / RESULT_FILE)
+            if push := experiment.config["push"]:
+                parallel.on_rank_0(push_model)(experiment.folder / "model", push)
             return record
     except Exception as error:
         if parallel.rank() == 0:

@@ -19,6 +19,7 @@ from nnprune.evaluation import Evaluation
 from nnprune.experiment.identity import evaluation_fingerprints, science
 from nnprune.method import Method
 from nnprune.model.loading import ModelSource
+from nnprune.model.push import check_destination
 from nnprune.patterns import SparsityPattern, Unstructured, parse_pattern
 from nnprune.pruners.base import Pruner
 from nnprune.records import RunRecord, fingerprint
@@ -28,11 +29,11 @@ from nnprune.targets import Target
 from nnprune.updates import Update
 
 GROUPS = ("pruner", "sparsity", "allocation", "target", "update", "recover", "calibration", "evaluation", "runtime", "model")
-NAMES = (("label",), ("outputs",), ("model", "name"), ("model", "path"), ("model", "revision"), ("model", "layers_path"))
+NAMES = (("label",), ("push",), ("outputs",), ("model", "name"), ("model", "path"), ("model", "revision"), ("model", "layers_path"))
 MAX_NAME = 200
 """Characters of a part of a name: file systems take 255 bytes, and a fingerprint is added."""
 
-SETTINGS = ("seed", "propagate", "label", "outputs", "overwrite", "save", "plan", "grid")
+SETTINGS = ("seed", "propagate", "label", "outputs", "overwrite", "save", "push", "push_private", "plan", "grid")
 
 
 @dataclass
@@ -132,6 +133,10 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
         evaluations=evaluation_fingerprints(evaluation.evaluators),
     )
     _ = experiment.fingerprint  # computed, or refused, before anything is written under that name
+    if config["push"]:
+        config["push"], config["save"] = str(config["push"]).replace(":", "of"), True  # ${sparsity.pattern} may be part of it
+        if not config["plan"]:
+            check_destination(config["push"], config["push_private"], experiment.fingerprint, config["overwrite"])
     return experiment
 
 
@@ -151,7 +156,7 @@ def _check_settings(config: dict[str, Any]) -> None:
             f"{unknown[0]}={quoted(config[unknown[0]])}: no such setting; {nearest(unknown[0], (*GROUPS, *SETTINGS))}"
         )
     check_count("seed", config["seed"], 0)
-    for key in ("overwrite", "save", "plan"):
+    for key in ("overwrite", "save", "push_private", "plan"):
         if not isinstance(config[key], bool):
             raise ValueError(f"{key}={quoted(config[key])}: must be true or false")
     for keys in NAMES:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 
-def model_card(summary: Mapping[str, Any]) -> str:
-    """The card for the content of `pruning.json`, in Markdown with YAML in front."""
+def model_card(summary: Mapping[str, Any], place: str = "DIR") -> str:
+    """The card for the content of `pruning.json`, in Markdown with YAML in front; `place` is where the model is loaded from."""
     base, config = summary["base_model"], summary["config"]
     name = base["path"] if base["commit"] else summary["model"]  # a local folder says nothing to others
     dataset = config["calibration"].get("dataset")
@@ -42,8 +42,8 @@ def model_card(summary: Mapping[str, Any]) -> str:
         *("", *(f"- {fact}: {value}" for fact, value in facts.items()), ""),
         *(("| metric | base model | this model |", "| :--- | ---: | ---: |", *figures, "") if figures else ()),
         *("Load it:", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""),
-        f'model = AutoModelForCausalLM.from_pretrained("DIR"{trust})',
-        *(f'tokenizer = AutoTokenizer.from_pretrained("DIR"{trust})', "```", ""),
+        f'model = AutoModelForCausalLM.from_pretrained("{place}"{trust})',
+        *(f'tokenizer = AutoTokenizer.from_pretrained("{place}"{trust})', "```", ""),
         "Verify zeros and untouched tensors with `nnprune-check DIR`. The whole record is in `pruning.json`.",
     ]
     return "\n".join(lines) + "\n"
