@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from nnprune import __version__
 from nnprune.experiment import command_line
 from nnprune.experiment.command_errors import explain, where_raised
 from nnprune.experiment.command_line import grid_cells, is_grid, label_of, rewrite, rewrite_sparsity
@@ -199,6 +200,9 @@ def _main(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Run the command line."""
+    if "--version" in sys.argv[1:]:
+        print(f"nnprune {__version__}")
+        return
     if "TORCHELASTIC_RUN_ID" in os.environ:  # by torchrun; otherwise torch need not be imported yet
         from nnprune.engine import parallel
 
