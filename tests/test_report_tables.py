@@ -56,20 +56,6 @@ def test_layout_of_methods(tmp_path, methods):
     )
 
 
-def test_costs_of_several_machines_are_told_apart(tmp_path):
-    """Records from before machines were kept say nothing."""
-    folder, cpu = tmp_path / "records", {"cpu": "Xeon", "threads": 8}
-    write_record(folder / "old", sparsity="0.6")
-    write_record(folder / "a", machine=cpu)
-    table, err = methods_table(tmp_path, folder, "models=demo layout=methods costs=true")
-    assert err == ""
-    write_record(folder / "b", pruner="alps", machine={**cpu, "gpu": "H100"})
-    assert methods_table(tmp_path, folder, "models=demo layout=methods")[1] == ""
-    _, err = methods_table(tmp_path, folder, "models=demo layout=methods costs=true")
-    machines = "runs on different machines (H100, 8 threads; Xeon, 8 threads), whose seconds do not compare"
-    assert err == f"warning: demo_perplexity, demo: {machines}\n"
-
-
 def test_layout_of_methods_is_filtered(tmp_path, methods):
     options = "layout=methods models=demo pruners=wanda,wanda_refit,ria sparsities=0.50,4:8"
     table, err = methods_table(tmp_path, methods, options)

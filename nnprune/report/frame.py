@@ -19,7 +19,7 @@ from nnprune.report.validation import find_fault
 CELL = ["model", "pruner", "sparsity"]
 FIGURES = ["value", "dense_value", "linear_sparsity", "seconds_total"]
 PEAKS = ["peak_host_bytes", "peak_device_bytes"]
-COLUMNS = [*CELL, "metric", *FIGURES, *PEAKS, "machine", "fingerprint", "finished", "path", "experiment", "seed"]
+COLUMNS = [*CELL, "metric", *FIGURES, *PEAKS, "fingerprint", "finished", "path", "experiment", "seed"]
 SAME_EXPERIMENT = ("seed", *records.NOT_SCIENCE)  # settings in which records of one experiment may differ
 
 
@@ -108,7 +108,6 @@ def _record_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
             "linear_sparsity": record["linear_sparsity"],
             "seconds_total": record["seconds"].get("total"),
             **{name: record[name] for name in PEAKS},
-            "machine": _machine(record),
             "fingerprint": record["fingerprint"],
             "finished": record["finished"] or "",
             "path": record["path"],
@@ -116,12 +115,6 @@ def _record_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
         }
         for metric, value in record["metrics"].items()
     ]
-
-
-def _machine(record: dict[str, Any]) -> str:
-    """What the run computed on, as text; "" where its record is from before that was kept."""
-    found = record["machine"]
-    return f"{found.get('gpu', found.get('cpu'))}, {found.get('threads')} threads" if found else ""
 
 
 def _experiment_and_seed(record: dict[str, Any], metric: str) -> dict[str, str]:

@@ -110,9 +110,6 @@ def build_methods_table(
     columns = list(sparsities.values())
     if costs:
         columns += _append_costs(blocks, pruned)
-        machines = sorted(set(pruned["machine"]) - {""})
-        if len(machines) > 1:
-            warnings.append(f"{caption}: runs on different machines ({'; '.join(machines)}), whose seconds do not compare")
     return Table(caption, ["Method"], columns, blocks, len(set(pruned["path"]) | sources), warnings)
 
 
