@@ -1,4 +1,4 @@
-"""What 2:4 sparsity brings on this machine's GPU: PyTorch's semi-structured kernels against dense products, for the shapes of a saved model.
+"""What 2:4 sparsity brings on this machine's GPU: PyTorch's semi-structured kernels against dense products.
 
     python benchmarks/sparse_speed.py outputs/demo/2of4/wanda-*/model
     python benchmarks/sparse_speed.py DIR --tokens 1,16,256,4096 --dtype bfloat16
@@ -30,10 +30,11 @@ def weights_by_shape(folder: str) -> dict[tuple[int, int], tuple[str, Tensor]]:
     model = AutoModelForCausalLM.from_pretrained(folder)
     found: dict[tuple[int, int], tuple[str, Tensor]] = {}
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(module, torch.nn.Linear) and weight.shape[1] % 4 == 0:
-            if weight.detach().unflatten(1, (-1, 4)).count_nonzero(dim=-1).max() <= 2:
-                found.setdefault(tuple(weight.shape), (name, weight.detach()))
+        if not isinstance(module, torch.nn.Linear) or module.in_features % 4:
+            continue
+        weight = module.weight.detach()
+        if weight.unflatten(1, (-1, 4)).count_nonzero(dim=-1).max() <= 2:
+            found.setdefault(tuple(weight.shape), (name, weight))
     return found
 
 
@@ -49,7 +50,9 @@ def main() -> int:
         print("no CUDA device: there is nothing to measure, PyTorch has no kernels for 2:4 weights on other hardware")
         return 0
     if torch.cuda.get_device_capability() < (8, 0):
-        print(f"{torch.cuda.get_device_name()} has no units for 2:4 weights (compute capability 8.0 or above): nothing to measure")
+        print(
+            f"{torch.cuda.get_device_name()} has no units for 2:4 weights (compute capability 8.0 or above): nothing to measure"
+        )
         return 0
     shapes = weights_by_shape(args.folder)
     if not shapes:

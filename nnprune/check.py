@@ -190,7 +190,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, metavar="DIR", help="the saved model")
     parser.add_argument("--base", metavar="DIR_OR_HUB_ID", help="the base model, if it is not where the record says")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the Python code that comes with the model")
-    parser.add_argument("--masks", type=Path, metavar="FILE", help="write the masks of its pruned weights, a bit a weight, as safetensors")
+    parser.add_argument(
+        "--masks", type=Path, metavar="FILE", help="write the masks of its pruned weights, a bit a weight, as safetensors"
+    )
     args = parser.parse_args(argv)
     quieten_transformers()
     try:

@@ -162,7 +162,8 @@ def read_all(root: Path) -> tuple[list[dict[str, Any]], list[tuple[Path, str]]]:
 
     Links are followed; a folder or file with several paths is read once, and its other paths are among the reasons.
     """
-    paths, records, problems, seen = [], [], [], {}
+    paths, records, problems = [], [], []
+    seen: dict[str, object] = {}
     walk = os.walk(
         root,
         onerror=lambda error: problems.append((Path(error.filename), f"cannot be read ({error.strerror})")),

@@ -104,8 +104,8 @@ def run_grid(cfgs: Sequence[DictConfig]) -> list[RunRecord]:
             records.append(run(cfg, keep_layers=True))
         except (ValueError, OSError) as error:
             failures.append(error)
-    for error in failures[1:]:
-        log.error("Error: %s", one_line(error))
+    for failure in failures[1:]:
+        log.error("Error: %s", one_line(failure))
     if failures:
         raise failures[0]
     return records
@@ -155,8 +155,8 @@ def prune(pruner: Any, model_name: str = "demo", sparsity: float | str = 0.5, ov
     if not is_demo:
         cfg.model.path = str(model_name)
     plain = {key: value for key, value in vars(pruner).items() if is_plain(value) and value not in ({}, [], ())}
-    kind, state = type(pruner), state_of(pruner)
-    cfg.pruner = {"_target_": f"{kind.__module__}.{kind.__qualname__}", **plain, **({"state_hash": state} if state else {})}
+    method, state = type(pruner), state_of(pruner)
+    cfg.pruner = {"_target_": f"{method.__module__}.{method.__qualname__}", **plain, **({"state_hash": state} if state else {})}
     return run(cfg, pruner)
 
 

@@ -38,10 +38,10 @@ class InputStatistic(ABC):
             until: a number that grows from batch to batch, such as the rows seen so far. It makes the call repeatable: after
                 running out of memory, the same tokens may be added again in smaller batches, and are counted once.
         """
-        X, *others = (inputs.reshape(-1, inputs.shape[-1]) for inputs in (X, *others))
+        X, *rest = (inputs.reshape(-1, inputs.shape[-1]) for inputs in (X, *others))
         if self._sum is None:
             self._sum = torch.zeros(self._shape(X.shape[-1]), dtype=torch.float32, device=X.device)
-        prepared = self._prepare(X, *others)
+        prepared = self._prepare(X, *rest)
         for index, part in enumerate(self._parts(*prepared)):
             if self._is_new(index, until):
                 self._accumulate(self._sum[part], part, *prepared)

@@ -60,7 +60,7 @@ def test_a_pruner_of_ones_own_against_sparsegpt(examples, quick, monkeypatch):
 
 
 def test_a_2_4_model_is_saved_checked_and_loaded(saved, examples):
-    model, printed = saved
+    _, printed = saved
     assert "36 linears have 2:4, zeros as recorded" in printed
     assert "FAULT" not in printed
     assert "36 linears, at most 2 nonzeros in 4 weights" in printed
@@ -73,7 +73,9 @@ def test_the_saved_model_is_measured_with_a_task_of_ones_own(saved, examples, qu
     printed = run(examples / "deploy" / "measure.sh", *settings)
     assert "finished already: measuring the saved model" in printed
     [record] = [one for one in read_all(examples / "deploy" / "outputs")[0] if one["sparsity"] == "2:4"]
-    [accuracy] = [value for name, value in record["metrics"].items() if name.startswith("demo_sentences") and "stderr" not in name]
+    [accuracy] = [
+        value for name, value in record["metrics"].items() if name.startswith("demo_sentences") and "stderr" not in name
+    ]
     assert 0 <= accuracy <= 1
 
 

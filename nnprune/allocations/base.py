@@ -82,7 +82,7 @@ class LayerwiseAllocation(Allocation):
     For N:M every layer has the same M and its own n from 1 to M - 1.
     """
 
-    looks_at = "inputs"
+    looks_at: Literal["weights", "inputs"] = "inputs"
 
     @abstractmethod
     def sparsities(self, measured: Sequence[float], sizes: Sequence[int], sparsity: float) -> list[float]:
@@ -103,6 +103,7 @@ class LayerwiseAllocation(Allocation):
     def plan(self, pattern: SparsityPattern, shapes: Shapes, measured: Sequence[float] = ()) -> Plan:
         sizes = [sum(num_outputs * num_inputs for num_outputs, num_inputs in layer.values()) for layer in shapes]
         wanted = self.sparsities(measured, sizes, float(pattern.sparsity))
+        patterns: Sequence[SparsityPattern]
         if isinstance(pattern, NM):
             patterns = mixed_nm(wanted, sizes, pattern)
             if len(set(patterns)) == 1 and len(set(measured)) > 1:

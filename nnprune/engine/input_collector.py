@@ -169,7 +169,7 @@ class InputCollector:
                 statistic.add(X, *others, until=self._rows.stop)
             self._once(("sample", name), lambda: self._add_sample(name, X.unflatten(0, (-1, self.seq_len))))
         for pruner in self._pruners:
-            self._once((id(pruner), name), lambda pruner=pruner: _show(pruner, name, X.unflatten(0, (-1, self.seq_len))))
+            self._once((id(pruner), name), partial(_show, pruner, name, X.unflatten(0, (-1, self.seq_len))))
 
     def _once(self, key: tuple, count: Callable[[], None]) -> None:
         """Call `count` unless it has counted these rows already."""

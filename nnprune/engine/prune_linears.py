@@ -4,6 +4,7 @@ Letters: O output features, I input features.
 """
 
 import time
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -88,7 +89,7 @@ def _prune_together(
     for name, W in weights.items():
         pruner.clear_linear_activations(name)
         weight = _checked(pruner, pruned[name], W, name, plan[name], stored_dtype)
-        dense_output = collector.squared_output(name, lambda W=W: squared_output(W, sample))
+        dense_output = collector.squared_output(name, partial(squared_output, W, sample))
         error = relative_error(W, weight, sample, dense_output)
         collector.weights[name].write(weight)  # if W is a view, it holds the pruned weight from here on
         figures.append(torch.stack([zeros_on_device(weight).double() / weight.numel(), error]))

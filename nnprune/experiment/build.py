@@ -29,7 +29,15 @@ from nnprune.targets import Target
 from nnprune.updates import Update
 
 GROUPS = ("pruner", "sparsity", "allocation", "target", "update", "recover", "calibration", "evaluation", "runtime", "model")
-NAMES = (("label",), ("push",), ("outputs",), ("model", "name"), ("model", "path"), ("model", "revision"), ("model", "layers_path"))
+NAMES = (
+    ("label",),
+    ("push",),
+    ("outputs",),
+    ("model", "name"),
+    ("model", "path"),
+    ("model", "revision"),
+    ("model", "layers_path"),
+)
 MAX_NAME = 200
 """Characters of a part of a name: file systems take 255 bytes, and a fingerprint is added."""
 
@@ -100,7 +108,7 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ValueError(f"{missing[0]}=???: has no value; add {missing[0]}=... to the command line")
-    config = OmegaConf.to_container(cfg, resolve=True)
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
     _check_settings(config)
     if config["propagate"] not in PROPAGATE:
         raise ValueError(f"propagate={quoted(config['propagate'])}: must be {one_of(PROPAGATE)}")

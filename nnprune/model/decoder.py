@@ -118,9 +118,9 @@ class Decoder:
 
         def bind(layer: nn.Module) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden, *args = args or (kwargs.pop("hidden_states"),)
-                as_tuple = self._returns_tuple(layer, hidden, args, kwargs)
-                output = replacement(layer, hidden, LayerCall(tuple(args), kwargs))
+                hidden, *rest = args or (kwargs.pop("hidden_states"),)
+                as_tuple = self._returns_tuple(layer, hidden, tuple(rest), kwargs)
+                output = replacement(layer, hidden, LayerCall(tuple(rest), kwargs))
                 return (output, None) if as_tuple else output
 
             return forward

@@ -50,7 +50,9 @@ def read_masks(path: str | Path) -> dict[str, Tensor]:
     return {name: torch.from_numpy(found).bool().view(shapes[name]) for name, found in bits.items()}
 
 
-def keep_zeros(model: nn.Module, optimizer: torch.optim.Optimizer, masks: Mapping[str, Tensor] | None = None) -> RemovableHandle:
+def keep_zeros(
+    model: nn.Module, optimizer: torch.optim.Optimizer, masks: Mapping[str, Tensor] | None = None
+) -> RemovableHandle:
     """Let weights that are zero stay zero: after each step of the optimizer their values are set to zero again.
 
     Args:
@@ -76,7 +78,9 @@ def keep_zeros(model: nn.Module, optimizer: torch.optim.Optimizer, masks: Mappin
     for name, mask in masks.items():
         if name not in parameters or parameters[name].shape != mask.shape:
             found = tuple(parameters[name].shape) if name in parameters else "no weight of that name"
-            raise ValueError(f"keep_zeros: {name} has a mask {tuple(mask.shape)}, the model has {found}; use the masks of this model")
+            raise ValueError(
+                f"keep_zeros: {name} has a mask {tuple(mask.shape)}, the model has {found}; use the masks of this model"
+            )
         zeros.append((parameters[name], ~mask.to(parameters[name].device)))
 
     def restore(*_: Any) -> None:

@@ -38,12 +38,16 @@ def check_destination(name: str, is_private: bool, fingerprint: str, overwrite: 
         owner, role = name.split("/")[0], me.get("auth", {}).get("accessToken", {}).get("role")
         orgs = {org["name"]: org.get("roleInOrg") for org in me.get("orgs", [])}
         if role == "read":
-            raise ValueError(f"push={name}: the token may only read; make one that may write at {constants.ENDPOINT}/settings/tokens")
+            raise ValueError(
+                f"push={name}: the token may only read; make one that may write at {constants.ENDPOINT}/settings/tokens"
+            )
         if role != "fineGrained" and owner != me["name"] and orgs.get(owner, "read") == "read":
             others = [me["name"], *(org for org, role in orgs.items() if role != "read")]
-            raise ValueError(f"push={name}: {me['name']} may not write to {owner}; write to {' or '.join(others)}, or {LOGIN} as another")
+            raise ValueError(
+                f"push={name}: {me['name']} may not write to {owner}; write to {' or '.join(others)}, or {LOGIN} as another"
+            )
         try:
-            found = HfApi().repo_info(name)
+            found = HfApi().model_info(name)
         except errors.RepositoryNotFoundError:
             HfApi().create_repo(name, private=is_private, exist_ok=True)  # tells for sure whether the token may write there
             return

@@ -134,7 +134,9 @@ class _Handler(BaseHTTPRequestHandler):
         if verb == "tree":
             return self._json([{**_entry(path), "path": path.relative_to(folder).as_posix()} for path in files])
         names = [{"rfilename": path.relative_to(folder).as_posix()} for path in files]
-        return self._json({"_id": "0" * 24, "id": name, "modelId": name, "sha": commit, "siblings": names, "private": name in hub.private})
+        return self._json(
+            {"_id": "0" * 24, "id": name, "modelId": name, "sha": commit, "siblings": names, "private": name in hub.private}
+        )
 
     def _file(self, path: Path, commit: str) -> None:
         if not path.is_file():
