@@ -184,8 +184,8 @@ def _check(args: argparse.Namespace) -> bool:
     return all(is_right)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+def parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(prog="nnprune-check", description="Check a pruned model that save=true wrote.")
     parser.add_argument("folder", type=Path, metavar="DIR", help="the saved model")
     parser.add_argument("--base", metavar="DIR_OR_HUB_ID", help="the base model, if it is not where the record says")
@@ -193,7 +193,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--masks", type=Path, metavar="FILE", help="write the masks of its pruned weights, a bit a weight, as safetensors"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    args = parser().parse_args(argv)
     quieten_transformers()
     try:
         return 0 if _check(args) else 1
