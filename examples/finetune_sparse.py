@@ -38,7 +38,7 @@ def main():
     parser.add_argument("model", metavar="DIR", help="a model that save=true wrote")
     parser.add_argument("--text", type=Path, default=DEMO / "calibration.txt", help="text to train on")
     parser.add_argument("--test", type=Path, default=DEMO / "test.txt", help="text to measure")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-4)
