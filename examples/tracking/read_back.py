@@ -1,8 +1,8 @@
-"""Prints the tracked runs of sweep.sh, best first. `mlflow ui --backend-store-uri sqlite:///mlflow.db` shows them in a browser."""
+"""Prints the tracked runs of sweep.sh, best first. `mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db` shows them in a browser."""
 
 import mlflow
 
-mlflow.set_tracking_uri("sqlite:///mlflow.db")
-runs = mlflow.search_runs(search_all_experiments=True)
-columns = ["params.pruner", "params.sparsity", "metrics.demo_perplexity"]
-print(runs[runs["status"] == "FINISHED"][columns].sort_values(columns[-1]).to_string(index=False))
+mlflow.set_tracking_uri("sqlite:///outputs/mlflow.db")
+runs = mlflow.search_runs(experiment_names=["nnprune"], filter_string="status = 'FINISHED'")
+columns = {"tags.mlflow.runName": "run", "params.propagate": "propagate", "metrics.demo_perplexity": "perplexity"}
+print(runs[list(columns)].rename(columns=columns).sort_values("perplexity").to_string(index=False))
