@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 python -m nnprune.run pruner=sparsegpt sparsity=2:4 save=true \
-    evaluation=lm_eval evaluation.tasks=[demo_sentences] evaluation.include_path=tasks "$@"
+    evaluation=lm_eval 'evaluation.tasks=[demo_sentences]' evaluation.include_path=tasks "$@"
