@@ -5,6 +5,8 @@ Names are imported on first use, so that reading records never waits for torch.
 
 from importlib import import_module
 
+__version__ = "0.1.0"
+
 _EXPORTS = {
     "prune": "nnprune.run",
     "Pruner": "nnprune.pruners.base",

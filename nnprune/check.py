@@ -18,6 +18,7 @@ from nnprune.model.checkpoint import FLOATS, Checkpoint, read_headers
 from nnprune.model.decoder import Decoder
 from nnprune.model.export import SUMMARY, changed_names
 from nnprune.model.loading import ModelSource, quieten_transformers
+from nnprune.model.masks import MaskFile
 from nnprune.model.model_files import SAFETENSORS_INDEX, read_json
 from nnprune.patterns import PatternError, parse_pattern, zeros_in
 
@@ -113,6 +114,13 @@ class SavedModel:
         if size and zeros / size != self.linear_sparsity:
             yield f"the linears have {zeros / size:.6%} zeros, by the record {self.linear_sparsity:.6%}"
 
+    def write_masks(self, path: Path) -> None:
+        """Write the masks of the plan's linears to a file."""
+        masks = MaskFile()
+        for name in self.linears:
+            masks.add(f"{name}.weight", self.checkpoint.tensor(self.checkpoint.places[f"{name}.weight"]))
+        masks.write(path)
+
     def faults_of_values(self) -> Iterator[str]:
         """NaN and infinities."""
         for key, header in self.checkpoint.headers.items():
@@ -177,16 +185,27 @@ def _check(args: argparse.Namespace) -> bool:
         is_right.append(
             _report("base", f"{num_untouched} other tensors are those of {base}, bit for bit", saved.faults_of_others())
         )
+    if args.masks and all(is_right):
+        saved.write_masks(args.masks)
+        print(f"{'masks':10}{'ok':7}{args.masks}")
     return all(is_right)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+def parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(prog="nnprune-check", description="Check a pruned model that save=true wrote.")
     parser.add_argument("folder", type=Path, metavar="DIR", help="the saved model")
     parser.add_argument("--base", metavar="DIR_OR_HUB_ID", help="the base model, if it is not where the record says")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the Python code that comes with the model")
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "--masks", type=Path, metavar="FILE", help="write the masks of its pruned weights, a bit a weight, as safetensors"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    args = parser().parse_args(argv)
     quieten_transformers()
     try:
         return 0 if _check(args) else 1

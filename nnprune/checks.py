@@ -45,7 +45,7 @@ def nearest(name: str, names: Sequence[str]) -> str:
     return f"did you mean {one_of(near)}?" if near else f"there are {', '.join(names) or 'none'}"
 
 
-def check_count(key: str, value: object, least: int, most: int = 2**63 - 1, why_most: str = "") -> int:
+def check_count(key: str, value: Any, least: int, most: int = 2**63 - 1, why_most: str = "") -> int:
     """The setting `key`, such as "runtime.threads". Raises ValueError unless it is an integer, `least` <= value <= `most`.
 
     `why_most` says what `most` stands for, for the error message.
@@ -57,14 +57,14 @@ def check_count(key: str, value: object, least: int, most: int = 2**63 - 1, why_
     return value
 
 
-def check_number(key: str, value: object, least: float) -> float:
+def check_number(key: str, value: Any, least: float) -> float:
     """The setting `key`. Raises ValueError unless it is a number, `least` <= value <= MAX_NUMBER."""
     if type(value) not in (int, float) or not least <= value <= MAX_NUMBER:
         raise ValueError(f"{key}={quoted(value)}: must be a number, at least {least} and at most {MAX_NUMBER:g}")
     return value
 
 
-def check_positive(key: str, value: object, below: float = MAX_NUMBER) -> float:
+def check_positive(key: str, value: Any, below: float = MAX_NUMBER) -> float:
     """The setting `key` as a float. Raises ValueError unless it is a number, 0 < value < below."""
     if type(value) not in (int, float) or not 0 < value < below:
         raise ValueError(f"{key}={quoted(value)}: must be a number greater than 0 and less than {below:g}")

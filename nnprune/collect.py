@@ -114,7 +114,7 @@ def plot(frame: pd.DataFrame, path: Path, metric: str | None) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 1 for stale tables or no records, 2 for wrong use."""
     with suppress(AttributeError):  # names from records must not stop a terminal of another encoding
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         args = parse_args(argv)
         frame = load(args.records)

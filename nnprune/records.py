@@ -15,7 +15,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-NOT_SCIENCE = ("evaluation", "runtime", "label", "outputs", "overwrite", "save", "plan", "grid")
+NOT_SCIENCE = ("evaluation", "runtime", "label", "outputs", "overwrite", "save", "push", "push_private", "plan", "grid")
 """Settings that are no part of what names a pruned model."""
 
 SCHEMA_VERSION = 1
@@ -40,6 +40,7 @@ class RunRecord:
     `evaluations` maps the fingerprint of each evaluation to its name, settings, hash of token ids (tokens), figures (metrics,
     dense_metrics) and time (finished); the last one of each metric is in `metrics`. Commits are those on the hub, hashes those of files;
     `code` maps each of nnprune's files that the method uses to a hash; `command` is None if the run was called from Python.
+    `machine` is what `provenance.machine` found: cpu, cores, threads, host_bytes, gpu, device_bytes.
     """
 
     status: str
@@ -69,6 +70,7 @@ class RunRecord:
     config: dict[str, Any] = field(default_factory=dict)
     command: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
     commit: str | None = None
     dirty: bool | None = None
     finished: str | None = None
@@ -172,7 +174,8 @@ def read_all(root: Path) -> tuple[list[dict[str, Any]], list[tuple[Path, str]]]:
 
     Links are followed; a folder or file with several paths is read once, and its other paths are among the reasons.
     """
-    paths, records, problems, seen = [], [], [], {}
+    paths, records, problems = [], [], []
+    seen: dict[str, object] = {}
     walk = os.walk(
         root,
         onerror=lambda error: problems.append((Path(error.filename), f"cannot be read ({error.strerror})")),

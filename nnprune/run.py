@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from nnprune import __version__
 from nnprune.experiment import command_line
 from nnprune.experiment.command_errors import explain, where_raised
 from nnprune.experiment.command_line import grid_cells, is_grid, label_of, rewrite, rewrite_sparsity
@@ -47,6 +48,7 @@ def run(cfg: DictConfig, pruner: Any = None, keep_layers: bool = False) -> RunRe
     from nnprune.experiment.job import Job
     from nnprune.experiment.outcome import record_failure, summary
     from nnprune.experiment.reuse import add_evaluations, reusable_record
+    from nnprune.model.push import push_model
 
     experiment = None
     try:
@@ -63,6 +65,8 @@ def run(cfg: DictConfig, pruner: Any = None, keep_layers: bool = False) -> RunRe
             else:
                 log.info("finished already, nothing to do (overwrite=true runs it again): %s", summary(record))
             log.info("record: %s", experiment.folder / RESULT_FILE)
+            if push := experiment.config["push"]:
+                parallel.on_rank_0(push_model)(experiment.folder / "model", push)
             return record
     except Exception as error:
         if parallel.rank() == 0:
@@ -101,8 +105,8 @@ def run_grid(cfgs: Sequence[DictConfig]) -> list[RunRecord]:
             records.append(run(cfg, keep_layers=True))
         except (ValueError, OSError) as error:
             failures.append(error)
-    for error in failures[1:]:
-        log.error("Error: %s", one_line(error))
+    for failure in failures[1:]:
+        log.error("Error: %s", one_line(failure))
     if failures:
         raise failures[0]
     return records
@@ -152,8 +156,8 @@ def prune(pruner: Any, model_name: str = "demo", sparsity: float | str = 0.5, ov
     if not is_demo:
         cfg.model.path = str(model_name)
     plain = {key: value for key, value in vars(pruner).items() if is_plain(value) and value not in ({}, [], ())}
-    kind, state = type(pruner), state_of(pruner)
-    cfg.pruner = {"_target_": f"{kind.__module__}.{kind.__qualname__}", **plain, **({"state_hash": state} if state else {})}
+    method, state = type(pruner), state_of(pruner)
+    cfg.pruner = {"_target_": f"{method.__module__}.{method.__qualname__}", **plain, **({"state_hash": state} if state else {})}
     return run(cfg, pruner)
 
 
@@ -197,6 +201,9 @@ def _main(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Run the command line."""
+    if "--version" in sys.argv[1:]:
+        print(f"nnprune {__version__}")
+        return
     if "TORCHELASTIC_RUN_ID" in os.environ:  # by torchrun; otherwise torch need not be imported yet
         from nnprune.engine import parallel
 

@@ -37,10 +37,10 @@ class InputStatistic(ABC):
                 running out of memory, the same tokens may be added again in smaller batches, and are counted once.
             source: where the batch comes from, if several places add to one sum: `until` grows in each.
         """
-        X, *others = (inputs.reshape(-1, inputs.shape[-1]) for inputs in (X, *others))
+        X, *rest = (inputs.reshape(-1, inputs.shape[-1]) for inputs in (X, *others))
         if self._sum is None:
             self._sum = torch.zeros(self._shape(X.shape[-1]), dtype=torch.float32, device=X.device)
-        prepared = self._prepare(X, *others)
+        prepared = self._prepare(X, *rest)
         for index, part in enumerate(self._parts(*prepared)):
             if self._is_new((source, index), until):
                 self._accumulate(self._sum[part], part, *prepared)

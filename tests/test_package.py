@@ -1,9 +1,12 @@
-"""The wheel: complete without the checkout, and its console script works from any folder."""
+"""What is published: a wheel that is complete without the checkout, and a source distribution that is complete with its documents."""
 
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
+from configparser import ConfigParser
+from importlib import import_module
 
 import pytest
 from conftest import ROOT
@@ -29,6 +32,29 @@ def test_wheel_holds_conf_and_the_demo(unpacked):
     }
     assert (demo / "model.safetensors").stat().st_size < 8_000_000
     assert not (unpacked / "tests").exists()
+    assert (unpacked / "nnprune" / "py.typed").is_file()
+
+
+def test_every_command_of_the_wheel_exists(unpacked):
+    [path] = unpacked.glob("nnprune-*.dist-info/entry_points.txt")
+    (parser := ConfigParser()).read(path)
+    commands = dict(parser["console_scripts"])
+    assert {"nnprune", "nnprune-check"} <= commands.keys()
+    for target in commands.values():
+        module, name = target.split(":")
+        assert callable(getattr(import_module(module), name))
+
+
+def test_the_source_distribution_holds_documents_and_examples(tmp_path):
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    [path] = tmp_path.glob("nnprune-*.tar.gz")
+    with tarfile.open(path) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = ("*.md", "docs/*.md", "examples/*/*", "examples/*.*", "benchmarks/*.py", "tests/*.py", "mkdocs.yml", "Dockerfile")
+    wanted = {file.relative_to(ROOT).as_posix() for pattern in tracked for file in ROOT.glob(pattern) if file.is_file()}
+    assert wanted <= held, wanted - held
+    assert not {name for name in held if name.startswith("outputs/") or "__pycache__" in name}
 
 
 def test_console_script_runs_from_any_folder(unpacked, tmp_path):

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from nnprune.experiment import provenance
 from nnprune.experiment.build import build
 from nnprune.experiment.command_line import rewrite_sparsity
-from nnprune.experiment.provenance import PACKAGES, command, commit, versions
+from nnprune.experiment.provenance import PACKAGES, command, commit, machine, versions
 from nnprune.run import CONF
 
 
@@ -81,3 +81,12 @@ def test_the_command_is_that_of_one_run(monkeypatch):
         cfg = compose("config", rewrite_sparsity(overrides), return_hydra_config=True)
     monkeypatch.setattr(HydraConfig.instance(), "cfg", cfg)
     assert command(experiment) == "nnprune pruner=wanda sparsity=0.7 'label=a b'"
+
+
+def test_a_record_names_the_machine():
+    found = machine(torch.device("cpu"))
+    assert found["cpu"] and not found["cpu"].isspace()
+    assert found["threads"] == torch.get_num_threads()
+    assert found["cores"] >= 1
+    assert found["host_bytes"] > 2**28
+    assert "gpu" not in found

@@ -1,4 +1,4 @@
-"""The README and the documents: each command composes, each option of the collector exists, each link leads somewhere."""
+"""The README, the documents and the examples: each command composes, each option exists, each path and link leads somewhere."""
 
 import re
 import shlex
@@ -8,7 +8,13 @@ from conftest import ROOT, compose_config
 from omegaconf import OmegaConf
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+SCRIPTS = sorted((ROOT / "examples").glob("*/*.sh")) + sorted((ROOT / "examples").glob("*/*.sbatch"))
+EXTRA = {"lm_eval": "lm_eval", "mlflow": "mlflow"}
+"""What an example needs of an optional package -> the package."""
 
 
 def commands(program: str) -> list[str]:
@@ -19,11 +25,16 @@ def commands(program: str) -> list[str]:
         blocks = "\n".join(re.findall(r"```(?:bash)?\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
         plain = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
         found |= set(re.findall(rf"{program}\b(.*)", blocks)) | set(re.findall(rf"`{program}\b([^`]*)`", plain))
-    return sorted(line.partition(" #")[0].rstrip(" &") for line in found if "..." not in line)
+    for path in SCRIPTS:
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ").replace(' "$@"', "")
+        found |= set(re.findall(rf"{program}\b(.*)", text))
+    return sorted({line.partition(" #")[0].partition(" > ")[0].rstrip(" &") for line in found if "..." not in line})
 
 
 RUNS = commands(r"python -m nnprune\.run")
-COLLECTS = commands(r"python scripts/collect\.py")
+COLLECTS = commands(r"(?:python scripts/collect\.py|python -m nnprune\.collect)")
+CHECKS = commands("(?:nnprune-check|python -m nnprune.check)")
+FILES = commands("python")
 FLAGS = ("-m", "--cfg", "job")
 
 
@@ -38,7 +49,12 @@ def test_every_run_composes(arguments):
     """Each choice of a sweep, beside the first or last ones of the others."""
     words = [word for word in shlex.split(arguments) if word not in FLAGS and "hydra" not in word]
     words = [word for word in words if not word.startswith(("pruner._target_", "+pruner.alpha"))]  # see test_custom_pruner.py
-    words = [word for word in words if word != "pruner=stade"]  # the example of docs/pruner.md
+    words = [word for word in words if word not in ("pruner=stade", "pruner=NAME,sparsegpt,wanda")]  # those of docs/pruner.md
+    if "--config-dir" in words:
+        pytest.skip("composed and run by test_examples.py")
+    for name, package in EXTRA.items():
+        if any(word.endswith(f"={name}") for word in words):
+            pytest.importorskip(package)
     sweeps = [choices(word) for word in words]
     for place in range(max(map(len, sweeps), default=1)):
         OmegaConf.to_container(compose_config(*(sweep[min(place, len(sweep) - 1)] for sweep in sweeps)))
@@ -55,6 +71,21 @@ def test_every_collect_parses(arguments, capsys):
 
     if "--help" not in arguments:
         parse_args(shlex.split(arguments))
+
+
+@pytest.mark.parametrize("arguments", CHECKS)
+def test_every_check_parses(arguments):
+    from nnprune.check import parser
+
+    if arguments:
+        parser().parse_args(shlex.split(arguments.replace('"$model"', "DIR")))
+
+
+def test_every_python_file_of_a_command_exists():
+    named = {shlex.split(line)[0] for line in FILES if line.strip() and ".py" in line and not line.startswith((" -", "3"))}
+    paths = {path for path in named if "/" in path}
+    assert len(paths) >= 5
+    assert not [path for path in paths if not (ROOT / path).is_file()]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -90,7 +90,7 @@ class LayerwiseAllocation(Allocation):
     For N:M every layer has the same M and its own n from 1 to M - 1. L counts the layers with linears.
     """
 
-    looks_at = "inputs"
+    looks_at: Literal["weights", "inputs"] = "inputs"
 
     @abstractmethod
     def sparsities(self, measured: Sequence[float], sizes: Sequence[int], sparsity: float) -> list[float]:
@@ -110,6 +110,7 @@ class LayerwiseAllocation(Allocation):
         layers = [layer for layer in shapes if layer]
         sizes = [sum(num_outputs * num_inputs for num_outputs, num_inputs in layer.values()) for layer in layers]
         wanted = self.sparsities(measured, sizes, float(pattern.sparsity))
+        patterns: Sequence[SparsityPattern]
         if isinstance(pattern, NM):
             patterns = mixed_nm(wanted, sizes, pattern)
             if len(set(patterns)) == 1 and len(set(measured)) > 1:

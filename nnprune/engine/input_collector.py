@@ -5,6 +5,7 @@ Letters: N samples, B batch, T tokens, I input features.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -190,7 +191,7 @@ class InputCollector:
             self._once(("sample", name), lambda: self._add_sample(name, X))
         by_row = X[None] if self.weights[name].expert else X.unflatten(0, (-1, self.seq_len))
         for pruner in self._pruners:
-            self._once((id(pruner), name), lambda pruner=pruner: _show(pruner, name, by_row))
+            self._once((id(pruner), name), partial(_show, pruner, name, by_row))
 
     def _others(self, kind: type[InputStatistic], name: str, X: Tensor) -> list[Tensor]:
         """What a statistic wants of the dense layer. Its router may send other tokens to an expert: there X stands for them."""

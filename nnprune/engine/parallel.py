@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 TIMEOUT = timedelta(days=7)
 """A rank may work alone for hours. One that has died is noticed at once."""
@@ -147,10 +148,10 @@ def _meet(error: Exception | None = None) -> None:
         dist.all_reduce(num_failed)
         if not num_failed:
             return
-        told = [None] * world_size()
+        told: list[Any] = [None] * world_size()
         dist.all_gather_object(told, error and _described(error))
     except RuntimeError as lost:
-        shared = ConnectionError("another process of this run has died; run the same command again to resume")
+        shared: Any = ConnectionError("another process of this run has died; run the same command again to resume")
         shared.is_shared = True
         raise shared from lost
     failed = next(index for index, one in enumerate(told) if one)

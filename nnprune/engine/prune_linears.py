@@ -5,6 +5,7 @@ Letters: O output features, I input features.
 
 import logging
 import time
+from collections import Counter
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
@@ -115,7 +116,7 @@ def _prune_together(
         _measure(pruned, plan, "last", found)
         notes = {}
         for name, W in weights.items():
-            dense_output = collector.squared_output(name, lambda W=W: squared_output(W, sample))
+            dense_output = collector.squared_output(name, partial(squared_output, W, sample))
             found["error", name] = relative_error(W, pruned[name], sample, dense_output)
             found["zeros", name] = zeros_on_device(pruned[name])
             notes[name] = pruner.notes.pop(name, {}) | method.update.notes.pop(name, {})
@@ -194,14 +195,22 @@ def _fitting(pruner: Pruner, pruned: Tensor, W: Tensor, name: str, stored_dtype:
 def count_zeros(layer: nn.Module, weights: dict[str, WeightView]) -> dict[str, int]:
     """Count zeros and parameters: `zeros` and `size` of a fetched decoder layer, `linear_zeros` and `linear_size` of `weights`, its
     weights that can be pruned."""
-    inside = {weight.parameter for weight in weights.values()}
-    others = [parameter for parameter in layer.parameters() if parameter not in inside]
+    viewed: Counter[nn.Parameter] = Counter()
+    for weight in weights.values():
+        viewed[weight.parameter] += weight.read().numel()
+    others = [
+        parameter for parameter in layer.parameters() if parameter.numel() > viewed[parameter]
+    ]  # some experts' are in `weights`
     linears = [weight.read() for weight in weights.values()]
-    linear_size = sum(map(torch.numel, linears))
     zeros = torch.stack([zeros_on_device(tensor) for tensor in (*linears, *others)]).tolist()
-    linear_zeros = sum(zeros[: len(linears)])
-    size = linear_size + sum(map(torch.numel, others))
-    return {"zeros": sum(zeros), "size": size, "linear_zeros": linear_zeros, "linear_size": linear_size}
+    linear_zeros, linear_size = sum(zeros[: len(linears)]), sum(map(torch.numel, linears))
+    partly = sum(
+        count
+        for weight, count in zip(weights.values(), zeros, strict=False)
+        if weight.parameter.numel() > viewed[weight.parameter]
+    )
+    size = sum(map(torch.numel, layer.parameters()))
+    return {"zeros": sum(zeros) - partly, "size": size, "linear_zeros": linear_zeros, "linear_size": linear_size}
 
 
 def fractions_of_zeros(decoder: Decoder, layers: list[dict[str, int]]) -> tuple[float, float]:

@@ -22,6 +22,7 @@ from nnprune.evaluation import Evaluation
 from nnprune.experiment.identity import evaluation_fingerprints, science
 from nnprune.method import Method
 from nnprune.model.loading import ModelSource
+from nnprune.model.push import check_destination
 from nnprune.patterns import SparsityPattern, Unstructured, parse_pattern
 from nnprune.pruners.base import Pruner
 from nnprune.records import RunRecord, fingerprint
@@ -31,11 +32,19 @@ from nnprune.targets import Target
 from nnprune.updates import Update
 
 GROUPS = ("pruner", "sparsity", "allocation", "target", "update", "recover", "calibration", "evaluation", "runtime", "model")
-NAMES = (("label",), ("outputs",), ("model", "name"), ("model", "path"), ("model", "revision"), ("model", "layers_path"))
+NAMES = (
+    ("label",),
+    ("push",),
+    ("outputs",),
+    ("model", "name"),
+    ("model", "path"),
+    ("model", "revision"),
+    ("model", "layers_path"),
+)
 MAX_NAME = 200
 """Characters of a part of a name: file systems take 255 bytes, and a fingerprint is added."""
 
-SETTINGS = ("prune", "seed", "propagate", "label", "outputs", "overwrite", "save", "plan", "grid")
+SETTINGS = ("prune", "seed", "propagate", "label", "outputs", "overwrite", "save", "push", "push_private", "plan", "grid")
 
 
 @dataclass
@@ -103,7 +112,7 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ValueError(f"{missing[0]}=???: has no value; add {missing[0]}=... to the command line")
-    config = OmegaConf.to_container(cfg, resolve=True)
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
     _check_settings(config)
     if config["propagate"] not in PROPAGATE:
         raise ValueError(f"propagate={quoted(config['propagate'])}: must be {one_of(PROPAGATE)}")
@@ -144,6 +153,10 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
     if not experiment.is_dense:
         calibration.check(runtime)
     _ = experiment.fingerprint  # computed, or refused, before anything is written under that name
+    if config["push"]:
+        config["push"], config["save"] = str(config["push"]).replace(":", "of"), True  # ${sparsity.pattern} may be part of it
+        if not config["plan"]:
+            check_destination(config["push"], config["push_private"], experiment.fingerprint, config["overwrite"])
     return experiment
 
 
@@ -165,7 +178,7 @@ def _check_settings(config: dict[str, Any]) -> None:
     if not isinstance(config["prune"], dict):
         raise ValueError(f"prune={quoted(config['prune'])}: must be prune.include=... or prune.exclude=..., patterns of names")
     check_count("seed", config["seed"], 0)
-    for key in ("overwrite", "save", "plan"):
+    for key in ("overwrite", "save", "push_private", "plan"):
         if not isinstance(config[key], bool):
             raise ValueError(f"{key}={quoted(config[key])}: must be true or false")
     for keys in NAMES:

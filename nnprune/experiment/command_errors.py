@@ -5,6 +5,7 @@ import sysconfig
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -79,7 +80,7 @@ def _keys(arguments: Sequence[str], conf: Path) -> list[str]:
     return _flat(OmegaConf.to_container(cfg))
 
 
-def _flat(config: dict[str, object], prefix: str = "") -> list[str]:
+def _flat(config: Any, prefix: str = "") -> list[str]:
     keys = []
     for key, value in config.items():
         keys += [f"{prefix}{key}"] * (key != "_target_")

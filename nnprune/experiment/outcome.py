@@ -4,6 +4,7 @@ import logging
 import traceback
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,7 +18,7 @@ log = logging.getLogger(__name__)
 def record_failure(cfg: DictConfig, experiment: Experiment | None, error: Exception) -> None:
     """Write a record with status "failed" in place of the run's own, if anything can be written there."""
     log.debug("failed", exc_info=True)
-    config = OmegaConf.to_container(cfg, resolve=False)
+    config: Any = OmegaConf.to_container(cfg, resolve=False)
     outputs = ""
     with suppress(OmegaConfBaseException):  # such as ${oc.env:X} with X unset
         outputs = OmegaConf.select(cfg, "outputs")

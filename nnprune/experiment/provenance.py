@@ -1,12 +1,17 @@
-"""The provenance of a record: settings, package versions and the commit of this checkout."""
+"""The provenance of a record: settings, package versions, the machine and the commit of this checkout."""
 
+import os
 import platform
 import shlex
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 
 from nnprune.experiment.build import Experiment
@@ -38,6 +43,7 @@ def new_record(experiment: Experiment) -> RunRecord:
         code=own_code(experiment),
         command=command(experiment),
         versions=versions(experiment.runtime.torch_device.type),
+        machine=machine(experiment.runtime.torch_device),
         commit=head,
         dirty=dirty,
     )
@@ -69,6 +75,30 @@ def versions(device_type: str) -> dict[str, str]:
     has_kernels = library() is not None if is_cpu else sweep_triton.available()
     found["kernels"] = ("C" if is_cpu else "Triton") if has_kernels else "PyTorch"
     return found
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What this process computes on: name of the CPU, its cores and the threads used, host memory in bytes; on CUDA also name and
+    memory of the device."""
+    found = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "host_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {"gpu": properties.name, "device_bytes": properties.total_memory}
+    return found
+
+
+@cache
+def _cpu_name() -> str:
+    with suppress(OSError):  # Linux only
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def commit() -> tuple[str | None, bool | None]:

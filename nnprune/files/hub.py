@@ -176,7 +176,7 @@ class Repository:
         from huggingface_hub import HfApi
 
         some = {} if self.kind == "model" else {"expand": ["sha"]}
-        how = {"repo_type": self.kind, "revision": self.revision, "timeout": PATIENCE, **some}
+        how: dict[str, Any] = {"repo_type": self.kind, "revision": self.revision, "timeout": PATIENCE, **some}
         return _patiently(lambda: HfApi().repo_info(self.name, **how))
 
     def _reach(self, name: str) -> None:

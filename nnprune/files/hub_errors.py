@@ -99,10 +99,11 @@ def _without(repository: "Repository") -> str:
 def _about_disk(error: BaseException, label: str) -> str | None:
     from huggingface_hub import constants
 
-    number = error.errno if isinstance(error, OSError) else None
-    if number in (errno.ENOSPC, errno.EDQUOT):
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{label}: no space is left in {constants.HF_HUB_CACHE}; make room there, or set HF_HOME to a folder on another disk"
-    if number in (errno.EACCES, errno.EROFS, errno.EPERM):
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return f"{label}: {constants.HF_HUB_CACHE} cannot be written ({error.strerror}); set HF_HOME to another folder"
     return None
 

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="assignment"
 """SparseGPT's sweep of one column block as one Triton kernel (Frantar & Alistarh 2023, arXiv:2301.00774).
 
 One launch on a CUDA device replaces several launches for each column. For each column j of the block in order

@@ -12,8 +12,9 @@ TASKS = {"AutoModelForCausalLM": "text-generation", "AutoModelForImageTextToText
 """Class that loads a model -> what the hub calls its task."""
 
 
-def model_card(summary: Mapping[str, Any], architectures: Sequence[str]) -> str:
-    """The card for the content of `pruning.json`, in Markdown with YAML in front; `architectures` are those of config.json."""
+def model_card(summary: Mapping[str, Any], architectures: Sequence[str], place: str = "DIR") -> str:
+    """The card for the content of `pruning.json`, in Markdown with YAML in front; `architectures` are those of config.json, `place`
+    is where the model is loaded from."""
     sees_images = set(architectures) & (set(IMAGE_TEXT.values()) - set(CAUSAL_LM.values()))
     loader = "AutoModelForImageTextToText" if sees_images else "AutoModelForCausalLM"
     base, config = summary["base_model"], summary["config"]
@@ -53,8 +54,8 @@ def model_card(summary: Mapping[str, Any], architectures: Sequence[str]) -> str:
         *("", *(f"- {fact}: {value}" for fact, value in facts.items()), ""),
         *(("| metric | base model | this model |", "| :--- | ---: | ---: |", *figures, "") if figures else ()),
         *("Load it:", "", "```python", f"from transformers import {loader}, AutoTokenizer", ""),
-        f'model = {loader}.from_pretrained("DIR"{trust})',
-        *(f'tokenizer = AutoTokenizer.from_pretrained("DIR"{trust})', "```", ""),
+        f'model = {loader}.from_pretrained("{place}"{trust})',
+        *(f'tokenizer = AutoTokenizer.from_pretrained("{place}"{trust})', "```", ""),
         "Verify zeros and untouched tensors with `nnprune-check DIR`. The whole record is in `pruning.json`.",
     ]
     return "\n".join(lines) + "\n"

@@ -176,9 +176,9 @@ class Decoder:
 
         def bind(layer: nn.Module) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden, *args = args or (kwargs.pop("hidden_states"),)
-                as_tuple = self._length_of_tuple(layer, hidden, args, kwargs)
-                output = replacement(layer, hidden, LayerCall(tuple(args), kwargs))
+                hidden, *rest = args or (kwargs.pop("hidden_states"),)
+                as_tuple = self._length_of_tuple(layer, hidden, tuple(rest), kwargs)
+                output = replacement(layer, hidden, LayerCall(tuple(rest), kwargs))
                 return (output, *[None] * (as_tuple - 1)) if as_tuple else output
 
             return forward

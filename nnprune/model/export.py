@@ -72,8 +72,13 @@ def describe(folder: Path, base: Mapping[str, Any], record: RunRecord) -> None:
     """Write `pruning.json` and the model card of a saved model; `base` is the entry base_model of the former."""
     summary = {"base_model": base, **json.loads(record.as_json())}
     write_atomically(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    write_card(folder, summary)
+
+
+def write_card(folder: Path, summary: Mapping[str, Any], place: str = "DIR") -> None:
+    """Write the model card of a saved model, to be loaded from `place`."""
     architectures = read_json(folder / "config.json", f"{folder}").get("architectures") or ()
-    write_atomically(folder / "README.md", model_card(summary, architectures))
+    write_atomically(folder / "README.md", model_card(summary, architectures, place))
 
 
 def weight_of(linear: Mapping[str, Any]) -> str:

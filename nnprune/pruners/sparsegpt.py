@@ -18,7 +18,7 @@ from nnprune.kernels import sweep, sweep_triton
 from nnprune.patterns import NM, SparsityPattern
 from nnprune.pruners.stacked import StackedPruner
 from nnprune.solvers.cholesky import cholesky_, factor_of_inverse
-from nnprune.statistics import Hessian
+from nnprune.statistics import InputStatistic
 
 NUM_RETRIES = 2  # with ten times the damping, after a failed factorisation
 MAX_BLOCK_SIZE = 1 << 20  # no linear has so many inputs
@@ -124,7 +124,7 @@ class SparseGPT(StackedPruner):
             return ~pattern.mask(cost_OC).t()
         return ~torch.cat([pattern.mask(cost, per="matrix") for cost in cost_OC.split(sizes)]).t()
 
-    def _factorise(self, statistic: Hessian, module_name: str) -> tuple[Tensor, Tensor, float]:
+    def _factorise(self, statistic: InputStatistic, module_name: str) -> tuple[Tensor, Tensor, float]:
         """U (I, I), upper triangular with H^-1 = U^T U, the dead inputs (I,), bool, and the damping that worked."""
         damping = self.damping
         for _ in range(1 + NUM_RETRIES):

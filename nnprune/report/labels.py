@@ -1,6 +1,7 @@
 """How pruners, sparsities and models are named in tables and plots, and in which order they stand."""
 
 import re
+from typing import Any
 
 DENSE = "dense"
 PRETTY = {
@@ -74,7 +75,7 @@ def _parts(label: str) -> list[str]:
 
 def model_key(name: str) -> tuple[bool, list[str | float], str]:
     """Sort key: the demo first, then natural order with size units: opt-125m < opt-350m < opt-1.3b < opt-13b."""
-    parts: list[str | float] = re.split(r"(\d+(?:\.\d+)?(?:[kmbt](?![a-z]))?)", name.lower())
+    parts: list[Any] = re.split(r"(\d+(?:\.\d+)?(?:[kmbt](?![a-z]))?)", name.lower())
     for i in range(1, len(parts), 2):  # re.split puts the captured numbers at odd indices
         unit = UNITS.get(parts[i][-1])
         parts[i] = float(parts[i][:-1]) * unit if unit else float(parts[i])

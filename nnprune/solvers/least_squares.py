@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nnprune.solvers.cholesky import cholesky_
 from nnprune.solvers.conjugate_gradients import Solution, conjugate_gradients
-from nnprune.statistics import Hessian
+from nnprune.statistics import InputStatistic
 
 MIN_SQUARED_NORM = 1e-8
 """Lower bound of an input's squared norm, as a fraction of the mean. A dead input then adds next to nothing to the loss, and the
@@ -33,7 +33,7 @@ class ScaledProblem:
         scale: a (I,).
     """
 
-    def __init__(self, statistic: Hessian, damping: float, name: str) -> None:
+    def __init__(self, statistic: InputStatistic, damping: float, name: str) -> None:
         self.name = name
         self.num_tokens = statistic.num_tokens
         self.A = statistic.mean()
@@ -46,7 +46,7 @@ class ScaledProblem:
         self.A.diagonal().add_(damping)
 
     @classmethod
-    def of(cls, statistic: Hessian, damping: float, name: str) -> "ScaledProblem":
+    def of(cls, statistic: InputStatistic, damping: float, name: str) -> "ScaledProblem":
         """The problem, built once for each statistic and damping."""
         return statistic.memo((cls, damping), lambda: cls(statistic, damping, name))
 

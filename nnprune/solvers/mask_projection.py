@@ -54,7 +54,8 @@ class Projection:
     def _above(self, score_IO: Tensor, sparsity: float) -> Tensor:
         """Replace scores (I, O) by 1 above the threshold of their linear, the k-th smallest sampled score, and by 0 elsewhere."""
         if self._places is None:
-            self._places = self._draw(*score_IO.shape, score_IO.device)
+            in_features, out_features = score_IO.shape
+            self._places = self._draw(in_features, out_features, score_IO.device)
         sampled = score_IO.view(-1)[self._places]
         thresholds = sampled.kthvalue(max(round(sparsity * SAMPLED), 1), dim=1).values
         for score, threshold in zip(score_IO.split(self.sizes, dim=1), thresholds, strict=True):
@@ -70,6 +71,7 @@ class Projection:
         )
 
     def _largest_of_groups(self, score_IO: Tensor) -> Tensor:
+        assert isinstance(self.pattern, NM)
         n, m = self.pattern.n, self.pattern.m
         if not can_sort(n, m):
             return score_IO.copy_(self.exact(score_IO))

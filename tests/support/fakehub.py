@@ -1,9 +1,11 @@
-"""A hub on 127.0.0.1 for tests: what huggingface_hub asks for when it resolves a revision, lists files and fetches them.
+"""A hub on 127.0.0.1 for tests: what huggingface_hub asks for when it resolves a revision, lists files, fetches and uploads them.
 
 ROOT/models/ORG/NAME/REVISION/... and ROOT/datasets/... hold the files. A commit is a hash of a revision's files. `Hub.gated`,
-`private` and `moved` name repositories, `status` is what every request is answered with, and `requests` tells what was asked.
+`private` and `moved` name repositories, `status` is what every request is answered with, and `requests` tells what was asked. `user` is
+what the hub knows of whoever shows a token, `is_closed` whether it takes no writes from them.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -25,6 +27,8 @@ class Hub(ThreadingHTTPServer):
         self.private: set[str] = set()
         self.moved: dict[str, str] = {}
         self.status: int | None = None
+        self.user = {"type": "user", "name": "alice", "orgs": [], "auth": {"accessToken": {"role": "write"}}}
+        self.is_closed = False
         self.requests: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -70,13 +74,47 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.requests.append(f"{self.command} {unquote(path)}")
         if self.server.status:
             return self._error(self.server.status, "told so", "")
+        if self.command == "POST":
+            return self._write(path, self.rfile.read(int(self.headers["Content-Length"])))
+        if path == "api/whoami-v2":
+            return self._json(self.server.user) if "Authorization" in self.headers else self._error(401, "Invalid token", "")
         if match := re.fullmatch(r"(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self._answer(match[1] or "models", match[2], unquote(match[3]), "file", unquote(match[4]))
         if match := re.fullmatch(r"api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
             return self._answer(match[1], match[2], unquote(match[4] or "main"), match[3] or "revision", "")
         return self._error(404, "no such page", "")
 
-    do_HEAD = do_GET = _serve
+    do_HEAD = do_GET = do_POST = _serve
+
+    def _write(self, path: str, body: bytes) -> None:
+        """Make a repository, or commit the files that the lines of `body` hold."""
+        hub = self.server
+        if path == "api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if "Authorization" not in self.headers:
+            return self._error(401, "Invalid username or password.", "")
+        if hub.is_closed:
+            return self._error(403, "You don't have the rights", "")
+        if path == "api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked.get('organization') or hub.user['name']}/{asked['name']}"
+            if (hub.root / "models" / name).exists():
+                return self._error(409, "You already created this model repo", "")
+            (hub.root / "models" / name / "main").mkdir(parents=True)
+            if asked["visibility"] == "private":
+                hub.private.add(name)
+            return self._json({"url": f"{hub.url}/{name}"})
+        name, verb = re.fullmatch(r"api/models/([^/]+/[^/]+)/(preupload|commit)/main", path).groups()
+        folder = hub.root / "models" / name / "main"
+        if verb == "preupload":
+            files = [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False} for one in json.loads(body)["files"]]
+            return self._json({"files": files})
+        for change in map(json.loads, body.splitlines()):
+            if change["key"] == "file":
+                (folder / change["value"]["path"]).write_bytes(base64.b64decode(change["value"]["content"]))
+            elif change["key"] == "deletedFile":
+                (folder / change["value"]["path"]).unlink()
+        return self._json({"commitUrl": f"{hub.url}/{name}/commit/main", "commitOid": hub.commit("models", name)})
 
     def _answer(self, kind: str, name: str, revision: str, verb: str, file: str) -> None:
         hub, has_token = self.server, "Authorization" in self.headers
@@ -96,7 +134,9 @@ class _Handler(BaseHTTPRequestHandler):
         if verb == "tree":
             return self._json([{**_entry(path), "path": path.relative_to(folder).as_posix()} for path in files])
         names = [{"rfilename": path.relative_to(folder).as_posix()} for path in files]
-        return self._json({"_id": "0" * 24, "id": name, "modelId": name, "sha": commit, "siblings": names, "private": False})
+        return self._json(
+            {"_id": "0" * 24, "id": name, "modelId": name, "sha": commit, "siblings": names, "private": name in hub.private}
+        )
 
     def _file(self, path: Path, commit: str) -> None:
         if not path.is_file():
