@@ -152,8 +152,8 @@ COMMANDS = [
     ("-m pruner=magnitude,wnda", "pruner=wnda: no such option", "did you mean wanda?"),
     ("grid=true propagate=dense pruner=magnitude,wnda", "pruner=wnda: no such option", "did you mean wanda?"),
     ("pruner=none-such", "pruner=none-such: no such option", "there are admm, "),
-    ("prunner=wanda", "prunner=wanda: no such setting", "did you mean pruner?"),
-    ("+prunner=wanda", "prunner=wanda: no such setting", "did you mean pruner?"),
+    ("prunner=wanda", "prunner=wanda: no such setting", "did you mean pruner or prune?"),
+    ("+prunner=wanda", "prunner=wanda: no such setting", "did you mean pruner or prune?"),
     ("calibration.num_sample=3", "calibration.num_sample=3: no such setting", "did you mean num_samples?"),
     ("calibraton.num_samples=3", "calibraton.num_samples=3: no such setting", "did you mean calibration.num_samples"),
     ("pruner.dampnig=1", "pruner.dampnig=1: no such setting", "did you mean damping?"),
@@ -178,7 +178,12 @@ def test_a_command_is_refused_once_in_one_line(call_main, arguments, start, reme
 
 BAD_FILES = [
     ("short.txt", b"not much", "calibration.seq_len=32: the text has 8 tokens", "lower calibration.seq_len or give"),
-    ("text.pdf", b"%PDF", "calibration.path=", "must be a .txt, .jsonl, .json.gz or .parquet file"),
+    (
+        "text.pdf",
+        b"%PDF",
+        "calibration.path=",
+        "must be a .txt, .jsonl, .json, .csv (also .gz, .xz, .bz2 or .zst) or .parquet file",
+    ),
     ("latin.txt", "naïve".encode("latin-1") * 90, "calibration.path=", "is not UTF-8 text"),
     ("empty.txt", b"", "calibration.path=", "holds no text"),
     ("broken.jsonl", b'{"text": "a', "calibration.path=", "JSON parse error"),

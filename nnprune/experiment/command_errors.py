@@ -35,6 +35,10 @@ def explain(error: Exception, arguments: Sequence[str], conf: Path) -> str:
         return f"hydra/launcher={option}: is not installed; pip install 'nnprune[{LAUNCHERS[option]}]'"
     if isinstance(error, MissingConfigException) and error.options:
         return f"{group}={quoted(option)}: no such option; {nearest(option, error.options)}"
+    if isinstance(error, OverrideParseException) and re.search(r"[{,]\s*[\"'][^\"']*[\"']\s*:", error.override):
+        return (
+            f"{quoted(error.override)}: keys within braces stand without quotes, such as allocation.patterns={{*.mlp.*: 0.5}}"
+        )
     if isinstance(error, OverrideParseException):
         return (
             f"{quoted(error.override)}: is no setting; write key=value, and a value with special characters as key='\"a(b)\"'"
