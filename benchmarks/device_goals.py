@@ -48,8 +48,8 @@ GOALS: tuple[tuple[str, str, float, Callable[[Parts], float]], ...] = (  # what,
 )
 
 
-def goal_rows(parts: Parts) -> list[list[str]]:
-    """A row for each goal: what, asked, measured, met. A part that failed or was left out has no measure."""
+def goal_rows(parts: Parts, is_rehearsal: bool = False) -> list[list[str]]:
+    """A row for each goal: what, asked, measured, met. A part that failed or was left out has no measure, a rehearsal meets nothing."""
     rows = []
     for what, kind, asked, measure in GOALS:
         row = [what, f"{kind} {asked:g}"]
@@ -59,5 +59,5 @@ def goal_rows(parts: Parts) -> list[list[str]]:
             rows.append([*row, "--", "not measured"])
             continue
         is_met = found <= asked if kind == "at most" else found >= asked
-        rows.append([*row, f"{found:.2f}", "yes" if is_met else "no"])
+        rows.append([*row, f"{found:.2f}", "rehearsal" if is_rehearsal else "yes" if is_met else "no"])
     return rows

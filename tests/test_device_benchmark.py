@@ -91,3 +91,4 @@ def test_goals_say_what_was_measured_met_and_left_out():
     assert found["alps / sparsegpt, pruning"] == ("at most 2", "1.50", "yes")
     assert found["sparsegpt in 12 GiB / without a limit"] == ("at most 1.4", "--", "not measured")
     assert found["alps in 12 GiB / without a limit"] == ("at most 1.4", "1.20", "yes")
+    assert {row[-1] for row in goal_rows({"whole": whole}, is_rehearsal=True)} == {"rehearsal", "not measured"}
