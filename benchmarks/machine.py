@@ -51,6 +51,20 @@ def matrix_rates(num_tokens: int, largest: tuple[int, int], dtype: torch.dtype, 
     }
 
 
+def disk_seconds(folder: Path, num_bytes: int) -> float:
+    """How long the disk takes to hold so many bytes more, in a file that is removed again."""
+    chunk, file = os.urandom(1 << 24), folder / "bytes"
+    start = time.perf_counter()
+    with file.open("wb") as stream:
+        for written in range(0, num_bytes, len(chunk)):
+            stream.write(chunk[: num_bytes - written])
+        stream.flush()
+        os.fsync(stream.fileno())
+    seconds = time.perf_counter() - start
+    file.unlink()
+    return seconds
+
+
 def _processor() -> str:
     """The processor's own name where the system tells it."""
     try:

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
+from benchmarks.device_goals import goal_rows
 from benchmarks.peers.common import Result
 
 NOT_SHOWN = 0.005
@@ -143,6 +144,10 @@ def device_report(found: dict[str, Any]) -> str:
             for name, row in parts["memory"].items()
         ]
         sections.append(markdown(["device memory", "outcome", "device GiB"], rows))
+    is_rehearsal = (found["settings"]["device"], found["settings"]["shape"]) != ("cuda", "llama-3-8b")
+    sections.append(
+        markdown(["goals, llama-3-8b on an H100 or H200", "asked", "measured", "met"], goal_rows(parts, is_rehearsal))
+    )
     sections += [f"{name} skipped: {reason}" for name, reason in found["skipped"].items()]
     sections += [f"{name} failed: {reason}" for name, reason in found["failed"].items()]
     return "\n\n".join(sections)

@@ -1,5 +1,8 @@
 """How often the host waits for the device while a layer is pruned: a CPU stands in for it, where the same operators read."""
 
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import compose_config
@@ -9,6 +12,7 @@ from support.engine import engine_of, prune, random_ids
 from support.families import GROUPED, make_model
 from support.presets import NAMES
 
+from nnprune.engine.prune_linears import prune_linears
 from nnprune.method import Method
 from nnprune.patterns import parse_pattern
 
@@ -20,14 +24,17 @@ LOOKS = {"refit": 2 * GROUPS, "swaps": 7 * 2, "best": 3 * 6}
 """Of iterations, every few steps; of tuning, in and after each epoch."""
 
 
-def reads(name: str, sparsity: str, folder) -> int:
+def prune_layer(name: str, sparsity: str, folder: Path, device: str = "cpu") -> None:
+    """Prune a model of one decoder layer as this file of conf/pruner says."""
     cfg = compose_config(f"pruner={name}")
     method = Method(*(instantiate(cfg[part], _convert_="all") for part in ("pruner", "target", "update", "recover")))
-    engine = engine_of(make_model("Llama", num_hidden_layers=1, **GROUPED)(), folder, batch_tokens=64)
+    engine = engine_of(make_model("Llama", num_hidden_layers=1, **GROUPED)(), folder, device, batch_tokens=64)
     plan = dict.fromkeys(engine.decoder.shapes(), parse_pattern(sparsity))
-    with HostReads() as found:
-        prune(engine, method, plan, random_ids(8, 16), cfg.propagate)
-    return found.counts.total()
+    prune(engine, method, plan, random_ids(8, 16), cfg.propagate)
+
+
+def looks(name: str) -> int:
+    return LOOKS["refit"] if name.endswith("refit") or name == "best_fast" else LOOKS.get(name, 0)
 
 
 CASES = [(name, "2:4") for name in NAMES] + [(name, "0.5") for name in ("wanda", "sparsegpt", "alps", "dsnot", "swaps")]
@@ -36,18 +43,35 @@ CASES = [(name, "2:4") for name in NAMES] + [(name, "0.5") for name in ("wanda",
 @pytest.mark.parametrize(("name", "sparsity"), CASES)
 def test_the_host_waits_a_few_times_for_a_layer(name, sparsity, tmp_path, monkeypatch):
     set_work_sizes(monkeypatch, is_asynchronous=True, steps_per_read=4)
-    looks = LOOKS["refit"] if name.endswith("refit") or name == "best_fast" else LOOKS.get(name, 0)
     passes = SEQUENTIAL if name in ("best_fast", "best_medium") else AT_ONCE
-    assert passes <= reads(name, sparsity, tmp_path) <= BEFORE + passes + looks
+    with HostReads() as reads:
+        prune_layer(name, sparsity, tmp_path)
+    assert passes <= reads.counts.total() <= BEFORE + passes + looks(name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize(("name", "sparsity"), CASES)
+def test_cuda_waits_once_for_each_group_while_its_linears_are_pruned(name, sparsity, tmp_path, monkeypatch):
+    def watched(*arguments):
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            return prune_linears(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr("nnprune.engine.pruning_pass.prune_linears", watched)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        prune_layer(name, sparsity, tmp_path, "cuda")
+    assert sum("synchronizing" in str(warning.message) for warning in caught) <= GROUPS + looks(name)
 
 
 def test_what_the_host_reads_is_counted():
     tensor = torch.tensor([1.0, 0.0])
-    looks = (bool, lambda one: one.tolist()), (tensor[0], tensor)
     with HostReads() as found:
-        for look, seen in zip(*looks, strict=True):
-            look(seen)
+        bool(tensor[0])
         float(tensor[1])
+        tensor.tolist()
         tensor[tensor > 0]
         tensor[tensor > 0] = torch.tensor([2.0])
         tensor.nonzero()

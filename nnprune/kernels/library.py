@@ -62,7 +62,7 @@ def _load() -> ctypes.CDLL | None:
 @contextlib.contextmanager
 def _safe_folder() -> Iterator[Path]:
     """The cache folder, or a temporary one where the cache belongs to another user."""
-    folder = _folder()
+    folder = cache_folder()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
@@ -143,8 +143,8 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _folder() -> Path:
-    """The cache folder."""
+def cache_folder() -> Path:
+    """Where compiled kernels are kept. Raises RuntimeError for a user without a home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nnprune"
 
 

@@ -15,20 +15,29 @@ Tiles become vectors, and vectors tiles, through memory that only this program u
 Letters: C columns of a block, O output features.
 """
 
+import contextlib
 import math
 import os
 
 import torch
 from torch import Tensor
 
+from nnprune.kernels.library import cache_folder
+
 try:
     import triton
     import triton.language as tl
 except ImportError:  # PyTorch for the CPU comes without
     triton = None
+else:
+    with contextlib.suppress(RuntimeError):  # the user has no home; Triton then keeps nothing either
+        os.environ.setdefault(
+            "TRITON_CACHE_DIR", str(cache_folder() / "triton")
+        )  # read when a kernel is compiled: seconds each
 
 BLOCK_O = 32
-"""Output features of a program, one for each lane: 4096 of them fill the 132 multiprocessors of an H100 once."""
+"""Output features of a program, one for each lane: 4096 of them fill the 132 multiprocessors of an H100 once. With this width a program
+needs 6 KiB of shared memory whatever the card (compute capability 8.0 to 12.0), so there is nothing to choose by card, or to tune."""
 
 NUM_WARPS = 4
 """They share step 1 and all execute step 2, which is bound by latency."""

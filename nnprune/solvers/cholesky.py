@@ -41,13 +41,23 @@ def factor_of_inverse(hessian: Tensor) -> tuple[Tensor, bool]:
 
 
 def _invert_lower(lower: Tensor) -> None:
-    """Invert a lower triangular matrix in place: [A 0; B C]^-1 = [A^-1 0; -C^-1 B A^-1  C^-1]."""
-    if len(lower) <= LEAF:
-        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
-        return
-    half = len(lower) // 2
-    A, B, C = lower[:half, :half], lower[half:, :half], lower[half:, half:]
-    _invert_lower(A)
-    _invert_lower(C)
-    B.copy_((C @ (B @ A)).neg_())
+    """Invert a lower triangular matrix in place: [A 0; B C]^-1 = [A^-1 0; -C^-1 B A^-1  C^-1], from small blocks on the diagonal to
+    large ones. Those of one size are a batch: few operations fill a device that many small ones would not."""
+    width = len(lower)
+    while width > LEAF and width % 2 == 0:
+        width //= 2
+    leaves = _blocks(lower, width, width)
+    identity = torch.eye(width, dtype=lower.dtype, device=lower.device)
+    leaves.copy_(torch.linalg.solve_triangular(leaves, identity.expand_as(leaves), upper=False))
+    while width < len(lower):
+        A, B, C = (_blocks(lower, width, 2 * width, *place) for place in ((0, 0), (1, 0), (1, 1)))
+        B.copy_((C @ (B @ A)).neg_())
+        width *= 2
+
+
+def _blocks(matrix: Tensor, width: int, step: int, row: int = 0, column: int = 0) -> Tensor:
+    """A view (number, width, width) of blocks of a matrix (I, I): `row` and `column`, in units of `width`, behind each `step`-th
+    entry of the diagonal."""
+    rows, columns = matrix.stride()
+    start = matrix.storage_offset() + width * (row * rows + column * columns)
+    return matrix.as_strided((len(matrix) // step, width, width), (step * (rows + columns), rows, columns), start)
