@@ -16,12 +16,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from nnprune.experiment import command_line
+from nnprune.experiment import command_line, sparsity_options
 from nnprune.experiment.command_errors import explain, where_raised
-from nnprune.experiment.command_line import grid_cells, is_grid, label_of, rewrite, rewrite_sparsity
+from nnprune.experiment.command_line import grid_cells, is_grid, label_of, rewrite
 from nnprune.records import RESULT_FILE, RunRecord
 
 log = logging.getLogger("nnprune")
+sparsity_options.register()
 
 PACKAGE = Path(__file__).parent
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
@@ -144,10 +145,10 @@ def prune(pruner: Any, model_name: str = "demo", sparsity: float | str = 0.5, ov
     parallel.start()
     is_demo = model_name == "demo"
     kind = "demo" if is_demo else "local" if Path(model_name).is_dir() else "hub"
-    settings = rewrite_sparsity([f"model={kind}", "pruner=custom", *overrides])
+    settings = [f"model={kind}", "pruner=custom", *overrides]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", settings)
-    cfg.sparsity.pattern = str(sparsity)
+    cfg.sparsity = str(sparsity)
     if not is_demo:
         cfg.model.path = str(model_name)
     plain = {key: value for key, value in vars(pruner).items() if is_plain(value) and value not in ({}, [], ())}

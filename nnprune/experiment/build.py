@@ -27,12 +27,12 @@ from nnprune.runtime import Runtime
 from nnprune.targets import Target
 from nnprune.updates import Update
 
-GROUPS = ("pruner", "sparsity", "allocation", "target", "update", "recover", "calibration", "evaluation", "runtime", "model")
+GROUPS = ("pruner", "allocation", "target", "update", "recover", "calibration", "evaluation", "runtime", "model")
 NAMES = (("label",), ("outputs",), ("model", "name"), ("model", "path"), ("model", "revision"), ("model", "layers_path"))
 MAX_NAME = 200
 """Characters of a part of a name: file systems take 255 bytes, and a fingerprint is added."""
 
-SETTINGS = ("seed", "propagate", "label", "outputs", "overwrite", "save", "plan", "grid")
+SETTINGS = ("sparsity", "seed", "propagate", "label", "outputs", "overwrite", "save", "plan", "grid")
 
 
 @dataclass
@@ -103,7 +103,8 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
     _check_settings(config)
     if config["propagate"] not in PROPAGATE:
         raise ValueError(f"propagate={quoted(config['propagate'])}: must be {one_of(PROPAGATE)}")
-    pattern = parse_pattern(config["sparsity"]["pattern"])
+    pattern = parse_pattern(config["sparsity"])
+    config["sparsity"] = {"pattern": str(config["sparsity"])}  # as in every record
     runtime = _make("runtime", Runtime, config)
     pruner = pruner or _instantiate("pruner", config, Pruner)
     pruner.validate(pattern)

@@ -43,7 +43,7 @@ def explain(error: Exception, arguments: Sequence[str], conf: Path) -> str:
         parent, _, name = key.rpartition(".")
         known = _keys(arguments, conf)
         siblings = sorted(one.rpartition(".")[2] for one in known if one.rpartition(".")[0] == parent)
-        meant = nearest(name, siblings) if parent in ("", *known) else nearest(key, known)
+        meant = nearest(name, siblings) if siblings else nearest(key, known)
         own = f"; an option of your own class is added as +{key}=" if "pruner=custom" in arguments else ""
         return f"{quoted(typed.get(key, key))}: no such setting; {meant}{own}"
     if match := re.match(r"Ambiguous value for argument '([^=]+)", text):
@@ -52,6 +52,8 @@ def explain(error: Exception, arguments: Sequence[str], conf: Path) -> str:
         return f"{quoted(f'{key}={value}')}: has several values; add -m to run each{a_list}"
     if match := re.match(r"Could not append to config. An item is already at '([^']+)'", text):
         return f"{quoted(typed.get(match[1], match[1]))}: exists already; leave out the +"
+    if "Unsupported item value in defaults : float" in text:
+        return 'a defaults list has a number; quote it, as in override /sparsity: "0.5"'
     if isinstance(error, OmegaConfBaseException) and (setting := next((a for a in arguments if "${" in a), None)):
         return f"{quoted(setting)}: cannot be resolved ({quoted(str(error.msg or error))}); write the value itself"
     if isinstance(error, OSError) and not str(error.filename).endswith(".yaml"):  # else a long option
