@@ -16,11 +16,12 @@ def sweep(call_main, tmp_path, monkeypatch):
 
     def patterns_of(*arguments, experiment=None):
         if experiment:
-            (tmp_path / "experiment").mkdir(exist_ok=True)
-            (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{experiment}")
-            arguments = ("--config-dir", str(tmp_path), "experiment=mine", *arguments)
+            folder = tmp_path / "conf" / "experiment"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "mine.yaml").write_text(f"# @package _global_\n{experiment}")
+            arguments = ("--config-dir", str(folder.parent), "experiment=mine", *arguments)
         patterns.clear()
-        assert call_main(*arguments)[1] == ""
+        assert call_main(*arguments) == (0, "")
         return list(patterns)
 
     return patterns_of
