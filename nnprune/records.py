@@ -15,7 +15,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-NOT_SCIENCE = ("evaluation", "runtime", "label", "outputs", "overwrite", "save", "plan", "grid")
+NOT_SCIENCE = ("evaluation", "runtime", "label", "outputs", "overwrite", "save", "plan", "grid", "objective", "tracking")
 """Settings that are no part of what names a pruned model."""
 
 SCHEMA_VERSION = 1

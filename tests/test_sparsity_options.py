@@ -5,6 +5,7 @@ from conftest import compose_config
 from hydra.errors import HydraException
 
 from nnprune.experiment.build import build
+from nnprune.records import RunRecord
 from nnprune.run import main
 
 
@@ -12,7 +13,12 @@ from nnprune.run import main
 def sweep(call_main, tmp_path, monkeypatch):
     """`sweep("sparsity=0.5,2:4", experiment="...")`: the patterns of the runs that a command consists of."""
     patterns = []
-    monkeypatch.setattr("nnprune.run.run", lambda cfg: patterns.append(str(build(cfg).pattern)))
+
+    def run(cfg):
+        patterns.append(str(build(cfg).pattern))
+        return RunRecord("completed", "", "", "", "")
+
+    monkeypatch.setattr("nnprune.run.run", run)
 
     def patterns_of(*arguments, experiment=None):
         if experiment:

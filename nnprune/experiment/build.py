@@ -15,7 +15,7 @@ from nnprune.allocations.base import Allocation
 from nnprune.calibration import Calibration
 from nnprune.checks import check_count, nearest, one_of, quoted
 from nnprune.engine.propagation import PROPAGATE
-from nnprune.evaluation import Evaluation
+from nnprune.evaluation import Evaluation, Perplexity
 from nnprune.experiment.identity import evaluation_fingerprints, science
 from nnprune.method import Method
 from nnprune.model.loading import ModelSource
@@ -25,14 +25,15 @@ from nnprune.records import RunRecord, fingerprint
 from nnprune.recovery import Recovery
 from nnprune.runtime import Runtime
 from nnprune.targets import Target
+from nnprune.tracking.base import Tracker
 from nnprune.updates import Update
 
-GROUPS = ("pruner", "allocation", "target", "update", "recover", "calibration", "evaluation", "runtime", "model")
+GROUPS = ("pruner", "allocation", "target", "update", "recover", "calibration", "evaluation", "runtime", "model", "tracking")
 NAMES = (("label",), ("outputs",), ("model", "name"), ("model", "path"), ("model", "revision"), ("model", "layers_path"))
 MAX_NAME = 200
 """Characters of a part of a name: file systems take 255 bytes, and a fingerprint is added."""
 
-SETTINGS = ("sparsity", "seed", "propagate", "label", "outputs", "overwrite", "save", "plan", "grid")
+SETTINGS = ("sparsity", "seed", "propagate", "label", "outputs", "overwrite", "save", "plan", "grid", "objective")
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Experiment:
     runtime: Runtime
     label: str
     evaluations: dict[str, str]
+    tracker: Tracker
     home: Path | None = None
 
     @property
@@ -117,7 +119,9 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
         )
     evaluation = _instantiate("evaluation", config, Evaluation)
     calibration = _instantiate("calibration", config, Calibration)
-    for part in (*evaluation.evaluators.values(), calibration.source):
+    _check_objective(config["objective"], evaluation)
+    tracker = _instantiate("tracking", config, Tracker)
+    for part in (*evaluation.evaluators.values(), calibration.source, tracker):
         if part:
             part.check()
     experiment = Experiment(
@@ -131,6 +135,7 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
         runtime=runtime,
         label="dense" if pattern == Unstructured(0.0) else str(config["label"] or type(pruner).__name__),
         evaluations=evaluation_fingerprints(evaluation.evaluators),
+        tracker=tracker,
     )
     _ = experiment.fingerprint  # computed, or refused, before anything is written under that name
     return experiment
@@ -162,6 +167,15 @@ def _check_settings(config: dict[str, Any]) -> None:
             raise ValueError(f"{'.'.join(keys)}={quoted(value)}: {reason}")
     if config["outputs"] in (None, ""):
         raise ValueError(f"outputs={config['outputs']}: must be a folder, such as outputs")
+
+
+def _check_objective(objective: Any, evaluation: Evaluation) -> None:
+    """Raise ValueError for an `objective` that will not be measured, where all that will be is known."""
+    evaluators = evaluation.evaluators.values()
+    if objective is not None and all(isinstance(one, Perplexity) for one in evaluators):
+        known = [f"{one.name}_perplexity" for one in evaluators]
+        if objective not in known:
+            raise ValueError(f"objective={quoted(objective)}: is not measured by evaluation; {nearest(str(objective), known)}")
 
 
 def _make(key: str, kind: type, config: dict[str, Any]) -> Any:

@@ -16,8 +16,11 @@ from nnprune.experiment.command_line import choices_of, rewrite
 
 PACKAGE = Path(__file__).parent.parent
 
-LAUNCHERS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm"}
-"""What brings each launcher."""
+EXTRAS = {
+    "hydra/launcher": {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm"},
+    "hydra/sweeper": {"optuna": "optuna"},
+}
+"""What brings each launcher and sweeper."""
 
 
 def explain(error: Exception, arguments: Sequence[str], conf: Path) -> str:
@@ -30,8 +33,8 @@ def explain(error: Exception, arguments: Sequence[str], conf: Path) -> str:
     """
     text, typed = " ".join(str(error).split()), {a.partition("=")[0].lstrip("+~"): a for a in arguments if "=" in a}
     group, _, option = str(getattr(error, "missing_cfg_file", "")).rpartition("/")
-    if group == "hydra/launcher" and option in LAUNCHERS:
-        return f"hydra/launcher={option}: is not installed; pip install 'nnprune[{LAUNCHERS[option]}]'"
+    if extra := EXTRAS.get(group, {}).get(option):
+        return f"{group}={option}: is not installed; pip install 'nnprune[{extra}]'"
     if isinstance(error, MissingConfigException) and error.options:
         return f"{group}={quoted(option)}: no such option; {nearest(option, error.options)}"
     if isinstance(error, OverrideParseException):

@@ -1,5 +1,6 @@
 """The metrics of one model, including those that an interrupted run measured."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,8 +10,10 @@ from torch import Tensor
 from nnprune.engine import parallel
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.hidden_states import HiddenStates
-from nnprune.evaluation import Evaluator
+from nnprune.evaluation import Evaluator, Logits
 from nnprune.records import read_journal, write_journal
+
+log = logging.getLogger(__name__)
 
 
 class Measurement:
@@ -53,6 +56,14 @@ class Measurement:
         if parallel.rank() and not len(states.ids):
             return None
         try:
-            return len(states.ids), evaluator.measure(states.ids, states.logits())
+            return len(states.ids), evaluator.measure(states.ids, self._watched(states))
         except ValueError as error:
             raise ValueError(f"{self.kind} {error}") from error
+
+    def _watched(self, states: HiddenStates) -> Logits:
+        """The logits, with a line and a progress bar of the windows."""
+        log.info("evaluating the %s model: %d windows of %d tokens", self.kind, *states.ids.shape)
+        with LayerwiseEngine.progress(len(states.ids), f"evaluating the {self.kind} model") as bar:
+            for row, tokens, logits in states.logits():
+                bar.update(row - bar.n)
+                yield row, tokens, logits
