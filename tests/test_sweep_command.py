@@ -41,6 +41,7 @@ def test_sweep_skip_and_failure_from_the_command_line(run_cli, tmp_path):
     assert {record["sparsity"] for record in failed} == {"3:7"}
     assert all("does not divide" in record["error"] for record in failed)
     assert [line.startswith("Error: sparsity=3:7: ") for line in second.stderr.splitlines()] == [True], "one a failed run"
+    assert "sweep: 5 runs, 2 done, 2 skipped, 1 failed" in second.stdout
 
 
 def test_a_sweep_whose_outputs_cannot_be_written_says_so_in_one_line(run_cli, tmp_path):
@@ -68,6 +69,9 @@ def test_other_launchers_take_any_sparsity(launcher, run_cli, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert {record["sparsity"] for record in records_in(outputs).values()} == {"0.65", "3:4", "dense"}
+    assert "sweep: 2 runs, 2 done\n#  sparsity  demo_perplexity\n0  0.65 " in result.stdout
+    logs = "".join([result.stdout, *(path.read_text() for path in outputs.rglob("*_log.out"))])
+    assert "\n[1] layer 1/6" in logs
 
 
 def test_minus_m_may_stand_anywhere():
@@ -77,8 +81,6 @@ def test_minus_m_may_stand_anywhere():
         ["seed=0,1", "pruner=wanda", "-m"],
     ):
         assert rewrite(arguments) == ["-m", "seed=0,1", "pruner=wanda"]
-
-
 
 
 @pytest.mark.parametrize("group", [path.name for path in CONF.iterdir() if path.is_dir()])
