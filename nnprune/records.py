@@ -15,7 +15,10 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-NOT_SCIENCE = ("evaluation", "runtime", "label", "outputs", "overwrite", "save", "push", "push_private", "plan", "grid")
+NOT_SCIENCE = (
+    *("evaluation", "runtime", "label", "outputs", "overwrite", "save", "push", "push_private", "plan", "grid", "objective"),
+    "tracking",
+)
 """Settings that are no part of what names a pruned model."""
 
 SCHEMA_VERSION = 1

@@ -17,12 +17,13 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nnprune import __version__
-from nnprune.experiment import command_line
+from nnprune.experiment import command_line, sparsity_options, sweep_table
 from nnprune.experiment.command_errors import explain, where_raised
-from nnprune.experiment.command_line import grid_cells, is_grid, label_of, rewrite, rewrite_sparsity
+from nnprune.experiment.command_line import grid_cells, is_grid, label_of, rewrite
 from nnprune.records import RESULT_FILE, RunRecord
 
 log = logging.getLogger("nnprune")
+sparsity_options.register()
 
 PACKAGE = Path(__file__).parent
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
@@ -46,32 +47,39 @@ def run(cfg: DictConfig, pruner: Any = None, keep_layers: bool = False) -> RunRe
     from nnprune.experiment.build import build
     from nnprune.experiment.folder import locked, logged
     from nnprune.experiment.job import Job
-    from nnprune.experiment.outcome import record_failure, summary
+    from nnprune.experiment.outcome import one_line, record_failure, summary
     from nnprune.experiment.reuse import add_evaluations, reusable_record
+    from nnprune.experiment.tracked import tracked
     from nnprune.model.push import push_model
 
     experiment = None
     try:
         with parallel.together():
             experiment = build(cfg, pruner)
-        with parallel.together(), locked(experiment.folder), logged(experiment.folder):
-            record = reusable_record(experiment, keep_layers)
+        with parallel.together(), locked(experiment.folder), logged(experiment.folder), tracked(experiment) as tracking:
+            record, status = reusable_record(experiment, keep_layers), "done"
             if record is None:
+                tracking.begin()
                 record = Job(experiment).run()
                 add_evaluations(experiment, record)  # of the saved model as a whole
                 log.info(summary(record))
             elif add_evaluations(experiment, record):
                 log.info(summary(record))
             else:
+                status = "skipped"
                 log.info("finished already, nothing to do (overwrite=true runs it again): %s", summary(record))
             log.info("record: %s", experiment.folder / RESULT_FILE)
+            tracking.finish(record)
             if push := experiment.config["push"]:
                 parallel.on_rank_0(push_model)(experiment.folder / "model", push)
-            return record
     except Exception as error:
         if parallel.rank() == 0:
             record_failure(cfg, experiment, error)
+            sweep_table.note(cfg, "failed", error=one_line(error))
         raise
+    if parallel.rank() == 0:
+        sweep_table.note(cfg, status, record)
+    return record
 
 
 def run_grid(cfgs: Sequence[DictConfig]) -> list[RunRecord]:
@@ -149,10 +157,10 @@ def prune(pruner: Any, model_name: str = "demo", sparsity: float | str = 0.5, ov
     parallel.start()
     is_demo = model_name == "demo"
     kind = "demo" if is_demo else "local" if Path(model_name).is_dir() else "hub"
-    settings = rewrite_sparsity([f"model={kind}", "pruner=custom", *overrides])
+    settings = [f"model={kind}", "pruner=custom", *overrides]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", settings)
-    cfg.sparsity.pattern = str(sparsity)
+    cfg.sparsity = str(sparsity)
     if not is_demo:
         cfg.model.path = str(model_name)
     plain = {key: value for key, value in vars(pruner).items() if is_plain(value) and value not in ({}, [], ())}
@@ -162,11 +170,13 @@ def prune(pruner: Any, model_name: str = "demo", sparsity: float | str = 0.5, ov
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def _main(cfg: DictConfig) -> None:
+def _main(cfg: DictConfig) -> float | None:
+    """Run one job. Returns its objective, for a sweeper; None if it has none or failed."""
     from nnprune.engine import parallel
     from nnprune.experiment.outcome import one_line
 
-    failure = None
+    is_alone = command_line.failures is not None or not sweep_table.is_in_sweep()
+    prefix = "" if is_alone else sweep_table.number_lines()
     try:
         if not cfg.label:
             chosen = HydraConfig.get()
@@ -175,9 +185,10 @@ def _main(cfg: DictConfig) -> None:
             raise ValueError("plan=true: estimates the cost of one process; run it without torchrun")
         if cfg.plan:
             show_estimate(grid_cells(cfg) if is_grid(cfg) else [cfg])
-        else:
-            with parallel.together():
-                run_grid(grid_cells(cfg)) if is_grid(cfg) else run(cfg)
+            return None
+        with parallel.together():
+            records = run_grid(grid_cells(cfg)) if is_grid(cfg) else [run(cfg)]
+        return sweep_table.objective(cfg, records[0].metrics)[1] if len(records) == 1 else None
     except KeyboardInterrupt as interrupt:
         log.error("interrupted%s: run the same command again to resume", f" {interrupt}" if str(interrupt) else "")
         sys.exit(INTERRUPTED)
@@ -191,12 +202,14 @@ def _main(cfg: DictConfig) -> None:
             )  # not another rank's traceback
             more = f"; {logged}" if logged else "" if is_users else f"\n{traceback.format_exc()}"
             failure = f"{type(error).__name__}: {failure} ({place}){more}"
-    if failure:
-        print(f"Error: {failure}", file=sys.stderr)
-        parallel.wait()  # torchrun ends all processes when one has ended: not before the first has printed
-        if command_line.failures is None:
-            raise RunFailed(failure)  # without what led to it: Hydra keeps it for the whole sweep, and so the model
-        command_line.failures.append(failure)
+    print(f"{prefix}Error: {failure}", file=sys.stderr)
+    if parallel.rank() == 0:
+        sweep_table.note_failure(cfg, failure)
+    parallel.wait()  # torchrun ends all processes when one has ended: not before the first has printed
+    if command_line.failures is None:
+        raise RunFailed(failure)  # without what led to it: Hydra keeps it for the whole sweep, and so the model
+    command_line.failures.append(failure)
+    return None
 
 
 def main() -> None:
@@ -211,7 +224,7 @@ def main() -> None:
         if parallel.rank():
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 -- what Hydra and libraries print
     sys.path.append(os.getcwd())  # to import a user's own pruner from the current folder; last, so that it shadows nothing
-    typed, command_line.failures = sys.argv[1:], []
+    typed, command_line.failures, sweep_table.folder = sys.argv[1:], [], None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Slurm sends it before it preempts a job
     os.environ["HYDRA_FULL_ERROR"] = "1"  # it raises its errors, for us to explain, instead of printing them
     try:
@@ -221,6 +234,8 @@ def main() -> None:
         sys.exit(f"Error: {explain(error, typed, CONF)}")
     except KeyboardInterrupt:  # before or between runs
         sys.exit(INTERRUPTED)
+    finally:
+        sweep_table.show()
     sys.exit(int(bool(command_line.failures)))
 
 

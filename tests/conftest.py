@@ -23,7 +23,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from nnprune.experiment import command_line
-from nnprune.experiment.command_line import rewrite_sparsity
 from nnprune.kernels.library import enable, library
 from nnprune.run import CONF, main
 
@@ -127,7 +126,7 @@ def compose_config(*overrides: str) -> DictConfig:
 @cache
 def _compose(overrides: tuple[str, ...]) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", rewrite_sparsity(list(overrides)))
+        return compose("config", list(overrides))
 
 
 @pytest.fixture

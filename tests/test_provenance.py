@@ -12,7 +12,6 @@ from hydra.core.hydra_config import HydraConfig
 
 from nnprune.experiment import provenance
 from nnprune.experiment.build import build
-from nnprune.experiment.command_line import rewrite_sparsity
 from nnprune.experiment.provenance import PACKAGES, command, commit, machine, versions
 from nnprune.run import CONF
 
@@ -78,7 +77,7 @@ def test_the_command_is_that_of_one_run(monkeypatch):
     experiment = build(compose_config(*overrides))
     assert command(experiment) is None
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", rewrite_sparsity(overrides), return_hydra_config=True)
+        cfg = compose("config", overrides, return_hydra_config=True)
     monkeypatch.setattr(HydraConfig.instance(), "cfg", cfg)
     assert command(experiment) == "nnprune pruner=wanda sparsity=0.7 'label=a b'"
 

@@ -38,7 +38,7 @@ def refused(name: str, is_private: bool = True) -> str:
 
 def test_a_model_is_pushed_with_its_card_and_loads(hub, tiny_config, tmp_path, caplog):
     caplog.set_level("INFO")
-    cfg = tiny_config(*SETTINGS, "sparsity=2:4", "push=alice/tiny-${sparsity.pattern}")
+    cfg = tiny_config(*SETTINGS, "sparsity=2:4", "push=alice/tiny-${sparsity}")
     run(cfg)
     pushed, name = hub.root / "models/alice/tiny-2of4/main", "alice/tiny-2of4"
     [saved] = tmp_path.glob("outputs/tiny-opt/2of4/*/model")

@@ -161,7 +161,8 @@ def evaluation(cfg) -> set[str]:
 @pytest.mark.parametrize(
     "override",
     ["runtime=low_memory", "runtime.batch_tokens=1", "label=mine", "outputs=elsewhere", "save=true", "overwrite=true",
-     "model.name=other", "sparsity=0.50", "sparsity=unstructured", "evaluation.seq_len=16"],
+     "model.name=other", "sparsity=0.50", "sparsity='0.5'", "evaluation.seq_len=16", "tracking=csv",
+     "objective=text_perplexity"],
 )  # fmt: skip
 def test_identity_is_not_changed_by(tiny_config, override):
     assert identity(tiny_config(override)) == identity(tiny_config())

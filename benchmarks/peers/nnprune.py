@@ -8,7 +8,6 @@ from omegaconf import DictConfig
 
 from benchmarks.peers.common import Result, Run, Spec, write_result
 from benchmarks.products import ProductProfile
-from nnprune.experiment.command_line import rewrite_sparsity
 from nnprune.run import CONF, run
 
 PRUNING = ("calibration", "prune", "write")
@@ -19,7 +18,7 @@ def config(spec: Spec) -> DictConfig:
     calibration = "random" if spec.calibration["path"] is None else "text"
     groups = ["model=local", f"calibration={calibration}", "evaluation=none", "propagate=pruned", f"pruner={spec.method}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", rewrite_sparsity([*groups, f"sparsity={spec.pattern}", *spec.options.get("overrides", [])]))
+        cfg = compose("config", [*groups, f"sparsity={spec.pattern}", *spec.options.get("overrides", [])])
     cfg.model.path = spec.model
     cfg.model.dtype = spec.dtype
     for key, value in spec.calibration.items():

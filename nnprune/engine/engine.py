@@ -3,6 +3,7 @@
 Letters: N samples, T tokens.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -51,5 +52,6 @@ class LayerwiseEngine:
 
     @staticmethod
     def progress(total: int, title: str) -> tqdm:
-        """A progress bar with time left, on a terminal and in the first process only."""
-        return tqdm(total=total, desc=title, disable=True if parallel.rank() else None, leave=False)
+        """A progress bar with time left, on a terminal and in the first process only; none if TQDM_DISABLE is set."""
+        is_off = parallel.rank() or os.environ.get("TQDM_DISABLE")
+        return tqdm(total=total, desc=title, disable=True if is_off else None, leave=False)

@@ -170,7 +170,9 @@ class PruningPass:
         error, sparsity = (fmean(report[key] for report in reports) for key in ("relative_error", "sparsity"))
         seconds = time.perf_counter() - start
         text = "layer %d/%d  relative error %.4g  sparsity %.3f  %.1f s%s"
-        log.info(text, index + 1, self.engine.num_layers, error, sparsity, seconds, few_tokens(reports))
+        shown = {"relative_error": error, "sparsity": sparsity, "seconds": seconds}
+        figures = (index + 1, self.engine.num_layers, *shown.values())
+        log.info(text, *figures, few_tokens(reports), extra={"layer": (index + 1, shown)})
 
     def _prune(self, index: int, last: int, propagation: Propagation, tasks: list[PruneTask]) -> list[dict[str, Any]]:
         """Prune layer `index` for `tasks`. Returns the reports of their linears."""

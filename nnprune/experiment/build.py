@@ -18,7 +18,7 @@ from nnprune.calibration import Calibration
 from nnprune.checks import check_count, nearest, one_of, quoted
 from nnprune.engine import parallel
 from nnprune.engine.propagation import PROPAGATE
-from nnprune.evaluation import Evaluation
+from nnprune.evaluation import Evaluation, Perplexity
 from nnprune.experiment.identity import evaluation_fingerprints, science
 from nnprune.method import Method
 from nnprune.model.loading import ModelSource
@@ -29,9 +29,10 @@ from nnprune.records import RunRecord, fingerprint
 from nnprune.recovery import Recovery
 from nnprune.runtime import Runtime
 from nnprune.targets import Target
+from nnprune.tracking.base import Tracker
 from nnprune.updates import Update
 
-GROUPS = ("pruner", "sparsity", "allocation", "target", "update", "recover", "calibration", "evaluation", "runtime", "model")
+GROUPS = ("pruner", "allocation", "target", "update", "recover", "calibration", "evaluation", "runtime", "model", "tracking")
 NAMES = (
     ("label",),
     ("push",),
@@ -44,7 +45,23 @@ NAMES = (
 MAX_NAME = 200
 """Characters of a part of a name: file systems take 255 bytes, and a fingerprint is added."""
 
-SETTINGS = ("prune", "seed", "propagate", "label", "outputs", "overwrite", "save", "push", "push_private", "plan", "grid")
+SETTINGS = (
+    *(
+        "prune",
+        "sparsity",
+        "seed",
+        "propagate",
+        "label",
+        "outputs",
+        "overwrite",
+        "save",
+        "push",
+        "push_private",
+        "plan",
+        "grid",
+    ),
+    "objective",
+)
 
 
 @dataclass
@@ -66,6 +83,7 @@ class Experiment:
     runtime: Runtime
     label: str
     evaluations: dict[str, str]
+    tracker: Tracker
     home: Path | None = None
 
     @property
@@ -116,7 +134,8 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
     _check_settings(config)
     if config["propagate"] not in PROPAGATE:
         raise ValueError(f"propagate={quoted(config['propagate'])}: must be {one_of(PROPAGATE)}")
-    pattern = parse_pattern(config["sparsity"]["pattern"])
+    pattern = parse_pattern(config["sparsity"])
+    config["sparsity"] = {"pattern": str(config["sparsity"])}  # as in every record
     runtime = _make("runtime", Runtime, config)
     selection = _make("prune", Selection, {"prune": config.pop("prune")})
     config |= {"prune": selection.settings} if selection.settings else {}  # the default is no part of a fingerprint
@@ -131,9 +150,11 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
         )
     evaluation = _instantiate("evaluation", config, Evaluation)
     calibration = _instantiate("calibration", config, Calibration)
+    _check_objective(config["objective"], evaluation)
+    tracker = _instantiate("tracking", config, Tracker)
     if parallel.is_distributed() and any(one.loads_model for one in evaluation.evaluators.values()):
         raise ValueError("evaluation.backend=hf: measures in one process; add it to the saved model's record without torchrun")
-    for part in (*evaluation.evaluators.values(), calibration.source):
+    for part in (*evaluation.evaluators.values(), calibration.source, tracker):
         if part:
             part.check()
     allocation = _instantiate("allocation", config, Allocation)
@@ -149,12 +170,13 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
         runtime=runtime,
         label="dense" if allocation.is_dense(pattern) else str(config["label"] or type(pruner).__name__),
         evaluations=evaluation_fingerprints(evaluation.evaluators),
+        tracker=tracker,
     )
     if not experiment.is_dense:
         calibration.check(runtime)
     _ = experiment.fingerprint  # computed, or refused, before anything is written under that name
     if config["push"]:
-        config["push"], config["save"] = str(config["push"]).replace(":", "of"), True  # ${sparsity.pattern} may be part of it
+        config["push"], config["save"] = str(config["push"]).replace(":", "of"), True  # ${sparsity} may be part of it
         if not config["plan"]:
             check_destination(config["push"], config["push_private"], experiment.fingerprint, config["overwrite"])
     return experiment
@@ -188,6 +210,15 @@ def _check_settings(config: dict[str, Any]) -> None:
             raise ValueError(f"{'.'.join(keys)}={quoted(value)}: {reason}")
     if config["outputs"] in (None, ""):
         raise ValueError(f"outputs={config['outputs']}: must be a folder, such as outputs")
+
+
+def _check_objective(objective: Any, evaluation: Evaluation) -> None:
+    """Raise ValueError for an `objective` that will not be measured, where all that will be is known."""
+    evaluators = evaluation.evaluators.values()
+    if objective is not None and all(isinstance(one, Perplexity) for one in evaluators):
+        known = [f"{one.name}_perplexity" for one in evaluators]
+        if objective not in known:
+            raise ValueError(f"objective={quoted(objective)}: is not measured by evaluation; {nearest(str(objective), known)}")
 
 
 def _make(key: str, kind: type, config: dict[str, Any]) -> Any:

@@ -17,8 +17,11 @@ from nnprune.experiment.command_line import choices_of, rewrite
 
 PACKAGE = Path(__file__).parent.parent
 
-LAUNCHERS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm"}
-"""What brings each launcher."""
+EXTRAS = {
+    "hydra/launcher": {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm"},
+    "hydra/sweeper": {"optuna": "optuna"},
+}
+"""What brings each launcher and sweeper."""
 
 
 def explain(error: Exception, arguments: Sequence[str], conf: Path) -> str:
@@ -31,8 +34,8 @@ def explain(error: Exception, arguments: Sequence[str], conf: Path) -> str:
     """
     text, typed = " ".join(str(error).split()), {a.partition("=")[0].lstrip("+~"): a for a in arguments if "=" in a}
     group, _, option = str(getattr(error, "missing_cfg_file", "")).rpartition("/")
-    if group == "hydra/launcher" and option in LAUNCHERS:
-        return f"hydra/launcher={option}: is not installed; pip install 'nnprune[{LAUNCHERS[option]}]'"
+    if extra := EXTRAS.get(group, {}).get(option):
+        return f"{group}={option}: is not installed; pip install 'nnprune[{extra}]'"
     if isinstance(error, MissingConfigException) and error.options:
         return f"{group}={quoted(option)}: no such option; {nearest(option, error.options)}"
     if isinstance(error, OverrideParseException) and re.search(r"[{,]\s*[\"'][^\"']*[\"']\s*:", error.override):
@@ -48,7 +51,7 @@ def explain(error: Exception, arguments: Sequence[str], conf: Path) -> str:
         parent, _, name = key.rpartition(".")
         known = _keys(arguments, conf)
         siblings = sorted(one.rpartition(".")[2] for one in known if one.rpartition(".")[0] == parent)
-        meant = nearest(name, siblings) if parent in ("", *known) else nearest(key, known)
+        meant = nearest(name, siblings) if siblings else nearest(key, known)
         own = f"; an option of your own class is added as +{key}=" if "pruner=custom" in arguments else ""
         return f"{quoted(typed.get(key, key))}: no such setting; {meant}{own}"
     if match := re.match(r"Ambiguous value for argument '([^=]+)", text):
@@ -57,6 +60,8 @@ def explain(error: Exception, arguments: Sequence[str], conf: Path) -> str:
         return f"{quoted(f'{key}={value}')}: has several values; add -m to run each{a_list}"
     if match := re.match(r"Could not append to config. An item is already at '([^']+)'", text):
         return f"{quoted(typed.get(match[1], match[1]))}: exists already; leave out the +"
+    if "Unsupported item value in defaults : float" in text:
+        return 'a defaults list has a number; quote it, as in override /sparsity: "0.5"'
     if isinstance(error, OmegaConfBaseException) and (setting := next((a for a in arguments if "${" in a), None)):
         return f"{quoted(setting)}: cannot be resolved ({quoted(str(error.msg or error))}); write the value itself"
     if isinstance(error, OSError) and not str(error.filename).endswith(".yaml"):  # else a long option

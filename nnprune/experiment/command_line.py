@@ -1,7 +1,7 @@
-"""Rewrites the command line before Hydra parses it.
+"""What the command line says before and after Hydra parses it: the place of `-m`, the cells of `grid=true`, the default label.
 
-Users type `sparsity=0.7` or `sparsity=2:4,0.5`, and Hydra accepts no number as a group's option; nor does it accept `-m` between
-settings.
+Two things are rewritten: `-m` between settings, which argparse refuses, and `grid=true pruner=A,B`, whose lists are one run, where
+Hydra would see a sweep.
 """
 
 import re
@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 
 from hydra import compose
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Transformer
@@ -18,16 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from nnprune.checks import quoted
 
-PLAIN = re.compile(r"(?!(nan|inf|null|true|false)$)[a-z_][\w-]*", re.IGNORECASE)
-"""What Hydra takes for text."""
-
 SWEEP = ("-m", "--multirun")
 GRID = ("pruner", "sparsity")
 PLAIN_OPTIONS = {"allocation": "uniform", "target": "dense", "update": "none", "recover": "none"}
 """Groups that change a method, and the option of each that does nothing."""
-
-FILES = {"0": "dense", "0.0": "dense", "0.5": "unstructured", "2:4": "2of4", "4:8": "4of8"}
-
 
 failures: list[str] | None = None
 """The errors of this process's runs, for its exit status; None where a launcher's process runs them, which has to raise."""
@@ -38,7 +31,7 @@ def rewrite(arguments: list[str]) -> list[str]:
     for argument in arguments:
         if match := re.match(r"(pruner|allocation|target|update|recover|calibration|runtime|model)=\[(.*)\]", argument):
             raise HydraException(f"{quoted(argument)}: takes one option; to run each write -m {match[1]}={quoted(match[2])}")
-    rest = rewrite_sparsity(gather_grid([argument for argument in arguments if argument not in SWEEP]))
+    rest = gather_grid([argument for argument in arguments if argument not in SWEEP])
     return [SWEEP[0]] * any(argument in SWEEP for argument in arguments) + rest
 
 
@@ -52,15 +45,6 @@ def choices_of(setting: str) -> list[str]:
     except (HydraException, ValueError):  # Hydra or `parse_pattern` refuses it later
         pass
     return [value.strip().strip("'\"")]
-
-
-def rewrite_sparsity(arguments: list[str]) -> list[str]:
-    """The command line with each value after `sparsity=` replaced by the name of an option.
-
-    Values without a file in conf/sparsity are registered as new options, valid or not: `parse_pattern` checks them later.
-    """
-    key = "sparsity="
-    return [key + ",".join(map(_option, choices_of(a))) if a.startswith(key) else a for a in arguments]
 
 
 def gather_grid(arguments: list[str]) -> list[str]:
@@ -104,21 +88,10 @@ def grid_cells(cfg: DictConfig) -> list[DictConfig]:
     choices = hydra_config.runtime.choices
     overrides = [entry for entry in hydra_config.overrides.task if entry.partition("=")[0] not in ("grid", *GRID)]
     pruners = cfg.grid.get("pruner") or [choices["pruner"]]
-    patterns = cfg.grid.get("sparsity") or [cfg.sparsity.pattern]
+    patterns = cfg.grid.get("sparsity") or [cfg.sparsity]
     cells = []
     for pruner, pattern in product(pruners, patterns):
-        cell = compose("config", rewrite_sparsity([*overrides, f"pruner={pruner}", f"sparsity={pattern}"]))
+        cell = compose("config", [*overrides, f"pruner={pruner}", f"sparsity={pattern}"])
         cell.label = cell.label or label_of(cell, {**choices, "pruner": pruner}, overrides)
         cells.append(cell)
     return cells
-
-
-def _option(value: str) -> str:
-    """The option of `sparsity` for a value. A file of that name in a folder of options goes before what is registered here."""
-    if value in FILES.values():
-        return value
-    if value in FILES:
-        return FILES[value]
-    name = value if PLAIN.fullmatch(value) else "pattern_" + re.sub(r"[^\w.-]", "_", value[:100].replace(":", "of"))
-    ConfigStore.instance().store(group="sparsity", name=name, node={"pattern": value})
-    return name

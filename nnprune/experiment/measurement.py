@@ -5,6 +5,7 @@ Letters: N rows, T tokens of a row.
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,9 +17,11 @@ from nnprune.calibration import token_hash
 from nnprune.engine import parallel
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.hidden_states import HiddenStates
-from nnprune.evaluation import Evaluator
+from nnprune.evaluation import Evaluator, Logits
 from nnprune.experiment.provenance import now
 from nnprune.records import read_journal, write_journal
+
+log = logging.getLogger(__name__)
 
 
 class Measurement:
@@ -56,7 +59,10 @@ class Measurement:
     def finish(self) -> dict[str, dict[str, float]]:
         """Fingerprint -> metrics. Call it when all rows have passed through all layers. Each evaluator's metrics are saved at once."""
         for key, of_evaluator in self._states.items():
-            evaluator = self.evaluators[key]
+            evaluator, shapes = self.evaluators[key], [states.ids.shape for states in of_evaluator]
+            windows, tokens = sum(rows for rows, _ in shapes), max(length for _, length in shapes)
+            length = f"{tokens}" if len(shapes) == 1 else f"up to {tokens}"
+            log.info("evaluating the %s model: %d windows of %s tokens", self.kind, windows, length)
             own = [self._measured(evaluator, states) for states in of_evaluator]
             parts = [part for of_rank in parallel.gather(own) for part in of_rank if part]
             self.metrics[key] = evaluator.combine(parts) if evaluator.combine else parts[0][1]
@@ -68,9 +74,16 @@ class Measurement:
         if parallel.rank() and not len(states.ids):
             return None
         try:
-            return len(states.ids), evaluator.measure(states.ids, states.logits())
+            return len(states.ids), evaluator.measure(states.ids, self._watched(states))
         except ValueError as error:
             raise ValueError(f"{self.kind} {error}") from error
+
+    def _watched(self, states: HiddenStates) -> Logits:
+        """The logits, with a progress bar of the rows."""
+        with LayerwiseEngine.progress(len(states.ids), f"evaluating the {self.kind} model") as bar:
+            for row, tokens, logits in states.logits():
+                bar.update(row - bar.n)
+                yield row, tokens, logits
 
 
 def rows_hash(rows: Sequence[Tensor]) -> str:

@@ -24,10 +24,10 @@ def record_failure(cfg: DictConfig, experiment: Experiment | None, error: Except
         outputs = OmegaConf.select(cfg, "outputs")
     if not outputs or not isinstance(outputs, str):
         return
-    model, sparsity = config.get("model") or {}, config.get("sparsity") or {}
+    model, pattern, label = config.get("model") or {}, str(config.get("sparsity")), str(config.get("label") or "custom")
     name = str(model.get("name") or Path(str(model.get("path"))).name)
-    identity = {key: value for key, value in config.items() if key not in ("runtime", "outputs")}
-    pattern, label = str(sparsity.get("pattern")), str(config.get("label") or "custom")
+    config["sparsity"] = {"pattern": pattern}
+    identity = {key: value for key, value in config.items() if key not in ("runtime", "outputs", "objective", "tracking")}
     record = RunRecord("failed", fingerprint(identity), name, label, pattern, config=config, error=f"{error}")
     folder = run_folder(outputs, name, pattern, label, record.fingerprint)
     if experiment is not None:

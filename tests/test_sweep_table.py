@@ -1,0 +1,85 @@
+"""What a sweep says at its end, and what a run returns to a sweeper. Under other launchers: test_sweep_command.py."""
+
+import pytest
+
+from nnprune.experiment import sweep_table
+from nnprune.experiment.build import build
+from nnprune.records import RunRecord
+from nnprune.run import _main
+
+
+@pytest.fixture
+def fake_run(monkeypatch):
+    """Runs that measure nothing: `fake_run(perplexity)` says what a config gives."""
+
+    def use(perplexity):
+        def run(cfg):
+            experiment = build(cfg)
+            record = RunRecord("completed", experiment.fingerprint, "demo", experiment.label, str(experiment.pattern))
+            record.metrics = {"text_perplexity": perplexity(cfg), "other_perplexity": 1.0}
+            sweep_table.note(cfg, "skipped" if cfg.pruner.get("damping") == 0.5 else "done", record)
+            return record
+
+        monkeypatch.setattr("nnprune.run.run", run)
+
+    return use
+
+
+def test_the_table_says_what_came_of_each_run(call_main, monkeypatch, fake_run):
+    fake_run(lambda cfg: float(cfg.pruner.damping) * 10)
+    shown = []
+    monkeypatch.setattr(sweep_table, "print", lambda *lines, **_: shown.extend("\n".join(lines).split("\n")), raising=False)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    status, _ = call_main("-m", "pruner.damping=0.2,0.5,0", "sparsity=0.5,3:7")
+    assert status == 1
+    table = [line.split() for line in shown if line]
+    assert table[0] == ["sweep:", "6", "runs,", "2", "done,", "2", "skipped,", "2", "failed"]
+    assert table[1] == ["#", "sparsity", "pruner.damping", "text_perplexity"]
+    assert table[2] == ["\033[1m0", "0.5", "0.2", "2", "done\033[0m"]
+    assert table[4] == ["2", "0.5", "0.5", "5", "skipped"]
+    assert table[6][:5] == ["4", "0.5", "0", "--", "failed:"]
+    assert "pruner.damping=0: must be a number greater than 0" in " ".join(table[6])
+
+
+def test_nothing_is_said_of_a_single_run(call_main, capsys, fake_run):
+    fake_run(lambda cfg: 3.0)
+    assert call_main() == (0, "")
+    assert "sweep:" not in capsys.readouterr().out
+
+
+def test_a_run_returns_its_objective(tiny_config, fake_run):
+    fake_run(lambda cfg: 3.0)
+    assert _main(tiny_config("label=x")) == 3.0
+    cfg = tiny_config("label=x")
+    cfg.evaluation.datasets = {"other": {"path": cfg.evaluation.path}}
+    cfg.objective = "other_perplexity"
+    assert _main(cfg) == 1.0
+
+
+def test_an_objective_that_is_not_measured_is_refused(tiny_config):
+    with pytest.raises(
+        ValueError, match=r"objective=txt_perplexity: is not measured by evaluation; did you mean text_perplexity"
+    ):
+        build(tiny_config("objective=txt_perplexity"))
+
+
+def test_optuna_optimises_and_survives_a_failed_run(call_main, fake_run, monkeypatch):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs the sweeper's extra")
+    fake_run(lambda cfg: (float(cfg.pruner.damping) - 0.03) ** 2)
+    shown = []
+    monkeypatch.setattr(sweep_table, "print", lambda *lines, **_: shown.extend(lines), raising=False)
+    trials = ("hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=1", "hydra.sweeper.sampler.seed=1")
+    status, text = call_main("-m", "hydra/sweeper=optuna", *trials, "pruner.damping=interval(-0.05,0.1)")
+    assert status == 1, "some dampings are negative, and refused"
+    assert "pruner.damping=-0.0" in text
+    assert "sweep: 4 runs, 2 done, 2 failed" in shown[0]
+
+
+def test_a_sweeper_that_is_not_installed_says_what_brings_it(call_main, monkeypatch):
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()  # which registers those that are
+    monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["sweeper"], "optuna.yaml", raising=False)
+    status, message = call_main("-m", "hydra/sweeper=optuna", "seed=0,1")
+    assert (status, message) == (1, "Error: hydra/sweeper=optuna: is not installed; pip install 'nnprune[optuna]'")
