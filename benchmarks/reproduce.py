@@ -94,7 +94,9 @@ def estimate(name: str, pruner: str, hub: Hub, cache: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    print("| model | dense, s | " + " | ".join(f"{p}, s" for p in PRUNERS) + " | row of the table, h | memory, GiB | disk, GiB |")
+    print(
+        "| model | dense, s | " + " | ".join(f"{p}, s" for p in PRUNERS) + " | row of the table, h | memory, GiB | disk, GiB |"
+    )
     for name in sys.argv[1:] or SHAPES:
         with tempfile.TemporaryDirectory() as folder:
             hub, cache = Hub(Path(folder) / "hub"), Path(folder) / "cache"
@@ -106,7 +108,12 @@ def main() -> None:
         cells = {pruner: one["total"] - one["dense_evaluation"] for pruner, one in found.items()}
         hours = (dense + 3 * sum(cells.values())) / 3600
         peaks = [max(one.get(place, 0) for one in found.values()) for place in ("host", "disk")]
-        figures = [f"{dense:.0f}", *(f"{seconds:.0f}" for seconds in cells.values()), f"{hours:.1f}", *(f"{x:.1f}" for x in peaks)]
+        figures = [
+            f"{dense:.0f}",
+            *(f"{seconds:.0f}" for seconds in cells.values()),
+            f"{hours:.1f}",
+            *(f"{x:.1f}" for x in peaks),
+        ]
         print("| " + " | ".join([name, *figures]) + " |", flush=True)
 
 

@@ -10,6 +10,7 @@ from nnprune import records
 from nnprune.report import tables
 from nnprune.report.markdown import EXAMPLE, Block, find_blocks
 from nnprune.report.messages import UsageError, print_table, warn
+from nnprune.report.rendering import to_markdown
 
 README = "README.md"
 DOCUMENTS = [README, "docs/methods.md"]  # all but the first may be missing or without a table
@@ -61,7 +62,7 @@ def render(frame: pd.DataFrame, path: Path, name: str) -> Document:
     blocks = find_blocks(lines, name)
     built = [build_block(frame, block, name) for block in blocks]
     for block, table in reversed(list(zip(blocks, built, strict=True))):  # from below, so that line numbers stay valid
-        body = tables.to_markdown(table)
+        body = to_markdown(table)
         lines[block.start + 1 : block.end] = [end_of_line.join(["", *body.split("\n"), ""])]
     return Document(path, name, old, "".join(lines), built)
 
