@@ -39,6 +39,7 @@ function compare(a, b) {
 /* A table that sorts by a click on a column's name and shows the rows that have all words of its filter. */
 function table(head, rows, { best = [], menus = [], onchoose = null } = {}) {
   const body = make("tbody"), count = make("span"), filter = make("input", { type: "search", placeholder: "Filter rows", "aria-label": "Filter rows", oninput: show });
+  const isNumeric = head.map((_, column) => rows.every((cells) => isMissing(cells[column]) || !Number.isNaN(numberOf(cells[column]))));
   const items = rows.map((cells, index) => ({ cells, index, best: best[index] || [], text: cells.map(textOf).join("\n").toLowerCase() }));
   let sorted = { column: -1, sign: 1 };
   const selects = menus.map((column) => {
@@ -47,7 +48,7 @@ function table(head, rows, { best = [], menus = [], onchoose = null } = {}) {
     values.forEach((value, place) => select.append(make("option", { value: place + 1 }, value)));
     return { column, select, values };
   });
-  const heads = head.map((name, column) => make("th", { scope: "col" }, make("button", { type: "button", onclick: () => sort(column) }, name)));
+  const heads = head.map((name, column) => make("th", { scope: "col", class: isNumeric[column] ? "number" : "" }, make("button", { type: "button", onclick: () => sort(column) }, name)));
   function sort(column) {
     sorted = { column, sign: sorted.column === column ? -sorted.sign : 1 };
     heads.forEach((one, place) => (place === column ? one.setAttribute("aria-sort", sorted.sign > 0 ? "ascending" : "descending") : one.removeAttribute("aria-sort")));
@@ -67,7 +68,7 @@ function table(head, rows, { best = [], menus = [], onchoose = null } = {}) {
     body.replaceChildren(...shown.map(line));
   }
   function line(item) {
-    const cells = item.cells.map((cell, column) => make("td", { class: `${Number.isNaN(numberOf(cell)) && !isMissing(cell) ? "" : "number"}${item.best[column] ? " best" : ""}` }, textOf(cell)));
+    const cells = item.cells.map((cell, column) => make("td", { class: `${isNumeric[column] ? "number" : ""}${item.best[column] ? " best" : ""}` }, textOf(cell)));
     if (!onchoose) return make("tr", {}, ...cells);
     const box = make("input", { type: "checkbox", "aria-label": "compare", onchange: () => { onchoose(item.index, box.checked); row.classList.toggle("chosen", box.checked); } });
     box.checked = chosen.has(item.index);
@@ -126,7 +127,7 @@ function byLayer(run, figures, kind) {
 
 function flatten(value, prefix, found) {
   if (value !== null && typeof value === "object" && !Array.isArray(value)) for (const [key, inner] of Object.entries(value)) flatten(inner, prefix ? `${prefix}.${key}` : key, found);
-  else found.set(prefix, typeof value === "string" ? value : JSON.stringify(value));
+  else found.set(prefix, typeof value === "string" ? value : typeof value === "number" ? String(Number(value.toPrecision(6))) : JSON.stringify(value));
   return found;
 }
 

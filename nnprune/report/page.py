@@ -15,7 +15,7 @@ import pandas as pd
 from nnprune.report import plots, tables
 from nnprune.report.escaping import distinct_names, visible
 from nnprune.report.frame import is_dense
-from nnprune.report.labels import model_key, pretty_sparsity, sparsity_key
+from nnprune.report.labels import DENSE, model_key, pretty_pruner, pretty_sparsity, sparsity_key
 from nnprune.report.messages import UsageError
 from nnprune.report.metrics import pretty_metric
 from nnprune.report.panels import COLOURS
@@ -52,7 +52,7 @@ def build_page(frame: pd.DataFrame, metrics: list[str], filters: dict[str, list[
     details = [_detail(record, name, linears) for record, name in zip(runs.records, runs.names, strict=True)]
     pruned = [index for index, dense in enumerate(runs.dense) if not dense]
     data = {
-        "summary": f"{len(details)} runs of {rows['model'].nunique()} models, the newest finished {max(rows['finished']) or 'once'}.",
+        "summary": f"{len(details)} run(s) of {rows['model'].nunique()} model(s); newest: {visible(max(rows['finished'])) or '--'}",
         "tables": [
             {
                 "title": table.title,
@@ -89,14 +89,16 @@ class _Runs:
 def _runs(rows: pd.DataFrame) -> _Runs:
     """A row for each record. A cell is text, or text and the number that it sorts by."""
     rows = with_methods(rows)
-    methods = method_names(rows)
+    dense = is_dense(rows)
+    methods = method_names(rows[~dense]) | dict.fromkeys(rows["method"][dense], pretty_pruner(DENSE))
     models = distinct_names(sorted(rows["model"].unique(), key=model_key), str)
     metrics = sorted(rows["metric"].unique())
     runs = _Runs(["Model", "Method", "Sparsity", "Seed", *map(pretty_metric, metrics), "Zeros", "Seconds", "GiB", "Finished"])
     groups = [group for _, group in rows.groupby("path")]
     for group in sorted(groups, key=lambda group: _order(group.iloc[0])):
         first, values = group.iloc[0], group.set_index("metric")["value"]
-        name = [models[first["model"]], methods[first["method"]], pretty_sparsity(first["sparsity"])]
+        pattern = pretty_sparsity(first["sparsity"]) if first["sparsity"] != DENSE else "0%"
+        name = [models[first["model"]], methods[first["method"]], pattern]
         seed = visible(first["seed"])
         gib = float(first["peak_host_bytes"]) / GIB if pd.notna(first["peak_host_bytes"]) else math.nan
         figures = [_cell(values.get(metric, math.nan), format_value) for metric in metrics]

@@ -78,7 +78,7 @@ def plot(
     x_title = by or ("seconds" if kind == "pareto" else "sparsity")
     figure.supxlabel(short(x_title), fontsize=10, parse_math=False)
     figure.supylabel(short(pretty_metric(metric)), fontsize=10, parse_math=False)
-    _add_legend(figure, styles, bool(dense), 3 * across)
+    _add_legend(figure, styles, bool(dense), max(3 * across, 4))
     return figure, warnings + more + lines
 
 
