@@ -76,20 +76,24 @@ def build_published_table(frame: pd.DataFrame, metric: str, figures: list[Figure
             ours = [(pretty_pruner(DENSE), dense.get(one.model, math.nan), math.nan)]
         else:
             found = cells[(cells["model"] == one.model) & (cells["sparsity"] == one.sparsity) & ~is_dense(cells)]
-            found = found[[one.method in _names(method) for method in found["method"]]].sort_values("method", key=_keys)
+            is_this = [one.method in _names(method) for method in found["method"]]
+            found = found[pd.Series(is_this, found.index, dtype=bool)].sort_values("method", key=_keys)
             used |= set(found["path"])
             ours = list(zip(map(pretty_method, found["method"]), found["mean"], found["std"], strict=True))
         for name, mean, std in ours or [(pretty_pruner(one.method), math.nan, math.nan)]:
             known = not math.isnan(mean)
             difference = f"{100 * (mean / one.value - 1):+.1f}%" if known and one.value else MISSING
             values = [format_mean(mean, std) if known else MISSING, format_value(one.value), difference]
-            head = [one.model, name, "0%" if one.sparsity == DENSE else pretty_sparsity(one.sparsity)]
-            blocks.setdefault(one.model, []).append(Row(head, values + [one.source] * has_source, [False] * (3 + has_source)))
-    columns = ["Ours", "Published", "Difference", *(["Source"] if has_source else [])]
+            head = [
+                one.model,
+                name,
+                "0%" if one.sparsity == DENSE else pretty_sparsity(one.sparsity),
+                *[one.source] * has_source,
+            ]
+            blocks.setdefault(one.model, []).append(Row(head, values, [False] * 3))
+    head, columns = ["Model", "Method", "Sparsity", *["Source"] * has_source], ["Ours", "Published", "Difference"]
     title = f"{describe(metric)}: ours and published figures"
-    return Table(
-        f"{metric}, published", title, ["Model", "Method", "Sparsity"], columns, list(blocks.values()), len(used), warnings
-    )
+    return Table(f"{metric}, published", title, head, columns, list(blocks.values()), len(used), warnings)
 
 
 def _wanted(figures: list[Figure], metric: str, filters: dict[str, list[str] | None]) -> list[Figure]:
