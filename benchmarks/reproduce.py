@@ -1,6 +1,7 @@
 """The cost estimates of docs/reproduce.md: `plan=true` for each model of a table, on this machine and without a network.
 
-    python -m benchmarks.reproduce [MODEL ...]
+    python -m benchmarks.reproduce [MODEL ...]           seconds, memory and disk
+    python -m benchmarks.reproduce --sizes [MODEL ...]   memory and disk only, in seconds
 
 Where the real repositories can be reached, `python -m nnprune.run experiment=opt_table plan=true` does the same. Here they come
 from a hub on 127.0.0.1, with configurations of the real shapes, a byte tokenizer and texts that make as many windows.
@@ -81,40 +82,48 @@ def make_hub(root: Path, name: str, config: PreTrainedConfig) -> None:
         file.writelines(json.dumps({"text": f"{i} " * 2000}) + "\n" for i in range(200))
 
 
-def estimate(name: str, pruner: str, hub: Hub, cache: Path) -> dict[str, float]:
-    """Seconds by stage and peaks in GiB, from what `plan=true` prints."""
+def ask(hub: Hub, cache: Path, *command: str) -> str:
+    """What a program prints whose models come from the hub."""
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"}
     environment |= {"XDG_CACHE_HOME": str(cache / "own"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "nnprune.run", f"model={name}", f"pruner={pruner}", "plan=true"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=cache)
-    found = {key: float(value) for key, value in re.findall(r"^([a-z_]+) +([\d.]+)$", done.stdout, re.MULTILINE)}
-    if not found:
+    done = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True, cwd=cache)
+    if done.returncode not in (0, 1):  # 1: does not fit this machine
         sys.exit(done.stdout + done.stderr)
-    return found | {key: float(value) for key, value in re.findall(r"(host|disk) ([\d.]+) GiB", done.stdout)}
+    return done.stdout
+
+
+def times(name: str, hub: Hub, cache: Path) -> list[str]:
+    """Seconds of the dense model and of a run with each pruner, hours of the ten runs of the table; GiB of memory and disk."""
+    seconds, peaks, dense = [], {"host": 0.0, "disk": 0.0}, float("inf")
+    for pruner in PRUNERS:
+        told = ask(hub, cache, "nnprune.run", f"model={name}", f"pruner={pruner}", "plan=true")
+        stages = {key: float(value) for key, value in re.findall(r"^([a-z_]+) +([\d.]+)$", told, re.MULTILINE)}
+        dense = min(dense, stages["dense_evaluation"])
+        seconds.append(stages["total"] - stages["dense_evaluation"])
+        for place, value in re.findall(r"(host|disk) ([\d.]+) GiB", told):
+            peaks[place] = max(peaks[place], float(value))
+    hours = (dense + 3 * sum(seconds)) / 3600
+    return [f"{dense:.0f}", *(f"{one:.0f}" for one in seconds), f"{hours:.1f}", *(f"{peak:.1f}" for peak in peaks.values())]
+
+
+def sizes(name: str, hub: Hub, cache: Path) -> list[str]:
+    """GiB of memory and disk of a run of SparseGPT; of memory with layers on disk, where the checkpoint allows it."""
+    found = []
+    for runtime in ["auto"] if name.startswith("opt") else ["auto", "low_memory"]:
+        told = ask(hub, cache, "benchmarks.sizes", f"model={name}", "pruner=sparsegpt", f"runtime={runtime}")
+        found += re.findall(r"(?:host|disk) ([\d.]+) GiB", told)
+    return [f"{float(value):.1f}" for value in found]
 
 
 def main() -> None:
-    print(
-        "| model | dense, s | " + " | ".join(f"{p}, s" for p in PRUNERS) + " | row of the table, h | memory, GiB | disk, GiB |"
-    )
-    for name in sys.argv[1:] or SHAPES:
+    only_sizes = sys.argv[1:2] == ["--sizes"]
+    for name in sys.argv[1 + only_sizes :] or SHAPES:
         with tempfile.TemporaryDirectory() as folder:
             hub, cache = Hub(Path(folder) / "hub"), Path(folder) / "cache"
             cache.mkdir()
             make_hub(hub.root, name, SHAPES[name])
-            found = {pruner: estimate(name, pruner, hub, cache) for pruner in PRUNERS}
+            print("| " + " | ".join([name, *(sizes if only_sizes else times)(name, hub, cache)]) + " |", flush=True)
             hub.close()
-        dense = min(one["dense_evaluation"] for one in found.values())
-        cells = {pruner: one["total"] - one["dense_evaluation"] for pruner, one in found.items()}
-        hours = (dense + 3 * sum(cells.values())) / 3600
-        peaks = [max(one.get(place, 0) for one in found.values()) for place in ("host", "disk")]
-        figures = [
-            f"{dense:.0f}",
-            *(f"{seconds:.0f}" for seconds in cells.values()),
-            f"{hours:.1f}",
-            *(f"{x:.1f}" for x in peaks),
-        ]
-        print("| " + " | ".join([name, *figures]) + " |", flush=True)
 
 
 if __name__ == "__main__":
