@@ -7,7 +7,8 @@ relative to that of one pruner.
 Records are read from outputs/ in the current folder. Records that cannot be used are skipped, each with a line on stderr. Runs
 that differ in a setting have rows of their own, named by that setting.
 
-    nnprune-collect                                         rewrite the marked tables of README.md and docs/methods.md
+    nnprune-collect                                         rewrite the marked tables of README.md and docs/methods.md, or,
+                                                            in a folder without any, print a table for each metric
     nnprune-collect --check                                 write nothing; exit 1 if one of them is out of date
     nnprune-collect --metric demo_perplexity                print one table over all models
     nnprune-collect --models demo -o table.tex              write tables: .md, .tex, .csv or .json
@@ -39,7 +40,7 @@ import pandas as pd
 
 from nnprune import records
 from nnprune.report import output
-from nnprune.report.documents import DOCUMENTS, check, check_known, render_all, rewrite
+from nnprune.report.documents import DOCUMENTS, check, check_known, have_tables, render_all, rewrite
 from nnprune.report.escaping import visible
 from nnprune.report.frame import to_frame
 from nnprune.report.labels import normal_sparsity
@@ -47,6 +48,8 @@ from nnprune.report.messages import NoRecordsError, UsageError, warn
 
 MODES = {"check": "--check", "plot": "--plot", "html": "--html", "bibtex": "--bibtex", "beside": "--beside"}
 FILTERS = ("models", "pruners", "sparsities")
+FOR_DOCUMENTS = {"records", "readme", "check"}
+"""Options that leave it at rewriting or checking marked tables."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,17 +89,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def _given(args: argparse.Namespace) -> set[str]:
+    return {name for name, value in vars(args).items() if value}
+
+
 def _list(text: str) -> list[str]:
     return list(dict.fromkeys(text.split(",")))
 
 
 def _check_together(args: argparse.Namespace, parser: Parser) -> None:
     """Raise UsageError for an option that another one leaves without meaning."""
-    given = {name for name, value in vars(args).items() if value}
+    given = _given(args)
     modes = sorted(given & MODES.keys())
     if len(modes) > 1:
         parser.error(f"{MODES[modes[0]]} and {MODES[modes[1]]} do not go together: run them one after the other")
-    printing = sorted(given - {"records", "readme", "check"})
+    printing = sorted(given - FOR_DOCUMENTS)
     if args.check and printing:
         parser.error(f"--check compares whole files: leave out --{printing[0]}")
     if args.readme and printing:
@@ -153,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
         output.write_bibliography(frame[frame["metric"].isin(metrics)], args.output, filters)
     elif args.beside:
         output.write_published(frame, args, args.metric, filters)
-    elif {name for name, value in vars(args).items() if value} - {"records", "readme", "check"}:
+    elif _given(args) - FOR_DOCUMENTS or not (args.readme or args.check or have_tables()):
         output.write_tables(frame, args, metrics, filters)
     else:
         documents = render_all(frame, args.readme)

@@ -111,6 +111,14 @@ def test_default_files_are_updated_and_checked_together(runs, readme, monkeypatc
     assert collect(runs)[0] == 2 and "Wanda" not in methods.read_text(encoding="utf-8")  # all files or none
 
 
+def test_a_folder_without_marked_tables_gets_them_printed(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert collect(runs) == (0, TABLE + "\ndemo_perplexity: 15 record(s) used\n\n", "")
+    (tmp_path / "README.md").write_text("a project of its own\n", encoding="utf-8")
+    assert collect(runs)[0] == 0 and collect(runs, "--check")[0] == 2
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "a project of its own\n"
+
+
 def test_line_ends_are_kept(runs, readme):
     readme.write_bytes(README.replace("\n", "\r\n").encode())
     collect(runs, "--readme", readme)

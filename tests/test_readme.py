@@ -23,7 +23,7 @@ def commands(program: str) -> list[str]:
 
 
 RUNS = commands(r"python -m nnprune\.run")
-COLLECTS = commands(r"python scripts/collect\.py")
+COLLECTS = commands(r"(?:python scripts/collect\.py|nnprune-collect)")
 FLAGS = ("-m", "--cfg", "job")
 
 

@@ -67,6 +67,15 @@ def render(frame: pd.DataFrame, path: Path, name: str) -> Document:
     return Document(path, name, old, "".join(lines), built)
 
 
+def have_tables() -> bool:
+    """Whether any of the default files is here and speaks of a marked table."""
+    here = [Path(name) for name in DOCUMENTS if Path(name).is_file()]
+    try:
+        return any(b"nnprune:table" in path.read_bytes() for path in here)
+    except OSError:
+        return True  # `render` says what is wrong
+
+
 def render_all(frame: pd.DataFrame, readme: Path | None) -> list[Document]:
     """The file named, or the default ones. All are rendered before any is written, so that an error leaves all alone."""
     if readme is None:
