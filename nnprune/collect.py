@@ -1,15 +1,24 @@
-"""The collector: turns the records of runs into the README's tables, CSV, JSON, LaTeX or a plot. It computes no metric.
+"""The collector: turns the records of runs into tables, plots, a report and a bibliography. It computes no metric.
 
 All arithmetic is the mean and standard deviation over records that differ in nothing but the seed, their mean seconds and
-peak memory, and, where a table asks for it, ln(perplexity / dense perplexity) relative to that of one pruner.
+peak memory, differences to published figures in per cent, and, where a table asks for it, ln(perplexity / dense perplexity)
+relative to that of one pruner.
 
-Records are read from outputs/ in the current folder. Records that cannot be used are skipped, each with a line on stderr.
+Records are read from outputs/ in the current folder. Records that cannot be used are skipped, each with a line on stderr. Runs
+that differ in a setting have rows of their own, named by that setting.
 
-    python scripts/collect.py                               rewrite every marked table of README.md and docs/methods.md
-    python scripts/collect.py --check                       write nothing; exit 1 if a table is out of date
-    python scripts/collect.py --metric demo_perplexity      print one table over all models
-    python scripts/collect.py --format csv > runs.csv       print all records (csv, json) or tables (latex, markdown)
-    python scripts/collect.py --plot sparsity.png           perplexity against sparsity
+    nnprune-collect                                         rewrite the marked tables of README.md and docs/methods.md, or,
+                                                            in a folder without any, print a table for each metric
+    nnprune-collect --check                                 write nothing; exit 1 if one of them is out of date
+    nnprune-collect --metric demo_perplexity                print one table over all models
+    nnprune-collect --models demo -o table.tex              write tables: .md, .tex, .csv or .json
+    nnprune-collect --layout methods --models demo          rows are methods, columns are sparsities
+    nnprune-collect --by pruner.alpha                       columns are the values of a setting
+    nnprune-collect --plot sparsity.png                     lines over fractions of zeros, bars for N:M patterns
+    nnprune-collect --plot pareto.pdf --kind pareto         perplexity against seconds
+    nnprune-collect --html report.html                      one page with tables, plots, layers, settings; needs no network
+    nnprune-collect --beside published.csv                  published figures, with the difference in per cent
+    nnprune-collect --bibtex -o methods.bib                 references of the methods shown
 
 A table in a Markdown file is marked by two lines, and what is between them is replaced:
 
@@ -19,7 +28,7 @@ A table in a Markdown file is marked by two lines, and what is between them is r
 Only `metric` is required. `models`, `pruners` and `sparsities` are comma-separated filters; `models` also orders the columns.
 `layout=methods` makes a table of one model, as in `models=demo`, with sparsities as columns. There `costs=true` adds seconds
 and peak memory, and `relative=sparsegpt` shows ln(perplexity / dense perplexity) divided by that of SparseGPT with the same
-seed.
+seed. More: docs/report.md.
 """
 
 import argparse
@@ -30,11 +39,17 @@ from pathlib import Path
 import pandas as pd
 
 from nnprune import records
-from nnprune.report import exports, plots, tables
-from nnprune.report.documents import DOCUMENTS, check, check_known, render_all, rewrite
+from nnprune.report import output
+from nnprune.report.documents import DOCUMENTS, check, check_known, have_tables, render_all, rewrite
 from nnprune.report.escaping import visible
 from nnprune.report.frame import to_frame
-from nnprune.report.messages import NoRecordsError, UsageError, print_table, warn
+from nnprune.report.labels import normal_sparsity
+from nnprune.report.messages import NoRecordsError, UsageError, warn
+
+MODES = {"check": "--check", "plot": "--plot", "html": "--html", "bibtex": "--bibtex", "beside": "--beside"}
+FILTERS = ("models", "pruners", "sparsities")
+FOR_DOCUMENTS = {"records", "readme", "check"}
+"""Options that leave it at rewriting or checking marked tables."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,23 +59,73 @@ class Parser(argparse.ArgumentParser):
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The options of a command line, `sys.argv` for None. Raises UsageError for those that do not go together."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--records", type=Path, metavar="DIR", help="folder of records (default: outputs/ here)")
-    parser.add_argument(
-        "--readme", type=Path, metavar="FILE", help=f"file with marked tables (default: {', '.join(DOCUMENTS)})"
+    parser = Parser(
+        prog="nnprune-collect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--metric", metavar="NAME", help="this metric only; prints, and leaves files alone")
-    parser.add_argument("--format", choices=["markdown", "csv", "latex", "json"], help="print; leave files alone")
-    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 when a table is out of date")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write a figure; leave files alone")
+    add = parser.add_argument
+    add("--records", type=Path, metavar="DIR", help="folder of records (default: outputs/ here)")
+    add("--readme", type=Path, metavar="FILE", help=f"file with marked tables (default: {', '.join(DOCUMENTS)})")
+    add("--check", action="store_true", help="write nothing, exit 1 when a marked table is out of date")
+    add("--metric", type=_list, metavar="A,B", help="these metrics only; as all options below, leaves files with tables alone")
+    for name in FILTERS:
+        add(f"--{name}", type=_list, metavar="A,B", help=f"these {name} only")
+    add("--layout", choices=["models", "methods"], help="what columns are: models (default), or sparsities of one model")
+    add("--costs", action="store_true", help="with --layout methods: add seconds and peak memory")
+    add("--relative", metavar="PRUNER", help="with --layout methods: ln(perplexity / dense perplexity) relative to PRUNER's")
+    add("--by", metavar="KEY", help="columns, or the x axis of a plot, are the values of a setting such as pruner.alpha")
+    add("--format", choices=sorted(output.SUFFIXES.values()), help="of what is printed (default: markdown) or written")
+    add("-o", "--output", type=Path, metavar="FILE", help="write to a file; its suffix names the format")
+    add("--plot", type=Path, metavar="FILE.png", help="write a figure")
+    add("--kind", choices=["sparsity", "pareto"], help="with --plot: metric over sparsity (default), or against seconds")
+    add("--html", type=Path, metavar="FILE.html", help="write one self-contained page")
+    add(
+        "--beside", type=Path, metavar="FILE.csv", help="set published figures beside ours (model,method,sparsity,metric,value)"
+    )
+    add("--bibtex", action="store_true", help="BibTeX entries of the methods")
     args = parser.parse_args(argv)
-    if args.check and (args.metric or args.format or args.plot):
-        parser.error("--check compares whole files: leave out --metric, --format and --plot")
-    if args.format and args.plot:
-        parser.error("--format and --plot do not go together: run them one after the other")
-    if args.readme and (args.metric or args.format or args.plot):
-        parser.error("--readme is for rewriting or --check: leave it out with --metric, --format and --plot")
+    if args.sparsities:
+        args.sparsities = [normal_sparsity(value) for value in args.sparsities]
+    _check_together(args, parser)
     return args
+
+
+def _given(args: argparse.Namespace) -> set[str]:
+    return {name for name, value in vars(args).items() if value}
+
+
+def _list(text: str) -> list[str]:
+    return list(dict.fromkeys(text.split(",")))
+
+
+def _check_together(args: argparse.Namespace, parser: Parser) -> None:
+    """Raise UsageError for an option that another one leaves without meaning."""
+    given = _given(args)
+    modes = sorted(given & MODES.keys())
+    if len(modes) > 1:
+        parser.error(f"{MODES[modes[0]]} and {MODES[modes[1]]} do not go together: run them one after the other")
+    printing = sorted(given - FOR_DOCUMENTS)
+    if args.check and printing:
+        parser.error(f"--check compares whole files: leave out --{printing[0]}")
+    if args.readme and printing:
+        parser.error(f"--readme is for rewriting or --check: leave it out with --{printing[0]}")
+    mode = modes[0] if modes else "table"
+    allowed = {
+        "layout": ["table"],
+        "by": ["table", "plot"],
+        "costs": ["table"],
+        "relative": ["table"],
+        "format": ["table", "beside"],
+        "output": ["table", "beside", "bibtex"],
+        "kind": ["plot"],
+    }
+    for name, where in allowed.items():
+        if name in given and mode not in where:
+            parser.error(f"--{name} and {MODES.get(mode, 'tables')} do not go together: leave --{name} out")
+    if args.by and (args.layout or args.kind):
+        parser.error(f"--by and --{'layout' if args.layout else 'kind'} do not go together: leave one out")
+    for name in ("costs", "relative"):
+        if name in given and args.layout != "methods":
+            parser.error(f"--{name} is for --layout methods: add that, or leave it out")
 
 
 def load(folder: Path | None) -> pd.DataFrame:
@@ -80,35 +145,29 @@ def load(folder: Path | None) -> pd.DataFrame:
     return frame
 
 
-def print_format(frame: pd.DataFrame, style: str, metrics: list[str]) -> None:
-    """Print a long-form row for each record and metric (csv, json), or a table for each metric (markdown, latex)."""
-    if style in exports.FORMATS:
-        print(exports.FORMATS[style](frame[frame["metric"].isin(metrics)]), end="")
+def run(args: argparse.Namespace) -> int:
+    """Do what the options ask for and return the exit status. Raises UsageError, NoRecordsError."""
+    frame = load(args.records)
+    for metric in args.metric or []:
+        check_known(frame, "metric", metric, "--metric ")
+    metrics = args.metric or sorted(frame["metric"].unique())
+    filters = {name: getattr(args, name) for name in FILTERS}
+    if args.plot:
+        output.write_plot(frame, args.plot, args.metric, args.kind or "sparsity", args.by, filters)
+    elif args.html:
+        output.write_page(frame, args.html, metrics, filters)
+    elif args.bibtex:
+        output.write_bibliography(frame[frame["metric"].isin(metrics)], args.output, filters)
+    elif args.beside:
+        output.write_published(frame, args, args.metric, filters)
+    elif _given(args) - FOR_DOCUMENTS or not (args.readme or args.check or have_tables()):
+        output.write_tables(frame, args, metrics, filters)
     else:
-        built = [tables.build_table(frame, metric) for metric in metrics]
-        warn([line for table in built for line in table.warnings])
-        for table in built:
-            print_table(table) if style == "markdown" else print(tables.to_latex(table))
-
-
-def plot(frame: pd.DataFrame, path: Path, metric: str | None) -> None:
-    """Write the plot of one metric, by default the only perplexity. Raises UsageError when that is impossible."""
-    if path.suffix.lower() not in plots.SUFFIXES:
-        raise UsageError(f"--plot {path}: unknown suffix '{path.suffix}'; use one of {', '.join(plots.SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise UsageError(f"--plot {path}: the folder {path.parent} does not exist; make it first")
-    candidates = [metric] if metric else sorted(m for m in frame["metric"].unique() if m.endswith("perplexity"))
-    if len(candidates) != 1:
-        raise UsageError(f"--plot {path}: which metric? add --metric NAME, one of {sorted(frame['metric'].unique())}")
-    try:
-        warn(plots.plot_sparsity(frame, candidates[0], path))
-    except ValueError as error:
-        raise UsageError(f"--plot {path}: {error}") from error
-    except OSError as error:
-        raise UsageError(f"--plot {path}: cannot be written ({error.strerror}); name another file") from error
-    except ModuleNotFoundError as error:
-        raise UsageError(f"--plot {path}: {error.name} is missing; pip install nnprune[dev]") from error
-    print(f"{path}: {candidates[0]} against sparsity")
+        documents = render_all(frame, args.readme)
+        if args.check:
+            return check(documents)
+        rewrite(documents)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -116,24 +175,10 @@ def main(argv: list[str] | None = None) -> int:
     with suppress(AttributeError):  # names from records must not stop a terminal of another encoding
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        args = parse_args(argv)
-        frame = load(args.records)
-        if args.metric:
-            check_known(frame, "metric", args.metric, "--metric ")
-        metrics = [args.metric] if args.metric else sorted(frame["metric"].unique())
-        if args.plot:
-            plot(frame, args.plot, args.metric)
-        elif args.format or args.metric:
-            print_format(frame, args.format or "markdown", metrics)
-        else:
-            documents = render_all(frame, args.readme)
-            if args.check:
-                return check(documents)
-            rewrite(documents)
+        return run(parse_args(argv))
     except (UsageError, NoRecordsError) as error:
-        print(f"collect.py: {visible(str(error))}", file=sys.stderr)
+        print(f"nnprune-collect: {visible(str(error))}", file=sys.stderr)
         return 1 if isinstance(error, NoRecordsError) else 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -96,7 +96,9 @@ def test_default_files_are_updated_and_checked_together(runs, readme, monkeypatc
     assert collect(runs, "--check")[:2] == (0, "README.md: 2 table(s) match the records\n")
     marker = "<!-- nnprune:table metric=demo_perplexity models=opt-125m layout=methods -->\n"
     methods.write_text(marker, encoding="utf-8")
-    assert collect(runs)[2] == "collect.py: docs/methods.md:1: table without an end; add <!-- /nnprune:table --> below it\n"
+    assert (
+        collect(runs)[2] == "nnprune-collect: docs/methods.md:1: table without an end; add <!-- /nnprune:table --> below it\n"
+    )
     methods.write_text(marker + "<!-- /nnprune:table -->\n", encoding="utf-8")
     status, out, _ = collect(runs, "--check")
     assert status == 1 and out.startswith("--- docs/methods.md\n") and "README.md" not in out
@@ -107,6 +109,14 @@ def test_default_files_are_updated_and_checked_together(runs, readme, monkeypatc
     readme.write_text(README.replace("metric=demo_perplexity -->", "metric=nothing -->"), encoding="utf-8")
     methods.write_text(marker + "<!-- /nnprune:table -->\n", encoding="utf-8")
     assert collect(runs)[0] == 2 and "Wanda" not in methods.read_text(encoding="utf-8")  # all files or none
+
+
+def test_a_folder_without_marked_tables_gets_them_printed(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert collect(runs) == (0, TABLE + "\ndemo_perplexity: 15 record(s) used\n\n", "")
+    (tmp_path / "README.md").write_text("a project of its own\n", encoding="utf-8")
+    assert collect(runs)[0] == 0 and collect(runs, "--check")[0] == 2
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "a project of its own\n"
 
 
 def test_line_ends_are_kept(runs, readme):
@@ -121,7 +131,7 @@ def test_csv_and_json_parse_back(runs):
     rows = list(csv.DictReader(io.StringIO(collect(runs, "--format", "csv")[1])))
     objects = json.loads(collect(runs, "--format", "json")[1])
     assert len(rows) == len(objects) == 15
-    assert list(rows[0]) == list(objects[0]) == [*frame_module.COLUMNS, "num_seeds", "mean", "std"]
+    assert list(rows[0]) == list(objects[0]) == [*frame_module.COLUMNS, "num_seeds", "mean", "std", "variant"]
     for row, item in zip(rows, objects, strict=True):
         assert row["path"] == item["path"] and float(row["value"]) == item["value"]
     one = next(item for item in objects if (item["pruner"], item["model"]) == ("alps", "opt-125m"))
@@ -148,8 +158,23 @@ def test_values_that_json_lacks_become_null(tmp_path):
         (["--plot", "nowhere/figure.png"], "the folder nowhere does not exist"),
         (["--format", "xml"], "--format: invalid choice: 'xml'"),
         (["--check", "--metric", "demo_perplexity"], "--check compares whole files"),
+        (["--check", "--by", "pruner.alpha"], "--check compares whole files: leave out --by"),
+        (["--check", "--html", "a.html"], "--check and --html do not go together"),
         (["--format", "csv", "--plot", "a.png"], "--format and --plot do not go together"),
+        (["--html", "a.html", "-o", "b.md"], "--output and --html do not go together"),
+        (["--bibtex", "--by", "pruner.alpha"], "--by and --bibtex do not go together"),
         (["--metric", "demo_perplexity", "--readme", "a.md"], "--readme is for rewriting"),
+        (["--kind", "pareto"], "--kind and tables do not go together"),
+        (["--costs"], "--costs is for --layout methods"),
+        (["--layout", "models", "--relative", "wanda"], "--relative is for --layout methods"),
+        (["--layout", "methods", "--relative", "ria"], "--relative ria: no record has this pruner; known: alps, dense"),
+        (["--by", "pruner.alpha", "--layout", "methods"], "--by and --layout do not go together"),
+        (["--by", "pruner.alpha"], "--by pruner.alpha: no record has this setting; those in which records differ: none"),
+        (["-o", "table.docx"], "-o table.docx: unknown suffix '.docx'; use one of .md, .tex, .csv, .json"),
+        (["-o", "nowhere/table.md"], "-o nowhere/table.md: the folder nowhere does not exist"),
+        (["--html", "nowhere/report.html"], "--html nowhere/report.html: the folder nowhere does not exist"),
+        (["--models", "demo", "--html", "report.html"], "--html: no record passes --models"),
+        (["--layout", "methods", "-o", "table.csv"], "csv and json have a row for each record; leave --layout out"),
         (["--readme", "nowhere.md"], "--readme nowhere.md: No such file"),
         (["--records", "nowhere"], "--records nowhere: no such folder"),
     ],
@@ -172,7 +197,7 @@ def test_as_a_program_without_records_and_without_torch(tmp_path):
     code += "finally: assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("collect.py: no completed records under ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("nnprune-collect: no completed records under ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("program", [[str(SCRIPT)], ["-m", "nnprune.collect"]], ids=["script", "module"])

@@ -31,6 +31,8 @@ def test_wheel_holds_conf_and_the_demo(unpacked):
         p.name for p in demo.iterdir()
     }
     assert (demo / "model.safetensors").stat().st_size < 8_000_000
+    report = {path.name for path in (unpacked / "nnprune" / "report").iterdir()}
+    assert {"page.html", "page.css", "page.js", "methods.bib"} <= report
     assert not (unpacked / "tests").exists()
     assert (unpacked / "nnprune" / "py.typed").is_file()
 

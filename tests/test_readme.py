@@ -32,7 +32,7 @@ def commands(program: str) -> list[str]:
 
 
 RUNS = commands(r"python -m nnprune\.run")
-COLLECTS = commands(r"(?:python scripts/collect\.py|python -m nnprune\.collect)")
+COLLECTS = commands(r"(?:python scripts/collect\.py|python -m nnprune\.collect|nnprune-collect)")
 CHECKS = commands("(?:nnprune-check|python -m nnprune.check)")
 FILES = commands("python")
 FLAGS = ("-m", "--cfg", "job")

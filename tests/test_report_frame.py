@@ -50,15 +50,28 @@ def test_the_newest_record_of_a_seed_counts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("other", "name"),
     [
-        config(2, pruner={"alpha": 0.7}),
-        {"config": {**config(2)["config"], "calibration": {"num_samples": 16, "seed": 2}}},
-        {**config(2), "evaluation_hashes": {"demo": "feedfeedfeedfeed"}},
+        (config(2, pruner={"alpha": 0.7}), "alpha=0.7"),
+        ({"config": {**config(2)["config"], "calibration": {"num_samples": 16, "seed": 2}}}, "num_samples=16"),
     ],
 )
-def test_what_differs_in_more_than_the_seed_is_not_averaged(tmp_path, other):
+def test_what_differs_in_a_setting_is_a_row_of_its_own(tmp_path, other, name):
     folder = tmp_path / "o"
+    for seed in (0, 1):
+        write_record(folder / f"s{seed}", value=20.0 + seed, **config(seed))
+    write_record(folder / "other", value=99.0, **other)
+    for age in ("2026-11-21T19:00:00+00:00", "2026-11-21T21:00:00+00:00"):  # whichever is newer
+        write_record(folder / "other", value=99.0, finished=age, **other)
+        status, out, err = collect(folder, "--metric", "demo_perplexity")
+        assert (status, err) == (0, "")
+        rows = dict(re.findall(r"\| \*\*(Wanda.*?)\*\* \| 50% \| (.*?) \|", out))
+        plain = "Wanda (num_samples=8)" if "samples" in name else "Wanda"  # it has no alpha at all
+        assert rows == {plain: "**20.5 ± 0.7**", f"Wanda ({name})": "99.00"}
+
+
+def test_what_differs_in_its_evaluation_competes_and_is_not_averaged(tmp_path):
+    folder, other = tmp_path / "o", {**config(2), "evaluation_hashes": {"demo": "feedfeedfeedfeed"}}
     for seed in (0, 1):
         write_record(folder / f"s{seed}", value=20.0 + seed, finished="2026-11-21T20:01:00+00:00", **config(seed))
     write_record(folder / "other", value=99.0, finished="2026-11-21T20:00:00+00:00", **other)

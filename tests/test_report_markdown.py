@@ -115,7 +115,7 @@ def test_a_file_that_is_no_text_or_cannot_be_written(runs, tmp_path, monkeypatch
     readme = tmp_path / "README.md"
     readme.write_bytes(b"\xff\xfe")
     status, out, err = collect(runs, "--readme", readme)
-    assert (status, out, err) == (2, "", f"collect.py: --readme {readme}: is no UTF-8 text; name a Markdown file\n")
+    assert (status, out, err) == (2, "", f"nnprune-collect: --readme {readme}: is no UTF-8 text; name a Markdown file\n")
     readme.write_text(MARKED)
 
     def refuse(*arguments, **options):
@@ -125,6 +125,6 @@ def test_a_file_that_is_no_text_or_cannot_be_written(runs, tmp_path, monkeypatch
     status, _, err = collect(runs, "--readme", readme)
     assert (status, err) == (
         2,
-        f"collect.py: {readme}: cannot be written (Permission denied); make it writable, or make room\n",
+        f"nnprune-collect: {readme}: cannot be written (Permission denied); make it writable, or make room\n",
     )
     assert readme.read_text() == MARKED

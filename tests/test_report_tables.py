@@ -8,6 +8,7 @@ from support.records import collect, config, demo_table, write_record, write_run
 from nnprune.records import read_all
 from nnprune.report import frame as frame_module
 from nnprune.report import tables
+from nnprune.report.rendering import to_latex
 
 
 @pytest.fixture
@@ -94,8 +95,9 @@ def test_layout_of_methods_without_records(tmp_path, methods):
 
 def test_layout_of_methods_in_latex(methods):
     frame, _ = frame_module.to_frame(read_all(methods)[0])
-    latex = tables.to_latex(tables.build_methods_table(frame, "demo_perplexity", "demo", costs=True))
-    assert r"\caption{demo\_perplexity, demo}" in latex and r"\begin{tabular}{lrrrrrr}" in latex
+    latex = to_latex(tables.build_methods_table(frame, "demo_perplexity", "demo", costs=True))
+    assert r"\caption{Demo perplexity, lower is better: demo}" in latex and r"\label{tab:demo-perplexity-demo}" in latex
+    assert r"\begin{tabular}{lrrrrrr}" in latex
     assert r"Wanda + refit & \textbf{21.0 $\pm$ 1.4} & -- & -- & 4.5 & 2.0 & -- \\" in latex
 
 
@@ -115,7 +117,11 @@ def test_latex(tmp_path):
     runs = write_runs(tmp_path / "outputs")
     write_record(runs / "odd", model="a_b", pruner="my_50%_pruner")
     out = collect(runs, "--format", "latex")[1]
-    assert r"\caption{demo\_perplexity}" in out and r"\begin{tabular}{llrrr}" in out
+    assert (
+        r"\caption{Demo perplexity, lower is better}" in out
+        and r"\label{tab:demo-perplexity}" in out
+        and r"\begin{tabular}{llrrr}" in out
+    )
     body = out[out.index(r"\toprule") : out.index(r"\bottomrule")]
     rows = [line.strip().removesuffix(r" \\").split(" & ") for line in body.splitlines() if " & " in line]
     assert rows[0] == ["Method", "Sparsity", r"a\_b", "opt-125m", "opt-350m"]

@@ -10,6 +10,7 @@ from nnprune import records
 from nnprune.report import tables
 from nnprune.report.markdown import EXAMPLE, Block, find_blocks
 from nnprune.report.messages import UsageError, print_table, warn
+from nnprune.report.rendering import to_markdown
 from nnprune.report.task_tables import build_tasks_table
 
 README = "README.md"
@@ -68,9 +69,18 @@ def render(frame: pd.DataFrame, path: Path, name: str) -> Document:
     blocks = find_blocks(lines, name)
     built = [build_block(frame, block, name) for block in blocks]
     for block, table in reversed(list(zip(blocks, built, strict=True))):  # from below, so that line numbers stay valid
-        body = tables.to_markdown(table)
+        body = to_markdown(table)
         lines[block.start + 1 : block.end] = [end_of_line.join(["", *body.split("\n"), ""])]
     return Document(path, name, old, "".join(lines), built)
+
+
+def have_tables() -> bool:
+    """Whether any of the default files is here and speaks of a marked table."""
+    here = [Path(name) for name in DOCUMENTS if Path(name).is_file()]
+    try:
+        return any(b"nnprune:table" in path.read_bytes() for path in here)
+    except OSError:
+        return True  # `render` says what is wrong
 
 
 def render_all(frame: pd.DataFrame, readme: Path | None) -> list[Document]:

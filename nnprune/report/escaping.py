@@ -20,17 +20,19 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def distinct_names(labels: Iterable[str], pretty: Callable[[str], str], reserved: Iterable[str] = ()) -> dict[str, str]:
+def distinct_names(
+    labels: Iterable[str], pretty: Callable[[str], str], plain: Callable[[str], str] = str, reserved: Iterable[str] = ()
+) -> dict[str, str]:
     """Label -> `pretty(label)`, visible and unique, in the order of `labels`.
 
-    Labels with the same pretty name, or with a `reserved` one, are shown as they are; those that still look alike are
+    Labels with the same pretty name, or with a `reserved` one, are shown as `plain(label)`; those that still look alike are
     numbered in sorted order.
     """
     names = {label: visible(pretty(label)) for label in labels}
     uses = Counter(map(_appearance, [*names.values(), *reserved]))
     used, unique = set(map(_appearance, reserved)), {}
     for label, name in sorted(names.items()):
-        first = (name if uses[_appearance(name)] == 1 else visible(label)) or UNNAMED
+        first = (name if uses[_appearance(name)] == 1 else visible(plain(label))) or UNNAMED
         name, number = first, 1
         while _appearance(name) in used:
             number += 1

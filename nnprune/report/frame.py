@@ -1,9 +1,10 @@
 """Turns records into one long frame, and chooses which of its rows a table or a plot shows.
 
-A *cell* is one (model, pruner, sparsity) of one metric. An *experiment* is all records of a cell whose configs differ in
-nothing but the seed, the newest record of each seed. Where experiments compete for a cell, the one with the newest
-`finished` is shown: the mean over its seeds and their sample standard deviation. That, the mean accuracy over a record's tasks,
-and on demand a perplexity relative to another pruner's, is all that is computed here.
+A *cell* is one (model, method, sparsity) of one metric; runs of one pruner that differ in a setting are of several methods
+(variants.py). An *experiment* is all records of a cell whose configs differ in nothing but the seed, the newest record of each
+seed. Where experiments compete for a cell, the one with the newest `finished` is shown: the mean over its seeds and their
+sample standard deviation. That, the mean accuracy over a record's tasks, and on demand a perplexity relative to another pruner's,
+is all that is computed here.
 """
 
 import math
@@ -15,11 +16,14 @@ import pandas as pd
 from nnprune import records
 from nnprune.report.labels import DENSE, normal_sparsity
 from nnprune.report.validation import find_fault
+from nnprune.report.variants import plain_method, setting_text, settings_of, with_methods
 
-CELL = ["model", "pruner", "sparsity"]
+CELL = ["model", "method", "sparsity"]
+NAMES = ["model", "pruner", "sparsity"]
 FIGURES = ["value", "stderr", "dense_value", "linear_sparsity", "seconds_total"]
 PEAKS = ["peak_host_bytes", "peak_device_bytes"]
-COLUMNS = [*CELL, "metric", *FIGURES, *PEAKS, "fingerprint", "finished", "path", "experiment", "seed"]
+COLUMNS = [*NAMES, "metric", *FIGURES, *PEAKS, "fingerprint", "finished", "path", "experiment", "seed"]
+OBJECTS = ["record"]  # columns that are no plain values: the record itself, a dict
 FRACTIONS = ("accuracy", "acc", "acc_norm", "exact_match", "f1")
 """How names of metrics end that are fractions of what is right; tables show them in per cent."""
 
@@ -29,7 +33,7 @@ SAME_EXPERIMENT = ("seed", *records.NOT_SCIENCE)  # settings in which records of
 def to_frame(found: list[dict[str, Any]]) -> tuple[pd.DataFrame, list[str]]:
     """One row per completed run and metric, oldest first, and one line for each record that is not in the frame.
 
-    `found` is from `records.read_all`. Columns are `COLUMNS`, in units of the metric, seconds, bytes, and `num_seeds`, `mean`
+    `found` is from `records.read_all`. Columns are `COLUMNS` and `OBJECTS`, in units of the metric, seconds, bytes, and `num_seeds`, `mean`
     and `std` of the row's experiment, `std` the sample standard deviation, NaN for a single seed.
 
     Records of one seed that differ in what no config shows, such as the text in a file, are experiments of their own:
@@ -45,8 +49,10 @@ def to_frame(found: list[dict[str, Any]]) -> tuple[pd.DataFrame, list[str]]:
     usable.sort(key=lambda record: (_instant(record["finished"]), record["path"]))
     runs, replaced = _newest_of_each_run(usable)
     rows = [row for record in runs for row in _record_rows(record)]
-    frame = pd.DataFrame(rows, columns=COLUMNS).astype({**dict.fromkeys(FIGURES, float), **dict.fromkeys(PEAKS, "Int64")})
-    age = frame.groupby([*CELL, "metric", "experiment", "seed"]).cumcount(ascending=False)
+    frame = pd.DataFrame(rows, columns=[*COLUMNS, *OBJECTS]).astype(
+        {**dict.fromkeys(FIGURES, float), **dict.fromkeys(PEAKS, "Int64")}
+    )
+    age = frame.groupby([*NAMES, "metric", "experiment", "seed"]).cumcount(ascending=False)
     frame["experiment"] = frame["experiment"].where(age == 0, frame["experiment"] + "-" + age.astype(str))
     return _with_seed_statistics(frame), problems + replaced
 
@@ -92,7 +98,7 @@ def _names(record: dict[str, Any]) -> str:
 
 def _with_seed_statistics(frame: pd.DataFrame) -> pd.DataFrame:
     """The frame with the number of seeds, the mean and the standard deviation of the experiment of each row."""
-    values = frame.groupby([*CELL, "metric", "experiment"])["value"]
+    values = frame.groupby([*NAMES, "metric", "experiment"])["value"]
     num_seeds = values.transform("size").astype(int)
     complete = values.transform("count") == num_seeds  # if one seed has no figure, the others' mean would mislead
     mean = frame["value"].where(num_seeds == 1, values.transform("mean").where(complete))
@@ -136,6 +142,7 @@ def _record_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
             "fingerprint": record["fingerprint"],
             "finished": record["finished"] or "",
             "path": record["path"],
+            "record": record,
             **_experiment_and_seed(record, metric),
         }
         for metric, (value, stderr) in records.with_stderr(metrics).items()
@@ -167,19 +174,23 @@ def is_dense(rows: pd.DataFrame) -> pd.Series:
     return (rows["pruner"] == DENSE) & (rows["sparsity"] == DENSE)
 
 
-def newest_experiments(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """Those rows of one metric that belong to the newest experiment of their cell, and a line for each contested cell."""
-    warnings = []
-    for names, group in rows.groupby(CELL):
+def newest_experiments(rows: pd.DataFrame, by: str | None = None) -> tuple[pd.DataFrame, list[str]]:
+    """Those rows of one metric that belong to the newest experiment of their cell, and a line for each contested cell.
+
+    They have `method` and `variant` (variants.py). With `by`, a setting, each value of it (the column `by`) makes other cells.
+    """
+    rows, cell, warnings = with_methods(rows, by), [*CELL, *(["by"] if by else [])], []
+    for (model, method, *others), group in rows.groupby(cell):
+        name = " / ".join([model, plain_method(method), *others])
         newest = group.drop_duplicates("experiment", keep="last")  # rows are in order of time
         if len(newest) > 1:
             last = newest.iloc[-1]
             seeds = f" ({last['num_seeds']} seeds)" if last["num_seeds"] > 1 else ""
             warnings.append(
-                f"{' / '.join(names)}: {len(newest)} experiments compete ({', '.join(newest['fingerprint'])}); "
+                f"{name}: {len(newest)} experiments compete ({', '.join(newest['fingerprint'])}); "
                 f"shown is the newest, {last['fingerprint']}{seeds}: {last['path']}"
             )
-    return rows[rows["experiment"] == rows.groupby(CELL)["experiment"].transform("last")], warnings
+    return rows[rows["experiment"] == rows.groupby(cell)["experiment"].transform("last")], warnings
 
 
 def relative_to(rows: pd.DataFrame, pruner: str) -> pd.DataFrame:
@@ -191,7 +202,8 @@ def relative_to(rows: pd.DataFrame, pruner: str) -> pd.DataFrame:
     ratios = rows["value"] / rows["dense_value"]
     x = ratios.map(lambda ratio: math.log(ratio) if ratio > 0 else math.nan)
     key = pd.MultiIndex.from_frame(rows[["model", "sparsity", "seed"]])
-    reference = x.set_axis(key)[(rows["pruner"] == pruner).to_numpy()].reindex(key)
+    reference = x.set_axis(key)[(rows["pruner"] == pruner).to_numpy()]
+    reference = reference[~reference.index.duplicated(keep="last")].reindex(key)  # the newest of its variants
     return _with_seed_statistics(rows.assign(value=x / reference.to_numpy(), dense_value=rows["dense_value"] * 0))
 
 
@@ -214,3 +226,13 @@ def dense_disagreements(rows: pd.DataFrame, metric: str) -> list[str]:
         for model, low, high in extremes.itertuples()
         if high - low > 0.01 * abs(low)
     ]
+
+
+def with_setting(rows: pd.DataFrame, key: str) -> tuple[pd.DataFrame, list[str]]:
+    """The rows whose config has the setting `key`, with its value as text in the column `by`, and a line about the others."""
+    settings = [settings_of(record["config"]) for record in rows["record"]]
+    has = pd.Series([key in one for one in settings], index=rows.index, dtype=bool)
+    values = pd.Series([setting_text(one.get(key)) for one in settings], index=rows.index, dtype=object)
+    left_out = sorted(set(rows["pruner"][~has & ~is_dense(rows)]))
+    lines = [f"--by {key}: not shown are runs without this setting, of {', '.join(left_out)}"] if left_out else []
+    return rows.assign(by=values)[has | is_dense(rows)], lines

@@ -74,9 +74,14 @@ def _parts(label: str) -> list[str]:
 
 
 def model_key(name: str) -> tuple[bool, list[str | float], str]:
-    """Sort key: the demo first, then natural order with size units: opt-125m < opt-350m < opt-1.3b < opt-13b."""
-    parts: list[Any] = re.split(r"(\d+(?:\.\d+)?(?:[kmbt](?![a-z]))?)", name.lower())
+    """Sort key: the demo first, then natural order."""
+    return name != "demo", natural_key(name), name
+
+
+def natural_key(text: str) -> list[str | float]:
+    """Sort key: numbers as numbers, with size units: opt-125m < opt-350m < opt-1.3b < opt-13b."""
+    parts: list[Any] = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?(?:[kmbt](?![a-z]))?)", text.lower())
     for i in range(1, len(parts), 2):  # re.split puts the captured numbers at odd indices
         unit = UNITS.get(parts[i][-1])
         parts[i] = float(parts[i][:-1]) * unit if unit else float(parts[i])
-    return name != "demo", parts, name
+    return parts

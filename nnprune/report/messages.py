@@ -3,7 +3,8 @@
 import sys
 
 from nnprune.report.escaping import visible
-from nnprune.report.tables import Table, to_markdown
+from nnprune.report.rendering import to_markdown
+from nnprune.report.tables import Table
 
 
 class UsageError(Exception):

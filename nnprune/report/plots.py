@@ -3,130 +3,144 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from nnprune.report import labels
-from nnprune.report.escaping import distinct_names, shorten, visible
-from nnprune.report.frame import CELL, dense_values, is_dense, newest_experiments
+from nnprune.report.escaping import distinct_names
+from nnprune.report.frame import CELL, dense_values, is_dense, with_setting
+from nnprune.report.metrics import higher_is_better, pretty_metric
+from nnprune.report.panels import LARGEST, Styles, draw_bars, draw_lines, draw_pareto, draw_setting, format_axes, short
+from nnprune.report.tables import select, sparsity_names
+from nnprune.report.variants import plain_method
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".pdf", ".svg")
-# Okabe and Ito's palette, which colour-blind readers can tell apart too.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F6A00", "#444444"]
-LINE_STYLES = ["-", ":", "-."]  # for the second and third eight pruners
-PATTERN_MARKERS = "sD^vPX*"
-HOLLOW = {"markerfacecolor": "none", "markeredgewidth": 1.5, "markersize": 7, "linestyle": "none", "zorder": 3}
 GREY = "#666666"
-SMALLEST, LARGEST = 1e-30, 1e30  # what a logarithmic axis shows without overflow
-LONGEST_NAME = 60  # characters, so that the legend leaves room for the panels
+SMALLEST = 1e-30  # what a logarithmic axis shows without overflow, up to LARGEST
+KINDS = ("sparsity", "pareto")
 
 
-def plot_sparsity(frame: pd.DataFrame, metric: str, path: Path) -> list[str]:
-    """Draw `metric` against sparsity to `path`, a panel for each model and a line for each pruner; returns warnings.
+@dataclass
+class Panel:
+    """One pair of axes: its title, its cells, and the function that draws them."""
 
-    Points are means over seeds, bars their standard deviation. N:M patterns are hollow markers at their fraction of zeros,
-    1 - N/M; dense is a dashed line. Raises ValueError when there is nothing to draw, OSError when `path` cannot be written.
+    title: str
+    cells: pd.DataFrame
+    draw: Callable[[Axes, pd.DataFrame, Styles], None]
+    dense: float | None
+
+
+def plot(
+    frame: pd.DataFrame, metric: str, kind: str = "sparsity", by: str | None = None, **filters: list[str] | None
+) -> tuple[Figure, list[str]]:
+    """A figure of `metric`, and warnings. Filters are those of tables.py.
+
+    `sparsity`: for each model lines over fractions of zeros, where it has more than one, and bars for N:M patterns beside the
+    fraction that has as many zeros. `pareto`: a panel for each model and sparsity, `metric` against seconds; the dashed line
+    joins the methods that none beats in both. `by`: a panel for each model and sparsity, lines over a setting that is a number.
+
+    Values are means over seeds, bars at them their standard deviation; the dense model is a dashed line. Raises ValueError when
+    there is nothing to draw.
     """
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
-    rows, warnings = newest_experiments(frame[frame["metric"] == metric])
-    cells = rows.drop_duplicates(CELL, keep="last")  # `mean` and `std` are those over all seeds
-    can_be_drawn = cells["mean"].between(SMALLEST, LARGEST)
-    for *names, mean in cells.loc[~can_be_drawn, [*CELL, "mean"]].itertuples(index=False):
-        warnings.append(f"{' / '.join(names)}: not drawn, a logarithmic axis cannot show {metric} {mean:g}")
-    cells = cells[can_be_drawn]
-    if cells.empty:
-        raise ValueError(f"no record has a positive, finite {metric} to draw; choose another with --metric")
-    dense = {model: value for model, value in dense_values(cells)[0].items() if SMALLEST <= value <= LARGEST}
+    rows, warnings = frame[frame["metric"] == metric], []
+    if by:
+        rows, warnings = with_setting(rows, by)
+    rows, more = select(rows, metric, filters, by)
+    rows["seconds"] = rows.groupby([*CELL, *(["by"] if by else [])])["seconds_total"].transform("mean")
+    cells = rows.drop_duplicates([*CELL, *(["by"] if by else [])], keep="last")  # `mean` and `std` are those over all seeds
+    cells, lines = _drawable(cells, metric, kind)
+    dense = {model: value for model, value in dense_values(cells)[0].items() if _is_drawable(value, metric)}
     pruned = cells[~is_dense(cells)]
-    pruners = sorted(pruned["pruner"].unique(), key=labels.pruner_key)
-    styles = {p: (COLOURS[i % 8], LINE_STYLES[i // 8 % 3]) for i, p in enumerate(pruners)}
-    patterns = sorted((s for s in pruned["sparsity"].unique() if ":" in s), key=labels.sparsity_key)
-    names = distinct_names(pruners, _pretty_pruner, reserved=[_pretty_pruner(labels.DENSE), *patterns])
-    shapes = {pattern: PATTERN_MARKERS[i % len(PATTERN_MARKERS)] for i, pattern in enumerate(patterns)}
-
-    models = sorted(cells["model"].unique(), key=labels.model_key)
-    titles = distinct_names(models, _short)
-    columns = 2 if len(models) == 4 else min(len(models), 3)
-    lines = math.ceil(len(models) / columns)
-    figure = Figure(figsize=(max(4.2 * columns, 5.4), 3.4 * lines + 0.7), layout="constrained")
-    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axes in panels[len(models) :]:
+    styles = Styles(pruned)
+    panels = _panels(cells, pruned, kind, by, dense)
+    across = 4 if len(panels) == 8 else 2 if len(panels) in (2, 4) else min(len(panels), 3)
+    down = math.ceil(len(panels) / across)
+    figure = Figure(figsize=(max(4.2 * across, 5.4), 3.4 * down + 0.7), layout="constrained")
+    grid = list(figure.subplots(down, across, squeeze=False).flat)
+    for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    for axes, model in zip(panels, models, strict=False):
-        _draw_panel(axes, pruned[pruned["model"] == model], styles, shapes, dense.get(model))
-        axes.set_title(titles[model], fontsize=11, fontweight="bold", parse_math=False)
-    figure.supxlabel("sparsity", fontsize=10)
-    figure.supylabel(_short(metric.replace("_", " ")), fontsize=10, parse_math=False)
-    _add_legend(figure, {names[pruner]: style for pruner, style in styles.items()}, shapes, bool(dense), 3 * columns)
-    figure.savefig(path, dpi=150)
-    return warnings
+    for axes, panel in zip(grid, panels, strict=False):
+        panel.draw(axes, panel.cells, styles)
+        if panel.dense is not None:
+            axes.axhline(panel.dense, color=GREY, linestyle="--", linewidth=1.2, zorder=1)
+        axes.set_title(panel.title, fontsize=11, fontweight="bold", parse_math=False)
+        format_axes(axes, higher_is_better(metric))
+    x_title = by or ("seconds" if kind == "pareto" else "sparsity")
+    figure.supxlabel(short(x_title), fontsize=10, parse_math=False)
+    figure.supylabel(short(pretty_metric(metric)), fontsize=10, parse_math=False)
+    _add_legend(figure, styles, bool(dense), max(3 * across, 4))
+    return figure, warnings + more + lines
 
 
-def _short(name: str) -> str:
-    return shorten(visible(name), LONGEST_NAME)
+def _drawable(cells: pd.DataFrame, metric: str, kind: str) -> tuple[pd.DataFrame, list[str]]:
+    """The cells that the axes can show, and a line for each other. Raises ValueError when there are none."""
+    can_be_drawn = cells["mean"].map(lambda value: _is_drawable(value, metric))
+    axis = "an axis" if higher_is_better(metric) else "a logarithmic axis"
+    lines = [
+        f"{model} / {plain_method(method)} / {sparsity}: not drawn, {axis} cannot show {metric} {mean:g}"
+        for model, method, sparsity, mean in cells.loc[~can_be_drawn, [*CELL, "mean"]].itertuples(index=False)
+    ]
+    if kind == "pareto":
+        has_time = (cells["seconds"] > 0) | is_dense(cells)
+        lines += [f"{path}: not drawn, its record has no seconds" for path in cells.loc[can_be_drawn & ~has_time, "path"]]
+        can_be_drawn &= has_time
+    if not can_be_drawn.any():
+        kind_of = "finite" if higher_is_better(metric) else "positive, finite"
+        raise ValueError(f"no record has a {kind_of} {metric} to draw; choose another with --metric")
+    return cells[can_be_drawn], lines
 
 
-def _pretty_pruner(label: str) -> str:
-    return _short(labels.pretty_pruner(label))
+def _is_drawable(value: float, metric: str) -> bool:
+    return abs(value) <= LARGEST if higher_is_better(metric) else SMALLEST <= value <= LARGEST
 
 
-def _draw_panel(axes: Axes, panel: pd.DataFrame, styles: dict, shapes: dict, dense: float | None) -> None:
-    for pruner, group in panel.groupby("pruner"):
-        colour, dashes = styles[pruner]
-        line = []
-        for sparsity, mean, std in zip(group["sparsity"], group["mean"], group["std"], strict=True):
-            kind, x, _ = labels.sparsity_key(sparsity)
-            if kind == labels.UNSTRUCTURED:
-                line.append((x, mean))
-            else:
-                axes.plot([x], [mean], color=colour, marker=shapes[sparsity], **HOLLOW)
-            if 0 < std <= LARGEST:
-                axes.errorbar([x], [mean], [std], color=colour, capsize=3, linewidth=1.2)
-        if line:
-            style = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": 4.5, "linewidth": 1.6}
-            axes.plot(*zip(*sorted(line), strict=True), **style)
-    if dense is not None:
-        axes.axhline(dense, color=GREY, linestyle="--", linewidth=1.2, zorder=1)
-    _format_axes(axes)
+def _panels(cells: pd.DataFrame, pruned: pd.DataFrame, kind: str, by: str | None, dense: dict[str, float]) -> list[Panel]:
+    models = sorted(cells["model"].unique(), key=labels.model_key)
+    titles, panels = distinct_names(models, short), []
+    for model in models:
+        of_model = pruned[pruned["model"] == model]
+        if kind == "pareto" or by:
+            draw = partial(draw_setting, key=by) if by else draw_pareto
+            for sparsity, name in sparsity_names(of_model).items():
+                of_sparsity = of_model[of_model["sparsity"] == sparsity]
+                panels.append(Panel(f"{titles[model]}, {name}", of_sparsity, draw, dense.get(model)))
+            continue
+        kinds = of_model["sparsity"].map(lambda one: labels.sparsity_key(one)[0])
+        zeros = of_model["sparsity"].map(lambda one: labels.sparsity_key(one)[1])
+        fractions, patterns = of_model[kinds == labels.UNSTRUCTURED], of_model[kinds == labels.N_OF_M]
+        has_lines = fractions["sparsity"].nunique() > 1 or of_model.empty
+        if has_lines:
+            panels.append(Panel(titles[model], fractions, draw_lines, dense.get(model)))
+        if not of_model.empty and (not has_lines or not patterns.empty):
+            same = fractions[zeros[fractions.index].isin(zeros[patterns.index])] if has_lines else fractions
+            panels.append(Panel(titles[model], pd.concat([same, patterns]), draw_bars, dense.get(model)))
+    if not panels:
+        raise ValueError("no pruned model to draw; leave --kind and --by out, or prune one")
+    return panels
 
 
-def _format_axes(axes: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    # Within a decade or two a logarithmic axis has hardly any labelled tick: label 2 and 5 as well.
-    subs: tuple[float, ...] = (1, 2, 5) if high / low < 300 else (1,)
-    if high / low < 8:
-        subs = (1, 1.5, 2, 3, 4, 5, 6, 8)
-    axes.yaxis.set_major_locator(LogLocator(subs=subs))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
-    axes.margins(x=0.1)
-    axes.grid(True, which="major", color="#DDDDDD", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _add_legend(figure: Figure, styles: dict, shapes: dict, has_dense: bool, columns: int) -> None:
-    """Pruners, the dense line, N:M patterns."""
+def _add_legend(figure: Figure, styles: Styles, has_dense: bool, columns: int) -> None:
+    """Methods, and the dense line."""
     from matplotlib.lines import Line2D
 
     handles = {
-        name: Line2D([], [], color=colour, linestyle=style, marker="o", markersize=4.5)
-        for name, (colour, style) in styles.items()
+        styles.names[method]: Line2D(
+            [], [], color=styles.colour[method], linestyle=styles.dashes[method], marker="o", markersize=4.5
+        )
+        for method in styles.methods
     }
     if has_dense:
         handles[labels.PRETTY[labels.DENSE]] = Line2D([], [], color=GREY, linestyle="--")
-    handles |= {pattern: Line2D([], [], color=GREY, marker=shape, **HOLLOW) for pattern, shape in shapes.items()}
     # The names are set afterwards: of labels, Matplotlib omits those that begin with _ and reads $ as mathematics.
     numbers = [str(i) for i in range(len(handles))]
     columns = max(min(len(handles), columns), 1)

@@ -1,19 +1,20 @@
-"""Tables from the collector's frame, as Markdown and LaTeX. No metric is computed and no file is read or written.
+"""Tables from the collector's frame; rendering.py makes text of them. No metric is computed and no file is read or written.
 
 Means and standard deviations over seeds come from frame.py; here costs are averaged, and values formatted.
 
-Two layouts, both with the dense model on top and the best value of each block and column in bold. Models: rows are pruner x
-sparsity, columns are models, one block for each sparsity. Methods: rows are pruners, columns are sparsities, for one model.
+Three layouts, all with the dense model on top and the best value of each block and column in bold. Models: rows are method x
+sparsity, columns are models, one block for each sparsity. Methods: rows are methods, columns are sparsities, for one model. By a
+setting: rows are method x sparsity, columns are the setting's values, for one model.
 """
 
+import json
 import math
 from dataclasses import dataclass, field
 
 import pandas as pd
 
-from nnprune.report.escaping import distinct_names, escape_latex, escape_markdown
+from nnprune.report.escaping import distinct_names, visible
 from nnprune.report.frame import (
-    FRACTIONS,
     PEAKS,
     dense_disagreements,
     dense_values,
@@ -21,8 +22,11 @@ from nnprune.report.frame import (
     newest_experiments,
     relative_to,
     shown,
+    with_setting,
 )
-from nnprune.report.labels import DENSE, model_key, pretty_pruner, pretty_sparsity, pruner_key, sparsity_key
+from nnprune.report.labels import DENSE, model_key, natural_key, pretty_pruner, pretty_sparsity, sparsity_key
+from nnprune.report.metrics import describe, higher_is_better
+from nnprune.report.variants import method_key, plain_method, pretty_method
 
 MISSING = "--"
 GIB = 2**30
@@ -61,9 +65,11 @@ class Row:
 
 @dataclass
 class Table:
-    """A table before it is rendered. `num_records` counts the records whose figures it shows."""
+    """A table before it is rendered. `num_records` counts the records whose figures it shows; `caption` is its name in messages,
+    `title` what it shows in words."""
 
     caption: str
+    title: str
     head: list[str]
     columns: list[str]
     blocks: list[list[Row]]  # the first block is the dense row
@@ -77,15 +83,36 @@ def build_table(frame: pd.DataFrame, metric: str, **filters: list[str] | None) -
     Filters are `models`, in the order of the columns, `pruners` and `sparsities`. They never hide the dense row. A filter's
     value that matches no record gives a warning; a model still gets its column.
     """
-    rows, warnings = _select(frame, metric, filters)
+    rows, warnings = select(frame, metric, filters)
     models = filters.get("models") or sorted(rows["model"].unique(), key=model_key)
     dense, sources = dense_values(rows)
     blocks = [[_dense_row(["0%"], [dense.get(model) for model in models])]]
     pruned = rows[~is_dense(rows)]
-    for sparsity, name in _sparsity_names(pruned).items():
-        blocks.append(_block(pruned[pruned["sparsity"] == sparsity], "model", models, metric, [name], _pruner_names(pruned)))
+    for sparsity, name in sparsity_names(pruned).items():
+        blocks.append(_block(pruned[pruned["sparsity"] == sparsity], "model", models, metric, [name], method_names(pruned)))
     columns = list(distinct_names(models, str).values())
-    return Table(metric, ["Method", "Sparsity"], columns, blocks, len(set(pruned["path"]) | sources), warnings)
+    num_records = len(set(pruned["path"]) | sources)
+    return Table(metric, describe(metric), ["Method", "Sparsity"], columns, blocks, num_records, warnings)
+
+
+def build_setting_table(frame: pd.DataFrame, metric: str, model: str, key: str, **filters: list[str] | None) -> Table:
+    """The table of one metric and model over the values of a setting such as `pruner.alpha`. Filters are as in `build_table`.
+
+    The dense figure is repeated in each column.
+    """
+    rows, left_out = with_setting(frame[frame["metric"] == metric], key)
+    rows, warnings = select(rows, metric, {**filters, "models": [model]}, key)
+    dense, sources = dense_values(rows)
+    pruned = rows[~is_dense(rows)]
+    values = sorted(pruned["by"].unique(), key=natural_key)
+    blocks = [[_dense_row(["0%"], [dense.get(model)] * len(values))]]
+    for sparsity, name in sparsity_names(pruned).items():
+        blocks.append(_block(pruned[pruned["sparsity"] == sparsity], "by", values, metric, [name], method_names(pruned)))
+    columns = [f"{key.rpartition('.')[2]}={value}" for value in values]
+    title, num_records = f"{describe(metric)}: {model} by {key}", len(set(pruned["path"]) | sources)
+    return Table(
+        f"{metric}, {model}, by {key}", title, ["Method", "Sparsity"], columns, blocks, num_records, left_out + warnings
+    )
 
 
 def build_methods_table(
@@ -104,27 +131,38 @@ def build_methods_table(
     """
     if relative and filters.get("pruners"):
         filters["pruners"] = [*filters["pruners"], relative]
-    rows, warnings = _select(frame, metric, {**filters, "models": [model]})
-    names = _pruner_names(rows[~is_dense(rows)])
-    caption = f"{metric}, {model}"
+    rows, warnings = select(frame, metric, {**filters, "models": [model]})
+    names = method_names(rows[~is_dense(rows)])
+    caption, title = f"{metric}, {model}", f"{describe(metric)}: {model}"
     if relative:
         rows = relative_to(rows, relative)
-        caption += f", ln(value / dense) relative to {names.get(relative, pretty_pruner(relative))}'s"
+        reference = f", ln(value / dense) relative to {visible(pretty_pruner(relative))}'s"
+        caption, title = caption + reference, title + reference
     dense, sources = dense_values(rows)
     pruned = rows[~is_dense(rows)]
-    sparsities = _sparsity_names(pruned)
+    sparsities = sparsity_names(pruned)
     blocks = [[_dense_row([], [dense.get(model)] * len(sparsities))]]
     if sparsities:
         blocks.append(_block(pruned, "sparsity", list(sparsities), metric, [], names))
     columns = list(sparsities.values())
     if costs:
-        columns += _append_costs(blocks, pruned)
-    return Table(caption, ["Method"], columns, blocks, len(set(pruned["path"]) | sources), warnings)
+        columns += _append_costs(blocks, pruned, warnings)
+    return Table(caption, title, ["Method"], columns, blocks, len(set(pruned["path"]) | sources), warnings)
 
 
-def _select(frame: pd.DataFrame, metric: str, filters: dict[str, list[str] | None]) -> tuple[pd.DataFrame, list[str]]:
+def select(
+    frame: pd.DataFrame, metric: str, filters: dict[str, list[str] | None], by: str | None = None
+) -> tuple[pd.DataFrame, list[str]]:
     """The rows of one metric that pass the filters and are newest in their cell, and the warnings about them."""
-    rows, warnings = frame[frame["metric"] == metric], []
+    rows, warnings = filtered(frame[frame["metric"] == metric], metric, filters)
+    rows, contested = newest_experiments(rows, by)
+    return shown(rows), warnings + contested + dense_disagreements(rows, metric)
+
+
+def filtered(rows: pd.DataFrame, metric: str, filters: dict[str, list[str] | None]) -> tuple[pd.DataFrame, list[str]]:
+    """The rows that pass the filters, and a line for each value of a filter that none has. Runs of the dense model pass all but
+    that of models."""
+    warnings = []
     for column, option in (("model", "models"), ("pruner", "pruners"), ("sparsity", "sparsities")):
         wanted = filters.get(option)
         if wanted is None:
@@ -132,29 +170,33 @@ def _select(frame: pd.DataFrame, metric: str, filters: dict[str, list[str] | Non
         unmatched = sorted(set(wanted) - set(rows[column]) - {DENSE})
         warnings += [f"{option}={value}: no record with {metric} has it" for value in unmatched]
         rows = rows[rows[column].isin(wanted) | (is_dense(rows) & (column != "model"))]
-    rows, contested = newest_experiments(rows)
-    return shown(rows), warnings + contested + dense_disagreements(rows, metric)
+    return rows, warnings
 
 
-def _pruner_names(pruned: pd.DataFrame) -> dict[str, str]:
-    """Label -> name of its row, unlike that of any other row and of the dense one."""
-    return distinct_names(pruned["pruner"].unique(), pretty_pruner, reserved=[pretty_pruner(DENSE)])
+def method_names(pruned: pd.DataFrame) -> dict[str, str]:
+    """Method -> name of its row, unlike that of any other row and of the dense one."""
+    return distinct_names(pruned["method"].unique(), pretty_method, plain_method, reserved=[pretty_pruner(DENSE)])
 
 
-def _sparsity_names(pruned: pd.DataFrame) -> dict[str, str]:
+def sparsity_names(pruned: pd.DataFrame) -> dict[str, str]:
     """Sparsity -> unique name, in the order of blocks or columns."""
     sparsities = sorted(pruned["sparsity"].unique(), key=lambda label: (sparsity_key(label), label))
     return distinct_names(sparsities, pretty_sparsity)
 
 
-def _append_costs(blocks: list[list[Row]], pruned: pd.DataFrame) -> list[str]:
-    """Add the seconds and GiB of its runs to each row; returns the names of the new columns."""
-    groups = pruned.groupby("pruner")
+def _append_costs(blocks: list[list[Row]], pruned: pd.DataFrame, warnings: list[str]) -> list[str]:
+    """Add the seconds and GiB of its runs to each row, and a warning where they do not compare; returns the names of the new columns."""
+    machines = {json.dumps(record.get("machine"), sort_keys=True) for record in pruned["record"]}
+    if len(machines) > 1:
+        warnings.append(
+            f"costs: the runs are of {len(machines)} different machines, so their seconds and memory do not compare"
+        )
+    groups = pruned.groupby("method")
     peaks = groups[PEAKS].max().astype(float).replace(0, math.nan) / GIB  # a run on a CPU uses no device memory
     costs = pd.DataFrame({"Seconds": groups["seconds_total"].mean(), "GiB": peaks["peak_host_bytes"]})
     if peaks["peak_device_bytes"].notna().any():
         costs["GiB of device"] = peaks["peak_device_bytes"]
-    costs = costs.reindex(sorted(costs.index, key=pruner_key))
+    costs = costs.reindex(sorted(costs.index, key=method_key))
     of_dense = [math.nan] * len(costs.columns)  # a dense run prunes nothing
     for row, values in zip([row for block in blocks for row in block], [of_dense, *costs.to_numpy()], strict=True):
         row.cells += [MISSING if math.isnan(value) else f"{value:.{0 if value >= 10 else 1}f}" for value in values]
@@ -169,47 +211,19 @@ def _dense_row(extra_head: list[str], values: list[float | None]) -> Row:
 def _block(
     rows: pd.DataFrame, across: str, columns: list[str], metric: str, extra_head: list[str], names: dict[str, str]
 ) -> list[Row]:
-    """A row for each pruner, called as `names` says. Columns are values of the frame's column `across`."""
+    """A row for each method, called as `names` says. Columns are values of the frame's column `across`."""
     # A pivot each: columns of both at once would be a MultiIndex, in which an empty name means something else.
-    cells = rows.drop_duplicates(["pruner", across], keep="last")  # `mean` and `std` are those over all seeds
-    means, stds = (cells.pivot(index="pruner", columns=across, values=v).reindex(columns=columns) for v in ("mean", "std"))
-    best = means.max() if metric.endswith(FRACTIONS) else means.min()
+    cells = rows.drop_duplicates(["method", across], keep="last")  # `mean` and `std` are those over all seeds
+    means, stds = (cells.pivot(index="method", columns=across, values=v).reindex(columns=columns) for v in ("mean", "std"))
+    best = means.max() if higher_is_better(metric) else means.min()
     contested = means.notna().sum() > 1  # a value alone in its column is not worth a mark
     block = []
-    for pruner in sorted(means.index, key=pruner_key):
-        texts = [_cell_text(means.at[pruner, c], stds.at[pruner, c]) for c in columns]
-        bold = [bool(contested[c]) and _cell_text(means.at[pruner, c]) == _cell_text(best[c]) for c in columns]
-        block.append(Row([names[pruner], *extra_head], texts, bold))
+    for method in sorted(means.index, key=method_key):
+        texts = [_cell_text(means.at[method, c], stds.at[method, c]) for c in columns]
+        bold = [bool(contested[c]) and _cell_text(means.at[method, c]) == _cell_text(best[c]) for c in columns]
+        block.append(Row([names[method], *extra_head], texts, bold))
     return block
 
 
 def _cell_text(mean: float | None, std: float = math.nan) -> str:
     return MISSING if mean is None or math.isnan(mean) else format_mean(mean, std)
-
-
-def to_markdown(table: Table) -> str:
-    """A GitHub table, each line ended by a newline. Names are escaped: each row has as many cells as the head."""
-    width = len(table.head) + len(table.columns)
-    lines = [[*table.head, *map(escape_markdown, table.columns)], [":---"] * width]
-    for i, block in enumerate(table.blocks):
-        lines += [[""] * width] if i else []
-        for row in block:
-            name, *extra_head = map(escape_markdown, row.head)
-            cells = [f"**{text}**" if best else text for text, best in zip(row.cells, row.best, strict=True)]
-            lines.append([f"**{name}**", *extra_head, *cells])
-    return "".join("|" + "".join(f" {cell} |" if cell else " |" for cell in line) + "\n" for line in lines)
-
-
-def to_latex(table: Table) -> str:
-    """A booktabs table; `\\usepackage{booktabs}` is all it needs."""
-    alignment = "l" * len(table.head) + "r" * len(table.columns)
-    head = " & ".join(map(escape_latex, [*table.head, *table.columns]))
-    lines = [r"\begin{table}", r"  \centering", rf"  \caption{{{escape_latex(table.caption)}}}",
-             rf"  \begin{{tabular}}{{{alignment}}}", r"    \toprule", rf"    {head} \\"]  # fmt: skip
-    for block in table.blocks:
-        lines.append(r"    \midrule")
-        for row in block:
-            texts = [text.replace("±", r"$\pm$") for text in row.cells]
-            cells = [rf"\textbf{{{t}}}" if best else t for t, best in zip(texts, row.best, strict=True)]
-            lines.append("    " + " & ".join([*map(escape_latex, row.head), *cells]) + r" \\")
-    return "\n".join([*lines, r"    \bottomrule", r"  \end{tabular}", r"\end{table}", ""])

@@ -7,10 +7,11 @@ import pandas as pd
 from nnprune.report.escaping import distinct_names
 from nnprune.report.frame import FRACTIONS, dense_values, is_dense
 from nnprune.report.messages import UsageError
-from nnprune.report.tables import Table, _block, _dense_row, _pruner_names, _select, _sparsity_names
+from nnprune.report.metrics import higher_is_better
+from nnprune.report.tables import Table, _block, _dense_row, method_names, select, sparsity_names
 
 MEAN = "Mean"
-ROW = "pruner"  # the frame's column that names a row
+ROW = "method"  # the frame's column that names a row
 
 
 def build_tasks_table(frame: pd.DataFrame, metrics: list[str], model: str, **filters: list[str] | None) -> Table:
@@ -19,18 +20,18 @@ def build_tasks_table(frame: pd.DataFrame, metrics: list[str], model: str, **fil
     A row without one of the metrics has no mean. The ± of a mean takes the metrics for independent. Raises UsageError for metrics of
     which some are better when higher and others when lower.
     """
-    if len({metric.endswith(FRACTIONS) for metric in metrics}) > 1:
+    if len({higher_is_better(metric) for metric in metrics}) > 1:
         raise UsageError(f"metric={','.join(metrics)}: have no mean, since higher is better for some only; make two tables")
-    selected = [_select(frame, metric, {**filters, "models": [model]}) for metric in metrics]
+    selected = [select(frame, metric, {**filters, "models": [model]}) for metric in metrics]
     warnings = list(dict.fromkeys(line for _, lines in selected for line in lines))
     rows = pd.concat([rows for rows, _ in selected])
     rows = pd.concat([rows, *_means(rows, len(metrics))])
     dense = {metric: dense_values(rows[rows["metric"] == metric]) for metric in (*metrics, MEAN)}
     blocks = [[_dense_row(["0%"], [values.get(model) for values, _ in dense.values()])]]
     pruned = rows[~is_dense(rows)]
-    for sparsity, name in _sparsity_names(pruned).items():
+    for sparsity, name in sparsity_names(pruned).items():
         part = pruned[pruned["sparsity"] == sparsity]
-        blocks.append(_block(part, "metric", list(dense), metrics[0], [name], _pruner_names(pruned)))
+        blocks.append(_block(part, "metric", list(dense), metrics[0], [name], method_names(pruned)))
     sources = set(pruned["path"]).union(*(paths for _, paths in dense.values()))
     caption = f"{', '.join(metrics)}, {model}"
     return Table(caption, ["Method", "Sparsity"], _columns([*metrics, MEAN]), blocks, len(sources), warnings)

@@ -1,0 +1,36 @@
+"""BibTeX entries of the methods in records, from methods.bib."""
+
+import re
+from importlib.resources import files
+from typing import Any
+
+from nnprune.report.escaping import visible
+
+GROUPS = ("pruner", "update", "target", "recover", "allocation")
+NO_REFERENCE = ("Update", "Target", "Recovery", "Uniform", "FromFile")
+"""Classes that change nothing, or do what their user says."""
+
+
+def entries() -> dict[str, str]:
+    """Class name -> the BibTeX entry of the method."""
+    text = files("nnprune.report").joinpath("methods.bib").read_text(encoding="utf-8")
+    found = {}
+    for entry in re.findall(r"^@.*?^}", text, re.MULTILINE | re.DOTALL):
+        for name in re.search(r"^  keywords = {(.*)},$", entry, re.MULTILINE)[1].split(", "):
+            found[name] = entry
+    return found
+
+
+def bibliography(found: list[dict[str, Any]]) -> tuple[str, list[str]]:
+    """The entries of all methods in some records, each once and in the order of methods.bib, and a line for each class without one."""
+    known = entries()
+    targets = {f"{config[group].get('_target_', '')}" for r in found for config in [r["config"]] for group in GROUPS
+               if isinstance(config.get(group), dict)}  # fmt: skip
+    names = {target.rpartition(".")[2] for target in targets if target.startswith("nnprune.")}
+    lines = [
+        f"--bibtex: {visible(target)} has no reference here; cite its own"
+        for target in sorted(targets)
+        if target and not (target.startswith("nnprune.") and target.rpartition(".")[2] in {*known, *NO_REFERENCE})
+    ]
+    wanted = dict.fromkeys(entry for name, entry in known.items() if name in names)
+    return "\n\n".join([*wanted, ""]), lines

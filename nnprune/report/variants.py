@@ -1,0 +1,128 @@
+"""Tells apart runs of one pruner, model and sparsity by the settings in which their configs differ.
+
+A *method* is a pruner's label with the values of those settings, its *variant*: `wanda` alone, or `wanda` with `alpha=0.7`.
+"""
+
+import json
+from collections import Counter
+from typing import Any
+
+import pandas as pd
+
+from nnprune import records
+from nnprune.report.escaping import shorten
+from nnprune.report.labels import DENSE, natural_key, pretty_pruner, pruner_key
+
+NO_VARIANT = (*records.NOT_SCIENCE, "seed", "calibration.seed", "sparsity", "model.name")
+"""Settings that make no method another one. Seeds are averaged over, and sparsity and model have a place of their own."""
+
+LONGEST_VALUE = 40  # characters
+
+
+def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+    """A config as `{"pruner.alpha": 0.7}`, without what makes no method another one."""
+    flat: dict[str, Any] = {}
+    todo = list(config.items())
+    while todo:
+        key, value = todo.pop()
+        if key in NO_VARIANT or key.endswith(".state_hash"):  # a hash may be new each time
+            continue
+        if isinstance(value, dict):
+            todo += [(f"{key}.{name}", inner) for name, inner in value.items()]
+        else:
+            flat[key] = value
+    return dict(sorted(flat.items()))
+
+
+def setting_text(value: Any) -> str:
+    """A value as on the command line, cut where it is long."""
+    return shorten(value if isinstance(value, str) else json.dumps(value, sort_keys=True), LONGEST_VALUE)
+
+
+def with_methods(rows: pd.DataFrame, ignored: str | None = None) -> pd.DataFrame:
+    """The frame's rows with two more columns, `variant` (text, "" for none) and `method` (see `pretty_method`).
+
+    Settings count that differ between runs of one pruner, model and sparsity, except for `ignored`.
+    """
+    settings = {index: settings_of(record["config"]) for index, record in rows["record"].items()}
+    variants = pd.Series("", index=rows.index, dtype=object)
+    for _, of_pruner in rows[rows["sparsity"] != DENSE].groupby("pruner"):
+        keys = set()
+        for _, cell in of_pruner.groupby(["model", "sparsity"]):
+            if len(cell) > 1:
+                keys |= _differing([settings[index] for index in cell.index])
+        keys = _without_implied(keys - {ignored}, [settings[index] for index in of_pruner.index])
+        names = _short_names(keys)
+        for index in of_pruner.index:
+            given = [f"{names[key]}={_value(key, settings[index])}" for key in sorted(keys) if key in settings[index]]
+            variants[index] = ", ".join(given)
+    methods = [_method(pruner, variant) for pruner, variant in zip(rows["pruner"], variants, strict=True)]
+    return rows.assign(variant=variants, method=pd.Series(methods, index=rows.index, dtype=object))
+
+
+def differing_settings(rows: pd.DataFrame) -> list[str]:
+    """The settings that differ between any two rows of the frame."""
+    return sorted(_differing([settings_of(record["config"]) for record in rows["record"]]))
+
+
+def _differing(settings: list[dict[str, Any]]) -> set[str]:
+    keys = {key for one in settings for key in one}
+    return {key for key in keys if len({setting_key(one, key) for one in settings}) > 1}
+
+
+def setting_key(settings: dict[str, Any], key: str) -> str | None:
+    """A setting's value as text that can be compared, None where it has none."""
+    return json.dumps(settings[key], sort_keys=True) if key in settings else None
+
+
+def _without_implied(keys: set[str], settings: list[dict[str, Any]]) -> set[str]:
+    """`keys` without those that the class of their group, `_target_`, determines: the options that another class has."""
+    kept = set(keys)
+    for target in (key for key in keys if key.endswith("._target_")):
+        group = target.removesuffix("_target_")
+        for key in (key for key in keys if key.startswith(group) and key != target):
+            pairs = {(setting_key(one, target), setting_key(one, key)) for one in settings}
+            if len(pairs) == len({pair[0] for pair in pairs}):
+                kept.discard(key)
+    return kept
+
+
+def _short_names(keys: set[str]) -> dict[str, str]:
+    """Each key without its group, where that leaves it alone of its name; a class by its group."""
+    short = {key: key.removesuffix("._target_").rpartition(".")[2] for key in keys}
+    uses = Counter(short.values())
+    return {key: name if uses[name] == 1 else key for key, name in short.items()}
+
+
+def _value(key: str, settings: dict[str, Any]) -> str:
+    text = setting_text(settings[key])
+    return text.rpartition(".")[2] if key.endswith("._target_") else text
+
+
+def _method(pruner: str, variant: str) -> str:
+    """A text that no other pair has, whatever is in a label."""
+    return f"{len(pruner)}:{pruner}{variant}"
+
+
+def parts_of(method: str) -> tuple[str, str]:
+    """The pruner's label and the variant of a method."""
+    length, _, rest = method.partition(":")
+    return rest[: int(length)], rest[int(length) :]
+
+
+def pretty_method(method: str) -> str:
+    """`Wanda (alpha=0.7)`."""
+    pruner, variant = parts_of(method)
+    return f"{pretty_pruner(pruner)} ({variant})" if variant else pretty_pruner(pruner)
+
+
+def plain_method(method: str) -> str:
+    """`wanda (alpha=0.7)`, for messages."""
+    pruner, variant = parts_of(method)
+    return f"{pruner} ({variant})" if variant else pruner
+
+
+def method_key(method: str) -> tuple:
+    """Sort key: that of the pruner, then the variant with numbers in their order."""
+    pruner, variant = parts_of(method)
+    return *pruner_key(pruner), natural_key(variant), variant
