@@ -13,6 +13,7 @@ that differ in a setting have rows of their own, named by that setting.
     nnprune-collect --metric demo_perplexity                print one table over all models
     nnprune-collect --models demo -o table.tex              write tables: .md, .tex, .csv or .json
     nnprune-collect --layout methods --models demo          rows are methods, columns are sparsities
+    nnprune-collect --layout tasks                          columns are accuracies of tasks, and their mean
     nnprune-collect --by pruner.alpha                       columns are the values of a setting
     nnprune-collect --plot sparsity.png                     lines over fractions of zeros, bars for N:M patterns
     nnprune-collect --plot pareto.pdf --kind pareto         perplexity against seconds
@@ -69,7 +70,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--metric", type=_list, metavar="A,B", help="these metrics only; as all options below, leaves files with tables alone")
     for name in FILTERS:
         add(f"--{name}", type=_list, metavar="A,B", help=f"these {name} only")
-    add("--layout", choices=["models", "methods"], help="what columns are: models (default), or sparsities of one model")
+    add("--layout", choices=["models", "methods", "tasks"], help="columns: models (default); of one model sparsities, or tasks")
     add("--costs", action="store_true", help="with --layout methods: add seconds and peak memory")
     add("--relative", metavar="PRUNER", help="with --layout methods: ln(perplexity / dense perplexity) relative to PRUNER's")
     add("--by", metavar="KEY", help="columns, or the x axis of a plot, are the values of a setting such as pruner.alpha")

@@ -24,6 +24,7 @@ FIGURES = ["value", "stderr", "dense_value", "linear_sparsity", "seconds_total"]
 PEAKS = ["peak_host_bytes", "peak_device_bytes"]
 COLUMNS = [*NAMES, "metric", *FIGURES, *PEAKS, "fingerprint", "finished", "path", "experiment", "seed"]
 OBJECTS = ["record"]  # columns that are no plain values: the record itself, a dict
+MEAN_ACCURACY = "mean_acc"
 FRACTIONS = ("accuracy", "acc", "acc_norm", "exact_match", "f1")
 """How names of metrics end that are fractions of what is right; tables show them in per cent."""
 
@@ -114,14 +115,14 @@ def shown(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_mean_accuracy(record: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
-    """Metrics and, if a record has the accuracies of several tasks, their mean as `mean_acc`."""
+    """Metrics and, if a record has the accuracies of several tasks, their mean as `MEAN_ACCURACY`."""
     names = dict.fromkeys(f"{entry.get('name')}_acc" for entry in record["evaluations"].values())
     found = [(metrics[name], metrics.get(f"{name}_stderr")) for name in names if isinstance(metrics.get(name), float | int)]
     if len(found) < 2:
         return metrics
-    mean = {"mean_acc": sum(value for value, _ in found) / len(found)}
+    mean = {MEAN_ACCURACY: sum(value for value, _ in found) / len(found)}
     if all(isinstance(stderr, float | int) for _, stderr in found):
-        mean["mean_acc_stderr"] = math.hypot(*(stderr for _, stderr in found)) / len(found)  # tasks are independent
+        mean[f"{MEAN_ACCURACY}_stderr"] = math.hypot(*(stderr for _, stderr in found)) / len(found)  # tasks are independent
     return metrics | mean
 
 
@@ -157,7 +158,7 @@ def _experiment_and_seed(record: dict[str, Any], metric: str) -> dict[str, str]:
         config["calibration"] = dict(config["calibration"])
         seeds.append(config["calibration"].pop("seed", None))
     measured = [key for key, entry in record["evaluations"].items() if metric in entry["metrics"]]
-    if metric == "mean_acc":
+    if metric == MEAN_ACCURACY:
         config["evaluation"] = sorted(
             key for key, entry in record["evaluations"].items() if f"{entry['name']}_acc" in entry["metrics"]
         )

@@ -8,9 +8,11 @@ import pandas as pd
 from nnprune import records
 from nnprune.report import bibliography, exports, page, plots, published, rendering, tables
 from nnprune.report.documents import check_known
+from nnprune.report.frame import MEAN_ACCURACY
 from nnprune.report.labels import model_key
 from nnprune.report.messages import UsageError, print_table, warn
 from nnprune.report.tables import Table
+from nnprune.report.task_tables import build_tasks_table
 from nnprune.report.variants import differing_settings, setting_text, settings_of, with_methods
 
 SUFFIXES = {".md": "markdown", ".tex": "latex", ".csv": "csv", ".json": "json"}
@@ -32,8 +34,22 @@ def write_tables(frame: pd.DataFrame, args: argparse.Namespace, metrics: list[st
             settings = [settings_of(record["config"]) for record in rows["record"]]
             rows[args.by] = [setting_text(one[args.by]) if args.by in one else None for one in settings]
         return _emit(exports.FORMATS[style](rows), args.output)
-    built = [table for metric in metrics for table in _tables(frame, args, metric, filters)]
+    if args.layout == "tasks":
+        built = _task_tables(
+            frame, args.metric or [one for one in metrics if one.endswith("_acc") and one != MEAN_ACCURACY], filters
+        )
+    else:
+        built = [table for metric in metrics for table in _tables(frame, args, metric, filters)]
     return _emit_tables(built, style, args.output)
+
+
+def _task_tables(frame: pd.DataFrame, metrics: list[str], filters: Filters) -> list[Table]:
+    """A table for each model, of the metrics named or of all accuracies of tasks, one a task."""
+    if not metrics:
+        raise UsageError("--layout tasks: no record has the accuracy of a task; name metrics with --metric")
+    others = {name: values for name, values in filters.items() if name != "models"}
+    models = filters["models"] or sorted(frame[frame["metric"].isin(metrics)]["model"].unique(), key=model_key)
+    return [build_tasks_table(frame, metrics, model, **others) for model in models]
 
 
 def _tables(frame: pd.DataFrame, args: argparse.Namespace, metric: str, filters: Filters) -> list[Table]:

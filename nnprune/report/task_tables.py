@@ -7,7 +7,7 @@ import pandas as pd
 from nnprune.report.escaping import distinct_names
 from nnprune.report.frame import FRACTIONS, dense_values, is_dense
 from nnprune.report.messages import UsageError
-from nnprune.report.metrics import higher_is_better
+from nnprune.report.metrics import higher_is_better, pretty_metric
 from nnprune.report.tables import Table, _block, _dense_row, method_names, select, sparsity_names
 
 MEAN = "Mean"
@@ -34,7 +34,8 @@ def build_tasks_table(frame: pd.DataFrame, metrics: list[str], model: str, **fil
         blocks.append(_block(part, "metric", list(dense), metrics[0], [name], method_names(pruned)))
     sources = set(pruned["path"]).union(*(paths for _, paths in dense.values()))
     caption = f"{', '.join(metrics)}, {model}"
-    return Table(caption, ["Method", "Sparsity"], _columns([*metrics, MEAN]), blocks, len(sources), warnings)
+    title = f"{', '.join(map(pretty_metric, metrics))} of {model}, {'higher' if higher_is_better(metrics[0]) else 'lower'} is better"
+    return Table(caption, title, ["Method", "Sparsity"], _columns([*metrics, MEAN]), blocks, len(sources), warnings)
 
 
 def _means(rows: pd.DataFrame, num_metrics: int) -> list[pd.DataFrame]:
