@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nnprune.checks import check_count, one_of, quoted
 from nnprune.runtime import Runtime, available_host_bytes
@@ -33,7 +33,7 @@ class Calibration:
     source: TextSource | None = None
 
     needs_model = False
-    """Whether `token_ids` are only the first column, and a method `write(model, ids)` gives the others."""
+    """Whether only the first column of `token_ids` counts, and `write` gives the others."""
 
     def __init__(
         self, num_samples: int, seq_len: int, seed: int, min_tokens_per_expert: int = MIN_TOKENS_PER_EXPERT, route: str = "own"
@@ -62,6 +62,10 @@ class Calibration:
 
     def token_ids(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
         """The ids (N, T), int64, each below `vocab_size`."""
+        raise NotImplementedError
+
+    def write(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
+        """The ids (N, T), int64, that the dense model writes after the first column of `ids`, if `needs_model`."""
         raise NotImplementedError
 
 

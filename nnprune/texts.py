@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -90,12 +89,12 @@ class TextSource:
     def token_ids(self, tokenizer: Callable[[str], Any]) -> Tensor:
         """All documents as one sequence of token ids (tokens,), int64: those in the files, or those of the joined text."""
         paths = self._files()
-        if paths and all(self._read_file(path, partial(holds_ids, column=self.column)) for path in paths):
+        if paths and all(self._read_file(path, holds_ids) for path in paths):
             return torch.tensor([index for row in self.rows() for index in row], dtype=torch.int64)
         return torch.tensor(tokenizer(self.joined()).input_ids, dtype=torch.int64)
 
     def _read(self, read: Callable[[Path, str], Sequence[T]]) -> Sequence[T]:
-        parts = [self._read_file(path, partial(read, column=self.column)) for path in self._files()]
+        parts = [self._read_file(path, read) for path in self._files()]
         found = parts[0] if len(parts) == 1 else [one for part in parts for one in part]
         if not found:
             raise ValueError(self._no_text)
@@ -105,8 +104,7 @@ class TextSource:
         """All documents as one text."""
         if self.max_documents is not None:
             return self.separator.join(self.documents())
-        read = partial(read_joined, column=self.column, separator=self.separator)
-        parts = [part for path in self._files() if (part := self._read_file(path, read))]
+        parts = [part for path in self._files() if (part := self._read_file(path, read_joined, self.separator))]
         if not parts:
             raise ValueError(self._no_text)
         return self.separator.join(parts)
@@ -181,13 +179,14 @@ class TextSource:
     def _no_text(self) -> str:
         return f"{self._where()}: holds no text; name another file"
 
-    def _read_file(self, path: Path, read: Callable[[Path], T]) -> T:
+    def _read_file(self, path: Path, read: Callable[..., T], *options: str) -> T:
+        """What `read(path, column, *options)` returns, its errors with the setting and the file."""
         named = f"{self.key}.path={path}" if self.dataset is None else f"{self._where()} {self.data_files}"
         _check_kind(f"{self.key}.data_files={self.data_files}" if self.dataset else named, path)
         try:
-            return read(path)
+            return read(path, self.column, *options)
         except NoSuchColumn as found:
-            what = "token ids" if read.func is read_rows else "messages" if read.func is read_conversations else "text"
+            what = "token ids" if read is read_rows else "messages" if read is read_conversations else "text"
             raise ValueError(f"{self.key}.column={self.column}: is no column of {what}; {path} has {found}") from None
         except ValueError as error:
             raise ValueError(f"{named}: {error}") from error

@@ -215,3 +215,14 @@ def test_what_the_own_text_of_a_model_needs(self_config, tmp_path, monkeypatch):
     monkeypatch.setattr("nnprune.experiment.written_text.available_host_bytes", lambda: 1000)
     with pytest.raises(ValueError, match=r"^calibration=self: the whole model must be in memory .* there are 0\.0"):
         run(small)
+
+
+def test_a_model_that_runs_out_of_device_memory_while_it_writes(tiny_model_dir, monkeypatch):
+    def generate(*_, **__):
+        raise torch.OutOfMemoryError
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    monkeypatch.setattr(model, "generate", generate)
+    own = SelfCalibration(2, 8, 0, batch_size=2)
+    with pytest.raises(ValueError, match=r"^calibration\.batch_size=2: the device ran out of memory .* lower it$"):
+        own.write(model, own.token_ids(byte_tokenizer(), 264))

@@ -122,5 +122,5 @@ def _entries(content: Any) -> dict[str, Any]:
     if isinstance(content, list) and all(isinstance(entry, dict) and {"name", "pattern"} <= entry.keys() for entry in content):
         pairs = [(entry["name"], entry["pattern"]) for entry in content]
     else:
-        pairs = content.items() if isinstance(content, Mapping) else []
+        pairs = list(content.items()) if isinstance(content, Mapping) else []
     return {key if isinstance(key, str) else quoted(key): value for key, value in pairs}

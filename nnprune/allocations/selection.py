@@ -66,7 +66,7 @@ class Selection:
         return found
 
 
-def _patterns(key: str, patterns: object) -> list[str]:
+def _patterns(key: str, patterns: Any) -> list[str]:
     """The patterns of a setting, in order, each once."""
     found = [patterns] if isinstance(patterns, str) else [] if patterns is None else patterns
     is_usable = isinstance(found, list | tuple) and all(isinstance(one, str) and one for one in found)

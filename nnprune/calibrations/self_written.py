@@ -28,7 +28,8 @@ class SelfCalibration(Calibration):
         batch_size: samples written together, which the draws depend on.
 
     Raises:
-        ValueError: a setting out of range. From `check`: layers on disk. From `token_ids`: no beginning of text.
+        ValueError: a setting out of range. From `check`: layers on disk. From `token_ids`: no beginning of text. From `write`: a model
+            that can't generate, or too little device memory.
     """
 
     needs_model = True
@@ -80,10 +81,14 @@ class SelfCalibration(Calibration):
         )
         written: list[Tensor] = []
         device = model.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(self.seed)
-            for first in ids[:, :1].split(self.batch_size):
-                log.info("calibration: sample %d of %d", len(written) * self.batch_size + 1, self.num_samples)
-                first = first.to(device)
-                written.append(model.generate(first, attention_mask=torch.ones_like(first)).cpu())
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(self.seed)
+                for first in ids[:, :1].split(self.batch_size):
+                    log.info("calibration: sample %d of %d", len(written) * self.batch_size + 1, self.num_samples)
+                    first = first.to(device)
+                    written.append(model.generate(first, attention_mask=torch.ones_like(first)).cpu())
+        except torch.OutOfMemoryError as error:
+            key = f"calibration.batch_size={self.batch_size}"
+            raise ValueError(f"{key}: the device ran out of memory while the model wrote its text; lower it") from error
         return torch.cat(written)

@@ -64,7 +64,7 @@ class CachedOutputs:
         inputs, outputs = self._inputs.get(name), self._outputs.get(name)  # from earlier passes
 
         def forward(*_: Any, **__: Any) -> Any:
-            rows = self.states.rows
+            rows = self.states.batch
             output = linear(inputs.get(rows)) if outputs is None else outputs.get(rows).clone()  # some layers write into it
             return output if part.nones is None else (output, *part.nones)
 
@@ -82,7 +82,7 @@ class CachedOutputs:
         if name not in cache:
             cache[name] = self._buffer(name, value.shape[-1], is_output=cache is self._outputs)
         if cache[name] is not None:
-            cache[name].put(self.states.rows, value)
+            cache[name].put(self.states.batch, value)
 
     def _buffer(self, name: str, width: int, is_output: bool) -> HiddenBuffer | None:
         """A buffer (N, T, width) for all rows; None for outputs that are cheaper to compute again."""

@@ -5,6 +5,9 @@ a fused kernel does, or calls them otherwise than once for each token. They are 
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
+
+from torch import Tensor
 
 from nnprune.engine.experts import pool_key
 from nnprune.model.decoder import Decoder
@@ -23,8 +26,12 @@ def noting_calls(weights: Mapping[str, WeightView]) -> Iterator[Calls]:
     calls: Calls = {name: [] for name in weights}
     with ExitStack() as stack:
         for name, view in weights.items():
-            stack.callback(view.observe(lambda X, name=name: calls[name].append(len(X))).remove)
+            stack.callback(view.observe(partial(_note, calls[name])).remove)
         yield calls
+
+
+def _note(received: list[int], X: Tensor) -> None:
+    received.append(len(X))
 
 
 def leave_uncalled_alone(decoder: Decoder, calls: Mapping[int, Calls], num_tokens: int) -> None:

@@ -75,10 +75,10 @@ def _groups_of(
     mixture: str, parts: Mapping[tuple[str, int], list[list[str]]], experts: Iterable[Expert]
 ) -> Iterator[list[str]]:
     """Those of the same part together, which depend on none of each other."""
-    indices = sorted({one.index for one in experts if one.mixture == mixture})
+    numbers = sorted({one.number for one in experts if one.mixture == mixture})
     seen = max((found for (owner, _), found in parts.items() if owner == mixture), key=lambda found: sum(map(len, found)))
     for shared in seen:
-        yield from ([Expert(mixture, index, part).name for part in shared] for index in indices)
+        yield from ([Expert(mixture, number, part).name for part in shared] for number in numbers)
 
 
 def share_tokens(

@@ -47,6 +47,7 @@ class HiddenStates:
         shape = (len(self.ids), *self.shape[1:])
         self.activations = HiddenBuffer(shape, first.dtype, runtime, path)
         self.rows: slice | list[int] = slice(0, 0)  # of `ids`, that are on the device
+        self.batch = slice(0, 0)  # those that `each_batch` handed out last
         self._calls: dict[torch.Size, list[LayerCall]] = {}
         self._each_batch(lambda rows: self.activations.put(rows, decoder.embed(self.ids[rows].to(self.device))))
 
@@ -91,7 +92,7 @@ class HiddenStates:
         """
 
         def replace(rows: slice) -> None:
-            self.rows = rows
+            self.rows = self.batch = rows
             output = step(rows, self.activations.get(rows))
             if output is not None:
                 self.activations.put(rows, output)

@@ -136,7 +136,9 @@ class InputCollector:
                     if (id(pruner), name) not in self._counted:
                         _show(pruner, name, self.sample(names)[None])
         # Weights first: one that is not finite makes the inputs of later linears so.
-        checks = {(NONFINITE_WEIGHT, name): finite(self.weights[name].read()) for names in self.groups for name in names}
+        checks: dict[tuple, Tensor] = {
+            (NONFINITE_WEIGHT, name): finite(self.weights[name].read()) for names in self.groups for name in names
+        }
         for leader, statistics in self.statistics.items():
             checks |= {(NONFINITE_INPUTS, leader, kind): statistic.finite() for kind, statistic in statistics.items()}
             if leader in self._totals:

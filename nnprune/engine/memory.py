@@ -5,7 +5,7 @@ Letters: D hidden, O output features, I input features, V vocabulary.
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -62,7 +62,7 @@ class Workload:
     vocab_size: int
     calibration: int
     windows: int
-    experts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    experts: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def hidden_bytes(self, is_cached: bool = True) -> tuple[int, int]:
         """Hidden states of the calibration, and of the windows. In a sequential run the outputs of linears may be cached beside."""

@@ -190,7 +190,8 @@ class Propagation:
             expert = weights[names[0]].expert
             key = (pool_key(expert) if expert else names[0]) if self.mode == "sequential" else None
             together.setdefault(key, []).append(names)
-        room, passes = self.engine.runtime.statistics_bytes, []
+        room = self.engine.runtime.statistics_bytes
+        passes: list[list[list[str]]] = []
         for members in together.values():
             left = -1.0
             for names in members:

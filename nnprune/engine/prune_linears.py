@@ -6,7 +6,7 @@ Letters: O output features, I input features.
 import logging
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -108,6 +108,7 @@ def _prune_together(
     weights = {name: collector.weights[name].read().contiguous() for name in names}
     if pruner.shares_statistics and pruner.statistic is not None:
         pruner.statistics.update(dict.fromkeys(names, statistics[pruner.statistic]))
+    context: AbstractContextManager[list[Tensor]]
     for context in (deferring(), nullcontext([])):
         found: dict[tuple, Tensor] = {}
         with context as failures:
@@ -178,7 +179,7 @@ def _judge(method: Method, plan: Plan, weights: dict[str, Tensor], numbers: dict
                 raise ValueError(f"{name}: {pruner} returned NaN or infinite weights")
             try:
                 if ("measured", stage, name) in numbers:
-                    plan[name].judge(numbers["measured", stage, name], W.numel())
+                    plan[name].judge(int(numbers["measured", stage, name]), W.numel())
             except PatternError as error:
                 raise ValueError(f"{name}: the weight that {pruner} returned {error}") from None
 

@@ -1,6 +1,6 @@
 """The evaluators of a run, from the settings of `evaluation`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -39,7 +39,7 @@ class Evaluation:
         max_windows: int | None = None,
         path: str | list[str] | None = None,
         column: str = "text",
-        tasks: str | list[str] = (),
+        tasks: str | Sequence[str] = (),
         num_fewshot: int | None = None,
         limit: float | None = None,
         include_path: str | list[str] | None = None,

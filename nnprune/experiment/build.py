@@ -215,10 +215,9 @@ def _check_settings(config: dict[str, Any]) -> None:
 def _check_objective(objective: Any, evaluation: Evaluation) -> None:
     """Raise ValueError for an `objective` that will not be measured, where all that will be is known."""
     evaluators = evaluation.evaluators.values()
-    if objective is not None and all(isinstance(one, Perplexity) for one in evaluators):
-        known = [f"{one.name}_perplexity" for one in evaluators]
-        if objective not in known:
-            raise ValueError(f"objective={quoted(objective)}: is not measured by evaluation; {nearest(str(objective), known)}")
+    known = [f"{one.name}_perplexity" for one in evaluators if isinstance(one, Perplexity)]
+    if objective is not None and len(known) == len(evaluators) and objective not in known:
+        raise ValueError(f"objective={quoted(objective)}: is not measured by evaluation; {nearest(str(objective), known)}")
 
 
 def _make(key: str, kind: type, config: dict[str, Any]) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnprune.allocations.base import Allocation, Shapes
 from nnprune.allocations.uniform import Uniform
 from nnprune.calibration import Calibration
 from nnprune.engine import parallel
@@ -64,7 +65,8 @@ def check_shapes(experiment: Experiment, decoder: Decoder) -> None:
     for key, length in lengths:
         if positions and length > positions:
             raise ValueError(f"{key}={length}: {experiment.source.name} has {positions} positions; lower {key}")
-    allocation, shapes = Uniform(), decoder.shapes_by_layer()
+    allocation: Allocation = Uniform()
+    shapes: Shapes = decoder.shapes_by_layer()
     if not experiment.is_dense:
         allocation, shapes = experiment.allocation, experiment.selection.cut(shapes)
     for pattern in sorted(allocation.check(experiment.pattern, shapes), key=str):

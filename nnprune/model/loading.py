@@ -194,7 +194,7 @@ class ModelSource:
         return Checkpoint(paths, model, self.label)
 
     @property
-    def _auto_class(self) -> type:
+    def _auto_class(self) -> type[Any]:
         return _auto_class(self._config) or AutoModelForCausalLM  # what comes with code of its own says so
 
     def _refuse_quantised(self, config: dict[str, Any]) -> None:
@@ -226,7 +226,7 @@ class ModelSource:
             raise ValueError(f"{self.label}: cannot be loaded ({reason[:300]}); {remedy}") from error
 
 
-def _auto_class(config: Any) -> type | None:
+def _auto_class(config: Any) -> type[Any] | None:
     """Which of transformers' classes loads the architecture that a configuration names, or any that it knows if it names none; None:
     it is no language model's."""
     known = {auto: auto._model_mapping[type(config)] for auto in AUTO_CLASSES if type(config) in auto._model_mapping}

@@ -23,13 +23,13 @@ class Expert(NamedTuple):
     """Which of a mixture's experts a weight belongs to, and which of the expert's weights it is."""
 
     mixture: str
-    index: int
+    number: int
     part: str
 
     @property
     def name(self) -> str:
         """The full name of the weight."""
-        return ".".join(filter(None, (self.mixture, str(self.index), self.part)))
+        return ".".join(filter(None, (self.mixture, str(self.number), self.part)))
 
 
 class WeightView:
@@ -82,11 +82,11 @@ class ExpertView(WeightView):
         return self.module._parameters[self.name]
 
     def within(self, parameter: Tensor) -> Tensor:
-        return self.experts.weights(parameter)[self.expert.index]
+        return self.experts.weights(parameter)[self.expert.number]
 
     def observe(self, see: Callable[[Tensor], None]) -> Handle:
-        self.experts.add(self.name, self.expert.index, see)
-        return Handle(partial(self.experts.remove, self.name, self.expert.index, see))
+        self.experts.add(self.name, self.expert.number, see)
+        return Handle(partial(self.experts.remove, self.name, self.expert.number, see))
 
 
 def weight_views(layer: nn.Module, prefix: str, hidden_size: int | None = None) -> dict[str, WeightView]:
@@ -112,8 +112,8 @@ def weight_views(layer: nn.Module, prefix: str, hidden_size: int | None = None) 
 def _views_of_experts(name: str, experts: Experts) -> list[ExpertView]:
     parts = {one: "" if one == "weight" else one for one in experts.names}
     return [
-        ExpertView(experts, one, f"{name}.{one}", Expert(name, index, part))
-        for index in range(experts.size)
+        ExpertView(experts, one, f"{name}.{one}", Expert(name, number, part))
+        for number in range(experts.size)
         for one, part in parts.items()
     ]
 
@@ -122,8 +122,8 @@ def _expert_in_list(name: str, lists: dict[str, nn.ModuleList]) -> Expert | None
     """What the linear `name` is in a list of experts, if it is in one."""
     for mixture in lists:
         if name.startswith(f"{mixture}."):
-            index, _, part = name.removeprefix(f"{mixture}.").partition(".")
-            return Expert(mixture, int(index), part)
+            number, _, part = name.removeprefix(f"{mixture}.").partition(".")
+            return Expert(mixture, int(number), part)
     return None
 
 

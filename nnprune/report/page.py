@@ -150,7 +150,7 @@ def _plots(
         for kind in plots.KINDS:
             try:
                 image = io.BytesIO()
-                figure, lines = plots.plot(frame, metric, kind, **filters)
+                figure, lines = plots.plot(frame, metric, kind, None, **filters)
                 figure.savefig(image, format="svg")
             except ModuleNotFoundError as error:
                 reason = f"Plots are left out: {error.name} is missing; pip install 'nnprune[plot]'."

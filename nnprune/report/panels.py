@@ -111,7 +111,7 @@ def format_axes(axes: Axes, is_linear: bool) -> None:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         # Within a decade or two a logarithmic axis has hardly any labelled tick: label 2 and 5 as well.
-        subs = (1, 2, 5) if high / low < 300 else (1,)
+        subs: tuple[float, ...] = (1, 2, 5) if high / low < 300 else (1,)
         if high / low < 8:
             subs = (1, 1.5, 2, 3, 4, 5, 6, 8)
         axes.yaxis.set_major_locator(LogLocator(subs=subs))

@@ -52,7 +52,8 @@ def plot(
     """
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
-    rows, warnings = frame[frame["metric"] == metric], []
+    rows = frame[frame["metric"] == metric]
+    warnings: list[str] = []
     if by:
         rows, warnings = with_setting(rows, by)
     rows, more = select(rows, metric, filters, by)

@@ -70,7 +70,9 @@ def build_published_table(frame: pd.DataFrame, metric: str, figures: list[Figure
     rows, warnings = select(frame, metric, filters)
     cells = rows.drop_duplicates(["model", "method", "sparsity"], keep="last")
     dense = dense_values(rows)[0]
-    used, blocks, has_source = set(), {}, any(figure.source for figure in figures)
+    used: set[str] = set()
+    blocks: dict[str, list[Row]] = {}
+    has_source = any(figure.source for figure in figures)
     for one in sorted(_wanted(figures, metric, filters), key=_order):
         if one.sparsity == DENSE:
             ours = [(pretty_pruner(DENSE), dense.get(one.model, math.nan), math.nan)]

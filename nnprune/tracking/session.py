@@ -105,7 +105,7 @@ class TrackingSession(logging.Handler):
 
 def flattened(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"pruner": {"damping": 1}} as {"pruner.damping": 1}; lists stay whole."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
