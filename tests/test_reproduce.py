@@ -33,7 +33,7 @@ def test_a_table_is_54_pruned_models_and_6_dense_ones(experiment):
 
 def test_one_command_killed_and_started_again(tmp_path):
     hub = Hub(make_tables_hub(tmp_path / "hub", ["opt-125m", "opt-350m"]))
-    command = ["experiment=opt_table", "model=opt-125m,opt-350m", "pruner=wanda", "sparsity=dense,2of4"]
+    command = ["experiment=opt_table", "model=opt-125m,opt-350m", "pruner=wanda", "sparsity=dense,2:4"]
     killed = run_table(hub, tmp_path, *command, kill_after=1)
     first = {path: path.stat().st_mtime_ns for path in record_paths(tmp_path)}
     assert killed.returncode < 0 and 1 <= len(first) < 4

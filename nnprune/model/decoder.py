@@ -59,7 +59,9 @@ class Decoder:
             matrices = [one for one in module._parameters.values() if one is not None and one.ndim == 2]
             if "expert" in name and matrices and id(module) not in viewed and not isinstance(module, nn.Linear):
                 reason = f"holds the weights of all experts in the matrices of {self.path}.{name}"
-                raise ValueError(f"model.path: {type(model).__name__} {reason}, which is not supported; choose another model")
+                raise ValueError(
+                    f"model.path: {type(model).__name__} {reason}, which is not supported; choose a model whose experts are separate"
+                )
         self.left_alone = no_linears(self.path, self.layers, self._weights)
         """Full name of each matrix of the layers that is not pruned, `*` for all that have it -> why."""
         self.leave_alone(shared(self.path, self.layers, self._weights))
