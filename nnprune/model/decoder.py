@@ -58,9 +58,9 @@ class Decoder:
         for name, module in self.layers.named_modules():
             matrices = [one for one in module._parameters.values() if one is not None and one.ndim == 2]
             if "expert" in name and matrices and id(module) not in viewed and not isinstance(module, nn.Linear):
-                reason = f"holds the weights of all experts in the matrices of {self.path}.{name}"
-                raise ValueError(
-                    f"model.path: {type(model).__name__} {reason}, which is not supported; choose a model whose experts are separate"
+                reason = f"holds the weights of all experts in the matrices of {self.path}.{name}, which is not supported"
+                remedy = "choose a model whose experts are separate"
+                raise ValueError(f"model.path: {type(model).__name__} {reason}; {remedy}")
                 )
         self.left_alone = no_linears(self.path, self.layers, self._weights)
         """Full name of each matrix of the layers that is not pruned, `*` for all that have it -> why."""
