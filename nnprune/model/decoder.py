@@ -61,7 +61,6 @@ class Decoder:
                 reason = f"holds the weights of all experts in the matrices of {self.path}.{name}, which is not supported"
                 remedy = "choose a model whose experts are separate"
                 raise ValueError(f"model.path: {type(model).__name__} {reason}; {remedy}")
-                )
         self.left_alone = no_linears(self.path, self.layers, self._weights)
         """Full name of each matrix of the layers that is not pruned, `*` for all that have it -> why."""
         self.leave_alone(shared(self.path, self.layers, self._weights))
