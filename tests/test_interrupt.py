@@ -30,6 +30,7 @@ def test_interrupted_run_says_where_and_resumes(run_cli, tiny_model_dir, small_t
         *("evaluation=text", f"evaluation.path={small_text}", "evaluation.seq_len=32", "evaluation.max_windows=2"),
         "runtime.resume=true",
     ]
+    caplog.set_level("INFO", "nnprune")
     whole = run(compose_config(*arguments, f"outputs={tmp_path / 'whole'}"))
     for name in ("SIGINT", "SIGTERM"):
         monkeypatch.setenv("SIGNAL", name)
