@@ -58,7 +58,7 @@ def test_the_calibration_goes_through_the_layers_once(tiny_config, monkeypatch):
     assert sum(rows == 6 for rows in calls) == 2 * (2 + 1)  # 2 layers, in 2 batches, and a probe of shared inputs
 
 
-def test_finished_cells_are_left_alone_and_interrupted_ones_go_on(tiny_config, monkeypatch):
+def test_finished_cells_are_left_alone_and_interrupted_ones_go_on(tiny_config, monkeypatch, caplog):
     cfgs = configs(tiny_config, cells=CELLS[:3])
     first = run(cfgs[0])
     seen = []
@@ -66,8 +66,10 @@ def test_finished_cells_are_left_alone_and_interrupted_ones_go_on(tiny_config, m
     monkeypatch.setattr(
         PruningPass, "__init__", lambda self, engine, cells, *a: seen.append(len(cells)) or original(self, engine, cells, *a)
     )
+    caplog.set_level("INFO", "nnprune")
     records = run_grid(cfgs)
     assert records[0].finished == first.finished
+    assert caplog.text.count("finished already, nothing to do") == 1
     assert seen[0] == 2
     seen.clear()
     run_grid(configs(tiny_config, "overwrite=true", cells=CELLS[:3]))
@@ -95,21 +97,21 @@ def test_command_line():
     assert gather_grid(["grid=true", "pruner=a"]) == ["pruner=a", "grid={pruner:['a']}"]
 
 
-def test_from_outside(run_cli, tiny_model_dir, small_text, tmp_path):
+def test_a_sweep_on_the_command_line(call_main, tiny_model_dir, small_text, tmp_path):
     arguments = [
         *("model=local", f"model.path={tiny_model_dir}", "calibration=text", f"calibration.path={small_text}"),
         *("calibration.num_samples=2", "calibration.seq_len=32", "evaluation=text", f"evaluation.path={small_text}"),
         *("evaluation.seq_len=32", "evaluation.max_windows=2", f"outputs={tmp_path}", "propagate=dense", "grid=true"),
     ]
-    result = run_cli("-m", *arguments, "pruner=magnitude,wanda", "sparsity=0.7,2:4")
-    assert result.returncode == 0, result.stderr
+    status, text = call_main("-m", *arguments, "pruner=magnitude,wanda", "sparsity=0.7,2:4")
+    assert status == 0, text
     records, problems = read_all(tmp_path)
     assert not problems
     cells = sorted((record["pruner"], record["sparsity"]) for record in records if record["pruner"] != "dense")
     assert cells == [("magnitude", "0.7"), ("magnitude", "2:4"), ("wanda", "0.7"), ("wanda", "2:4")]
     assert all(json.dumps(record["config"]["grid"]) == "null" for record in records)
-    again = run_cli(*arguments, "pruner=magnitude,wanda", "sparsity=0.7,2:4")
-    assert again.stdout.count("finished already, nothing to do") == 4
+    assert call_main(*arguments, "pruner=magnitude,wanda", "sparsity=0.7,2:4") == (0, "")
+    assert read_all(tmp_path) == (records, problems), "all were finished already"
 
 
 def test_the_dense_model_is_measured_once(tiny_config, monkeypatch):

@@ -1,20 +1,19 @@
 """Models and datasets of a hub: what is asked of it, what serves without it, and what each failure is told as.
 
-The hub is on 127.0.0.1. Each of its users is a process of its own, because the hub's library reads its settings when imported.
+The hub is on 127.0.0.1. Each of its users is a process of its own, of a parent that has its settings: the hub's library reads them
+when imported.
 """
 
 import gzip
 import json
-import os
 import shutil
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import HANGS, ROOT
 from support.fakehub import Hub
+from support.hub_users import Users
 from support.repositories import C4, make_repositories
 
 from nnprune.model.loading import ModelSource
@@ -25,51 +24,35 @@ def repositories(tmp_path_factory) -> Path:
     return make_repositories(tmp_path_factory.mktemp("hub"))
 
 
+@pytest.fixture(scope="module")
+def port():
+    """A port that stays that of this module's hubs: a socket that does not listen holds it."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
 @pytest.fixture
-def hub(repositories, tmp_path):
+def hub(repositories, tmp_path, port):
     """A hub whose repositories a test may change."""
     shutil.copytree(repositories, tmp_path / "hub")
-    hub = Hub(tmp_path / "hub")
+    hub = Hub(tmp_path / "hub", port)
     yield hub
     hub.close()
 
 
-class User:
-    """Processes with one cache between them."""
-
-    def __init__(self, hub: Hub, cache: Path) -> None:
-        self.hub, self.cache = hub, cache
-
-    def run(self, code: str, **environment: str) -> list:
-        """What a process prints, a JSON value a line: that of `show(VALUE)`, or the message of a ValueError of `tell(CALL)`."""
-        prelude = (
-            "import json\nfrom nnprune.texts import TextSource\n"
-            "def show(value): print(json.dumps(value), flush=True)\n"
-            "def tell(call):\n    try: call()\n    except ValueError as error: show(str(error))\n"
-            "def wikitext(split='test', key='evaluation.datasets.wikitext2', **more):\n"
-            "    return TextSource(key, dataset='Salesforce/wikitext', data_files=f'wikitext-2-raw-v1/{split}-*.parquet', **more)\n"
-            f"def c4(file='{C4}', name='allenai/c4', **more):\n"
-            "    return TextSource('calibration', dataset=name, data_files=file, **more)\n"
-            "def model(path, **more):\n    from nnprune.model.loading import ModelSource\n    return ModelSource(path, **more)\n"
-        )
-        plain = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))}
-        own = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.cache), "XDG_CACHE_HOME": str(self.cache / "own")}
-        done = subprocess.run(
-            [sys.executable, "-c", prelude + code],
-            env={**plain, **own, **environment},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=HANGS,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return [json.loads(line) for line in done.stdout.splitlines()]
+@pytest.fixture(scope="module")
+def users(port, tmp_path_factory):
+    users = Users(f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("users"))
+    yield users
+    users.close()
 
 
 @pytest.fixture
-def user(hub, tmp_path) -> User:
-    return User(hub, tmp_path / "cache")
+def user(hub, users) -> Users:
+    users.forget()
+    return users
 
 
 TEXTS = "show([list(c4().documents()), wikitext().joined(), wikitext('train').joined()])\n"
@@ -85,7 +68,7 @@ def test_texts_are_fetched_once_and_serve_without_the_hub(hub, user):
     assert hub.counted() <= 12
     assert user.run(TEXTS * 3) == [TEXTS_READ] * 3
     assert hub.counted() == 2  # one a repository, however often it is read
-    assert user.run(TEXTS, HF_HUB_OFFLINE="1") == [TEXTS_READ]
+    assert user.run(TEXTS, offline=True) == [TEXTS_READ]
     assert hub.counted() == 0
     hub.status = 503
     assert user.run(TEXTS) == [TEXTS_READ]
@@ -115,7 +98,7 @@ def test_commits(hub, user):
     assert first != second
     shown = user.run(f"show([wikitext().joined(), wikitext().commit])\nshow(wikitext(revision='{first}').joined())")
     assert shown == [["newer", second], TEXTS_READ[1]]
-    assert user.run("show([wikitext().joined(), wikitext().commit])", HF_HUB_OFFLINE="1") == [["newer", second]]
+    assert user.run("show([wikitext().joined(), wikitext().commit])", offline=True) == [["newer", second]]
 
 
 CELL = """
@@ -137,7 +120,7 @@ def test_cells_that_are_processes_of_their_own_ask_once(hub, user):
     assert user.run(cell.replace("PRUNER", "'wanda'")) == ["completed"]
     asked = ["datasets/Salesforce/wikitext", "datasets/allenai/c4", "models/meta-llama/Llama"]
     assert sorted(line.split("/", 1)[1].split("?")[0] for line in hub.requests) == asked, "each repository once"
-    assert user.run(cell.replace("PRUNER", "'ria'"), HF_HUB_OFFLINE="1") == ["completed"]
+    assert user.run(cell.replace("PRUNER", "'ria'"), offline=True) == ["completed"]
 
 
 def test_a_pinned_revision_asks_nothing_once_it_is_here(hub, user):
@@ -155,7 +138,7 @@ def test_a_renamed_repository(hub, user):
     hub.moved["wikitext/old"] = "Salesforce/wikitext"
     code = "show(TextSource('x', dataset='wikitext/old', data_files='wikitext-2-raw-v1/test-*.parquet').joined())"
     assert user.run(code) == [TEXTS_READ[1]]
-    assert user.run(code, HF_HUB_OFFLINE="1") == [TEXTS_READ[1]]
+    assert user.run(code, offline=True) == [TEXTS_READ[1]]
 
 
 def test_what_goes_wrong_is_told_with_its_remedy(hub, user):
@@ -181,12 +164,12 @@ def test_missing_files_and_a_hub_that_is_away(hub, user):
     for line in user.run(code):
         assert line.startswith("calibration.data_files=en/none")
         assert "the dataset allenai/c4 has no such file" in line
-    for message, environment in (
-        ("HF_HUB_OFFLINE forbids", {"HF_HUB_OFFLINE": "1"}),
-        ("cannot be reached (it answers 503)", {}),
+    for message, offline in (
+        ("HF_HUB_OFFLINE forbids", True),
+        ("cannot be reached (it answers 503)", False),
     ):
         hub.status = 503
-        (line,) = user.run("tell(wikitext().documents)", **environment)
+        (line,) = user.run("tell(wikitext().documents)", offline=offline)
         assert message in line
         assert "point evaluation.datasets.wikitext2.dataset at a local folder" in line
         assert "\n" not in line
@@ -196,9 +179,9 @@ def test_missing_files_and_a_hub_that_is_away(hub, user):
     assert "Connection refused" in line
 
 
-def test_a_cache_that_cannot_be_written(user, tmp_path):
-    (tmp_path / "file").touch()
-    (line,) = user.run("tell(c4().documents)", HF_HOME=str(tmp_path / "file"))
+def test_a_cache_that_cannot_be_written(user):
+    user.cache.touch()
+    (line,) = user.run("tell(c4().documents)")
     assert line.startswith("calibration.dataset=allenai/c4: ")
     assert "\n" not in line
 
@@ -235,7 +218,7 @@ def test_models_are_fetched_once_and_serve_without_the_hub(hub, user, name):
         assert user.run(code) == first
         assert hub.counted() == 1
     hub.close()
-    assert user.run(code, HF_HUB_OFFLINE="1") == first
+    assert user.run(code, offline=True) == first
 
 
 def test_a_saved_model_is_checked_against_the_commit_that_was_pruned(hub, user, tmp_path):
@@ -256,7 +239,8 @@ def test_a_saved_model_is_checked_against_the_commit_that_was_pruned(hub, user, 
     [[status, told]] = user.run(check)
     assert status == 0
     assert f"other tensors are those of facebook/opt at {commit}, bit for bit" in told
-    [[status, told]] = user.run(check, HF_HOME=str(tmp_path / "empty"))
+    user.forget()
+    [[status, told]] = user.run(check)
     assert status == 0
     assert "left alone are not compared with the base model: model.path=facebook/opt: the hub" in told
 

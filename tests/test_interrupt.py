@@ -1,8 +1,8 @@
 """Ctrl-C and SIGTERM: one line says where the run stopped, and the same command continues."""
 
-import json
+from conftest import compose_config
 
-import pytest
+from nnprune.run import run
 
 PRUNER = """
 import os
@@ -20,30 +20,26 @@ class Interrupted(Pruner):
 """
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_interrupted_run_says_where_and_resumes(name, run_cli, tiny_model_dir, small_text, tmp_path, monkeypatch):
+def test_interrupted_run_says_where_and_resumes(run_cli, tiny_model_dir, small_text, tmp_path, monkeypatch, caplog):
     (tmp_path / "interrupted.py").write_text(PRUNER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
     arguments = [
         *("model=local", f"model.path={tiny_model_dir}", "pruner=custom", "pruner._target_=interrupted.Interrupted"),
         *("calibration=text", f"calibration.path={small_text}", "calibration.num_samples=2", "calibration.seq_len=32"),
         *("evaluation=text", f"evaluation.path={small_text}", "evaluation.seq_len=32", "evaluation.max_windows=2"),
         "runtime.resume=true",
     ]
-    monkeypatch.setenv("SIGNAL", name)
-    stopped = run_cli(*arguments, f"outputs={tmp_path / 'outputs'}")
-    assert stopped.returncode == 130, stopped.stderr
-    assert "interrupted in decoder layer 2 of 2: run the same command again to resume" in stopped.stdout
-    assert "Traceback" not in stopped.stdout + stopped.stderr
-    monkeypatch.delenv("SIGNAL")
-    resumed = run_cli(*arguments, f"outputs={tmp_path / 'outputs'}")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resuming after 1 finished decoder layers" in resumed.stdout
-    whole = run_cli(*arguments, f"outputs={tmp_path / 'whole'}")
-    assert whole.returncode == 0, whole.stderr
-    figures = [
-        json.loads(path.read_text())["metrics"]
-        for folder in ("outputs", "whole")
-        for path in (tmp_path / folder).glob("*/0.5/*/result.json")
-    ]
-    assert len(figures) == 2 and figures[0] == figures[1]
+    caplog.set_level("INFO", "nnprune")
+    whole = run(compose_config(*arguments, f"outputs={tmp_path / 'whole'}"))
+    for name in ("SIGINT", "SIGTERM"):
+        monkeypatch.setenv("SIGNAL", name)
+        stopped = run_cli(*arguments, f"outputs={tmp_path / name}")
+        assert stopped.returncode == 130, stopped.stderr
+        assert "interrupted in decoder layer 2 of 2: run the same command again to resume" in stopped.stdout
+        assert "Traceback" not in stopped.stdout + stopped.stderr
+        monkeypatch.delenv("SIGNAL")
+        caplog.clear()
+        resumed = run(compose_config(*arguments, f"outputs={tmp_path / name}"))
+        assert "resuming after 1 finished decoder layers" in caplog.text
+        assert resumed.metrics == whole.metrics

@@ -3,12 +3,9 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import HANGS, ROOT, compose_config
 from safetensors.torch import load_file
 from support.engine import IDS, Witness, engine_of, prune, recover
 from support.families import FAMILIES
@@ -235,39 +232,3 @@ def test_what_cannot_be_shared_out_is_left_to_the_first_process(tiny_config, tmp
     assert on_ranks(run, tiny_config(own), OwnStatistics()) == [0, 0]
     record = record_in(tmp_path / "outputs")
     assert record["metrics"] == pytest.approx(expected.metrics, rel=1e-5) and record["metrics"]["rows"] == 3
-
-
-FAILING = """
-import os
-from nnprune.pruners.wanda import Wanda
-
-
-class Failing(Wanda):
-    def prune_linear(self, W, module_name, pattern):
-        if os.environ["RANK"] == "1":
-            raise RuntimeError("cannot do it")
-        return super().prune_linear(W, module_name, pattern)
-"""
-
-
-def test_torchrun_goes_on_after_one_process_failed_and_the_first_logs(tmp_path):
-    (tmp_path / "failing_on_rank_1.py").write_text(FAILING)
-    one, two = tmp_path / "one", tmp_path / "two"
-    settings = ["pruner=custom", *(f"calibration.{key}" for key in ("num_samples=5", "seq_len=64"))]
-    settings += [f"evaluation.{key}" for key in ("max_windows=5", "seq_len=64")] + ["runtime.device=cpu"]
-    own, wanda = "failing_on_rank_1.Failing", "nnprune.pruners.wanda.Wanda"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "nnprune.run", "-m"]
-    command += [f"pruner._target_={own},{wanda}", *settings, f"outputs={two}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANGS, check=False)
-    assert found.returncode != 0
-    [line] = [line for line in found.stderr.splitlines() if "cannot do it" in line]
-    assert line.startswith("Error: RuntimeError: rank 1: RuntimeError: cannot do it (")
-    [log] = two.glob("demo/0.5/Failing-*/run.log")
-    assert 'raise RuntimeError("cannot do it")' in log.read_text()
-    assert [found.stdout.count(line) for line in ("layer 6/6 ", "record: ")] == [1, 1]
-    records = [json.loads(path.read_text()) for path in two.glob("demo/0.5/*/result.json")]
-    failed, completed = sorted(records, key=lambda record: record["error"] is None)
-    assert failed["error"] == "rank 1: RuntimeError: cannot do it"
-    expected = run(compose_config(*settings, f"pruner._target_={wanda}", f"outputs={one}"))
-    assert completed["metrics"] == pytest.approx(expected.metrics, rel=2e-3)

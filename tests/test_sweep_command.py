@@ -9,17 +9,25 @@ from omegaconf import OmegaConf
 from nnprune.experiment.command_line import rewrite
 from nnprune.run import CONF
 
-TINY_DEMO = ["calibration.num_samples=4", "calibration.seq_len=64", "evaluation.seq_len=64", "evaluation.max_windows=4"]
+
+@pytest.fixture
+def tiny(tiny_model_dir, small_text):
+    """The arguments of runs of the tiny model."""
+    return [
+        *("model=local", f"model.path={tiny_model_dir}", "calibration=text", f"calibration.path={small_text}"),
+        *("calibration.num_samples=2", "calibration.seq_len=32", "evaluation=text", f"evaluation.path={small_text}"),
+        *("evaluation.seq_len=32", "evaluation.max_windows=2"),
+    ]
 
 
 def records_in(folder):
     return {str(path.relative_to(folder)): json.loads(path.read_text()) for path in folder.rglob("result.json")}
 
 
-def test_sweep_skip_and_failure_from_the_command_line(run_cli, tmp_path):
+def test_sweep_skip_and_failure_from_the_command_line(run_cli, tiny, tmp_path):
     """Also from another folder, as an installed program would be used."""
     outputs = tmp_path / "records"
-    sweep = ["-m", "pruner=magnitude,wanda", "sparsity=0.7,2:4,dense", f"outputs={outputs}", *TINY_DEMO]
+    sweep = ["-m", "pruner=magnitude,wanda", "sparsity=0.7,2:4,dense", f"outputs={outputs}", *tiny]
     first = run_cli(*sweep, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     found = records_in(outputs)
@@ -29,10 +37,10 @@ def test_sweep_skip_and_failure_from_the_command_line(run_cli, tmp_path):
     for record in found.values():
         assert record["status"] == "completed"
         assert record["dense_metrics"] == dense["metrics"]
-    assert "demo_perplexity" in first.stdout
+    assert "text_perplexity" in first.stdout
     stamps = {path: path.stat().st_mtime_ns for path in outputs.rglob("result.json")}
     second = run_cli(*sweep, "pruner=magnitude", "sparsity=0.7,2:4,0.65,7:8,3:7", cwd=tmp_path)
-    assert second.returncode == 1  # 7 divides no width of the demo
+    assert second.returncode == 1  # 7 divides no width of the model
     assert second.stdout.count("finished already, nothing to do") == 2
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     found = records_in(outputs)
@@ -60,18 +68,18 @@ def test_readme_experiment_is_the_nine_cells_and_dense():
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_other_launchers_take_any_sparsity(launcher, run_cli, tmp_path):
+def test_other_launchers_take_any_sparsity(launcher, run_cli, tiny, tmp_path):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher", reason="needs the launcher's extra")
     outputs = tmp_path / "records"
     workers = "hydra.launcher.n_jobs=2" if launcher == "joblib" else f"hydra.launcher.timeout_min={HANGS // 60}"
     result = run_cli(
-        "-m", f"hydra/launcher={launcher}", workers, "pruner=magnitude", "sparsity=0.65,3:4", f"outputs={outputs}", *TINY_DEMO
+        "-m", f"hydra/launcher={launcher}", workers, "pruner=magnitude", "sparsity=0.65,3:4", f"outputs={outputs}", *tiny
     )
     assert result.returncode == 0, result.stderr
     assert {record["sparsity"] for record in records_in(outputs).values()} == {"0.65", "3:4", "dense"}
-    assert "sweep: 2 runs, 2 done\n#  sparsity  demo_perplexity\n0  0.65 " in result.stdout
+    assert "sweep: 2 runs, 2 done\n#  sparsity  text_perplexity\n0  0.65 " in result.stdout
     logs = "".join([result.stdout, *(path.read_text() for path in outputs.rglob("*_log.out"))])
-    assert "\n[1] layer 1/6" in logs
+    assert "\n[1] layer 1/2" in logs
 
 
 def test_minus_m_may_stand_anywhere():

@@ -16,12 +16,12 @@ from urllib.parse import unquote, urlsplit
 
 
 class Hub(ThreadingHTTPServer):
-    """The server, on a free port, in a thread of its own until `close`."""
+    """The server, on this port or a free one, in a thread of its own until `close`."""
 
     daemon_threads = True
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, root: Path, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
         self.root = root
         self.gated: set[str] = set()
         self.private: set[str] = set()
