@@ -139,14 +139,22 @@ def test_what_cannot_fit_is_refused(figure, overrides, key, remedy, tiny_config,
         show_estimate([tiny_config(*overrides)])
 
 
-@pytest.mark.parametrize("grid", [[], ["grid=true", "pruner=magnitude,wanda", "propagate=dense"]], ids=["run", "grid"])
-def test_from_outside(grid, run_cli, tiny_model_dir, small_text, tmp_path):
+def test_what_is_shown_of_a_run(tiny_config, tmp_path, caplog):
+    caplog.set_level("INFO", "nnprune")
+    show_estimate([tiny_config("calibration=random", "evaluation=none")])
+    assert any(line.startswith("calibration") for line in caplog.messages)
+    assert caplog.messages[-1].startswith("peak: host") and "grid" not in caplog.text
+    assert not (tmp_path / "outputs").exists(), "a plan leaves nothing behind"
+
+
+def test_a_grid_from_outside(run_cli, tiny_model_dir, tmp_path):
     result = run_cli(
         *("plan=true", "model=local", f"model.path={tiny_model_dir}", "calibration=random", "calibration.num_samples=2"),
-        *("calibration.seq_len=32", "evaluation=none", f"outputs={tmp_path / 'outputs'}", *grid),
+        *("calibration.seq_len=32", "evaluation=none", f"outputs={tmp_path / 'outputs'}"),
+        *("grid=true", "pruner=magnitude,wanda", "propagate=dense"),
     )
     assert result.returncode == 0, result.stderr
     assert "calibration" in result.stdout
-    assert ("grid: 2 cells" in result.stdout) == bool(grid)
+    assert "grid: 2 cells" in result.stdout
     assert "peak: host" in result.stdout
     assert not (tmp_path / "outputs").exists(), "a plan leaves nothing behind"
