@@ -141,7 +141,7 @@ def test_what_cannot_fit_is_refused(figure, overrides, key, remedy, tiny_config,
 
 def test_what_is_shown_of_a_run(tiny_config, tmp_path, caplog):
     caplog.set_level("INFO", "nnprune")
-    show_estimate([tiny_config("calibration=random", "evaluation=none")])
+    show_estimate([tiny_config()])
     assert any(line.startswith("calibration") for line in caplog.messages)
     assert caplog.messages[-1].startswith("peak: host") and "grid" not in caplog.text
     assert not (tmp_path / "outputs").exists(), "a plan leaves nothing behind"
