@@ -10,17 +10,22 @@ from conftest import ROOT
 import nnprune
 from nnprune import BaseActAwareUnstructuredPruner
 from nnprune.patterns import NM
+from nnprune.texts import DEMO_FOLDER
 
 FENCES = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 README = FENCES.findall((ROOT / "README.md").read_text(encoding="utf-8"))
 DOCUMENT = FENCES.findall((ROOT / "docs" / "pruner.md").read_text(encoding="utf-8"))
-SMALL = [
-    "runtime.device=cpu",
-    "calibration.num_samples=4",
-    "calibration.seq_len=64",
-    "evaluation.seq_len=64",
-    "evaluation.max_windows=4",
-]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Settings of a run of a second, on the first characters of the demo's texts: tokenising all of them would take longer."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name in ("calibration", "test"):
+        (folder / f"{name}.txt").write_text((DEMO_FOLDER / f"{name}.txt").read_text(encoding="utf-8")[:8000], encoding="utf-8")
+    calibration = [f"calibration.path={folder / 'calibration.txt'}", "calibration.num_samples=4", "calibration.seq_len=64"]
+    evaluation = [f"evaluation.datasets.demo.path={folder / 'test.txt'}", "evaluation.seq_len=64", "evaluation.max_windows=4"]
+    return [*calibration, *evaluation, "runtime.device=cpu"]
 
 
 @pytest.fixture
@@ -34,7 +39,7 @@ def users_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_readmes_command_runs_from_a_users_folder(run_cli, tmp_path):
+def test_the_readmes_command_runs_from_a_users_folder(run_cli, tmp_path, small):
     [python] = [code for language, code in README if language == "python"]
     (tmp_path / "my_pruner.py").write_text(python, encoding="utf-8")
     [command] = {
@@ -42,17 +47,17 @@ def test_the_readmes_command_runs_from_a_users_folder(run_cli, tmp_path):
     }
     assert "pruner=custom pruner._target_=my_pruner.MyPruner +pruner.alpha=0.7" in command
     arguments = command.split("nnprune.run ")[1].split()
-    result = run_cli(*arguments, *SMALL, cwd=tmp_path)
+    result = run_cli(*arguments, *small, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     [path] = tmp_path.glob("outputs/demo/*/MyPruner-*/result.json")
     assert '"alpha": 0.7' in path.read_text()
 
 
 @pytest.mark.parametrize("sparsity", [0.5, "2:4"])
-def test_the_documents_classes_run_from_python(users_folder, sparsity):
+def test_the_documents_classes_run_from_python(users_folder, sparsity, small):
     import my_pruner
 
-    settings = [*SMALL, f"outputs={users_folder / 'records'}"]
+    settings = [*small, f"outputs={users_folder / 'records'}"]
     found = [value for value in vars(my_pruner).values() if isinstance(value, type) and value.__module__ == "my_pruner"]
     assert len(found) == 4
     perplexities = set()
@@ -65,25 +70,25 @@ def test_the_documents_classes_run_from_python(users_folder, sparsity):
     assert len(perplexities) > 1
 
 
-def test_the_documents_python_snippet(users_folder):
+def test_the_documents_python_snippet(users_folder, small):
     [snippet] = [code for language, code in DOCUMENT if language == "python" and "nnprune.prune(" in code]
-    small = snippet.replace("sparsity=", f"overrides={SMALL!r}, sparsity=")
-    assert small != snippet
+    quick = snippet.replace("sparsity=", f"overrides={small!r}, sparsity=")
+    assert quick != snippet
     namespace = {}
-    exec(small, namespace)
+    exec(quick, namespace)
     assert namespace["record"].metrics["demo_perplexity"] > 1
 
 
-def test_editing_a_custom_pruner_makes_another_experiment(users_folder):
+def test_editing_a_custom_pruner_makes_another_experiment(users_folder, small):
     import importlib
 
     import my_pruner
 
-    first = nnprune.prune(pruner=my_pruner.MyPruner(), overrides=SMALL)
+    first = nnprune.prune(pruner=my_pruner.MyPruner(), overrides=small)
     with (users_folder / "my_pruner.py").open("a") as file:
         file.write("\n# edited\n")
     importlib.reload(my_pruner)
-    second = nnprune.prune(pruner=my_pruner.MyPruner(), overrides=SMALL)
+    second = nnprune.prune(pruner=my_pruner.MyPruner(), overrides=small)
     assert first.fingerprint != second.fingerprint
 
 
@@ -118,10 +123,10 @@ class ToolkitPruner(BaseActAwareUnstructuredPruner):
 
 
 @pytest.mark.parametrize("sparsity", [0.3, "2:4"])
-def test_a_class_of_the_starting_toolkit_is_wanda_here_too(sparsity, tmp_path):
+def test_a_class_of_the_starting_toolkit_is_wanda_here_too(sparsity, tmp_path, small):
     from nnprune.pruners.wanda import Wanda
 
-    settings = [*SMALL, f"outputs={tmp_path}"]
+    settings = [*small, f"outputs={tmp_path}"]
     pruner = ToolkitPruner()
     theirs = nnprune.prune(pruner=pruner, sparsity=sparsity, overrides=settings)
     ours = nnprune.prune(pruner=Wanda(), sparsity=sparsity, overrides=settings)
@@ -146,9 +151,9 @@ class Broken(nnprune.Pruner):
         (lambda W: W * torch.nan, "NaN or infinite weights"),
     ],
 )
-def test_a_pruner_that_breaks_the_contract_is_named(answer, complaint, tmp_path):
+def test_a_pruner_that_breaks_the_contract_is_named(answer, complaint, tmp_path, small):
     with pytest.raises(ValueError, match=complaint) as error:
-        nnprune.prune(pruner=Broken(answer), overrides=[*SMALL, f"outputs={tmp_path}"])
+        nnprune.prune(pruner=Broken(answer), overrides=[*small, f"outputs={tmp_path}"])
     assert "layers.0" in str(error.value)
     assert "Broken" in str(error.value)
 

@@ -132,7 +132,7 @@ JSON = st.recursive(
 NAMES = [entry.name for entry in fields(RunRecord)]
 
 
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(
     changes=st.dictionaries(st.sampled_from(NAMES), JSON, min_size=1, max_size=3),
     removed=st.sets(st.sampled_from(NAMES), max_size=1),

@@ -2,10 +2,8 @@
 
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 from contextlib import contextmanager
 from functools import partial
 
@@ -13,7 +11,7 @@ import pytest
 from conftest import compose_config
 from safetensors.torch import save_file
 from support.damages import cut, flip, remove, swap
-from support.runs import stripped, watch_measurements
+from support.runs import kill, run_until_killed, stripped, watch_measurements
 
 import nnprune.experiment.job
 import nnprune.experiment.preparation
@@ -24,15 +22,10 @@ from nnprune.evaluation import Perplexity
 from nnprune.run import run
 
 
-def kill(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def run_until_killed(cfg):
-    process = multiprocessing.get_context("fork").Process(target=run, args=(cfg,))
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Where the records of runs that nothing disturbs are, so that none is made twice."""
+    return f"outputs={tmp_path_factory.mktemp('undisturbed')}"
 
 
 def at_second_layer(monkeypatch):
@@ -84,8 +77,8 @@ MOMENTS = [in_dense_evaluation, half_a_layer_file, at_second_layer, in_evaluatio
 
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: moment.__name__)
-def test_kill_9_loses_nothing_that_was_finished(moment, tiny_config, tmp_path, monkeypatch):
-    whole = run(tiny_config("pruner=sparsegpt", f"outputs={tmp_path / 'whole'}"))
+def test_kill_9_loses_nothing_that_was_finished(moment, tiny_config, undisturbed, tmp_path, monkeypatch):
+    whole = run(tiny_config("pruner=sparsegpt", undisturbed))
     cfg = tiny_config("pruner=sparsegpt", "runtime.resume=true")
     with monkeypatch.context() as patch:
         moment(patch)
@@ -131,8 +124,8 @@ def test_a_dense_record_made_while_resuming_is_of_the_dense_model(tiny_config, t
 
 
 @pytest.mark.parametrize("runtime", ["cpu", "low_memory"])
-def test_a_dense_model_that_another_process_failed_to_measure(runtime, tiny_config, tmp_path, monkeypatch):
-    expected = run(tiny_config("pruner=wanda", f"outputs={tmp_path / 'alone'}"))
+def test_a_dense_model_that_another_process_failed_to_measure(runtime, tiny_config, undisturbed, tmp_path, monkeypatch):
+    expected = run(tiny_config("pruner=wanda", undisturbed))
     locked = nnprune.experiment.job.locked
 
     @contextmanager
@@ -160,8 +153,10 @@ def later_layer_by_layer(monkeypatch, seconds):
 @pytest.mark.parametrize(
     ("resume", "seconds", "finished"), [("auto", 10, 0), ("auto", 31, 2), ("auto", 61, 2), ("false", 1e6, 0)]
 )
-def test_layers_are_written_once_a_minute_would_be_lost(resume, seconds, finished, tiny_config, tmp_path, monkeypatch, caplog):
-    whole = run(tiny_config("pruner=sparsegpt", f"outputs={tmp_path / 'whole'}"))
+def test_layers_are_written_once_a_minute_would_be_lost(
+    resume, seconds, finished, tiny_config, undisturbed, tmp_path, monkeypatch, caplog
+):
+    whole = run(tiny_config("pruner=sparsegpt", undisturbed))
     cfg = tiny_config("pruner=sparsegpt", f"runtime.resume={resume}")
     with monkeypatch.context() as patch:
         later_layer_by_layer(patch, seconds)
@@ -175,8 +170,8 @@ def test_layers_are_written_once_a_minute_would_be_lost(resume, seconds, finishe
 
 
 @pytest.mark.parametrize("setting", ["save=true", "runtime.layers=disk"])
-def test_where_files_are_the_model_each_layer_is_written(setting, tiny_config, tmp_path, monkeypatch, caplog):
-    whole = run(tiny_config("pruner=sparsegpt", f"outputs={tmp_path / 'whole'}"))
+def test_where_files_are_the_model_each_layer_is_written(setting, tiny_config, undisturbed, tmp_path, monkeypatch, caplog):
+    whole = run(tiny_config("pruner=sparsegpt", undisturbed))
     cfg = tiny_config("pruner=sparsegpt", setting, "runtime.resume=false")
     with monkeypatch.context() as patch:
         at_second_layer(patch)

@@ -1,7 +1,11 @@
-"""Local files of text: which file is read, byte-order marks, and files that cannot be read."""
+"""Local files of text: which file is read, formats, compression, byte-order marks, and files that cannot be read."""
 
+import bz2
 import gzip
+import json
+import lzma
 
+import pandas as pd
 import pytest
 from support.texts import write_jsonl, write_parquet
 
@@ -64,3 +68,56 @@ def test_broken_files_are_told_in_one_line(tmp_path, name):
         TextSource("calibration", path=str(tmp_path / name)).documents()
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+DOCUMENTS = ["first tale, of a river", "second: ünïcode ✓", "third one\nof two lines"]
+WRITERS = {
+    "a.txt": lambda path: path.write_text("\n\n".join(DOCUMENTS) + "\n\n\n", encoding="utf-8"),
+    "a.jsonl": lambda path: write_jsonl(path, [{"text": text} for text in DOCUMENTS]),
+    "a.jsonl.gz": lambda path: write_jsonl(path, [{"text": text} for text in DOCUMENTS]),
+    "v1.2.json.gz": lambda path: write_jsonl(path, [{"id": 1, "text": text} for text in DOCUMENTS]),
+    "a.json": lambda path: path.write_text(json.dumps([{"text": text} for text in DOCUMENTS]), encoding="utf-8"),
+    "a.parquet": lambda path: write_parquet(path, text=DOCUMENTS, number=[1, 2, 3]),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_holds_the_same_documents(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    source = TextSource("calibration", path=str(tmp_path / name))
+    source.check()
+    assert list(source.documents()) == DOCUMENTS
+    assert source.joined() == "\n\n".join(DOCUMENTS)
+    assert list(TextSource("calibration", path=str(tmp_path / name), max_documents=2).documents()) == DOCUMENTS[:2]
+
+
+def zstd(content):
+    return pytest.importorskip("zstandard").compress(content)
+
+
+COMPRESSED = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": zstd}
+
+
+@pytest.mark.parametrize("ending", COMPRESSED)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_compressed_files_hold_the_same_documents(tmp_path, name, ending):
+    if name == "a.csv":
+        pd.DataFrame({"text": DOCUMENTS, "number": [1, 2, 3]}).to_csv(tmp_path / name, index=False)
+    else:
+        WRITERS[name](tmp_path / name)
+    (tmp_path / f"{name}{ending}").write_bytes(COMPRESSED[ending]((tmp_path / name).read_bytes()))
+    for path in (tmp_path / name, tmp_path / f"{name}{ending}"):
+        source = TextSource("calibration", path=str(path))
+        source.check()
+        assert list(source.documents()) == DOCUMENTS
+
+
+def test_what_a_compression_needs(tmp_path, monkeypatch):
+    for name in ("a.parquet.gz", "a.tar.gz", "a.txt.lz4", "a.gz"):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=rf"^calibration\.path={tmp_path / name}: must be a \.txt, \.jsonl, .*\.zst"):
+            TextSource("calibration", path=str(tmp_path / name)).check()
+    (tmp_path / "a.txt.zst").touch()
+    monkeypatch.setattr("nnprune.files.text_files.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"a\.txt\.zst: needs a package that is not installed; pip install 'nnprune\[zstd\]'"):
+        TextSource("calibration", path=str(tmp_path / "a.txt.zst")).check()

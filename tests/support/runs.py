@@ -1,6 +1,12 @@
 """Runs of the program on tiny models: their errors, and what of their records can be compared."""
 
+import multiprocessing
+import os
+import signal
+import threading
+
 import pytest
+from tqdm import tqdm
 
 from nnprune.experiment.measurement import Measurement
 from nnprune.patterns import parse_pattern
@@ -45,3 +51,22 @@ def watch_measurements(monkeypatch):
 
     monkeypatch.setattr(Measurement, "finish", watched)
     return titles
+
+
+def kill(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_until_killed(cfg):
+    """Run in a fork that ends with kill -9."""
+
+    def run_alone():
+        tqdm.set_lock(
+            threading.RLock()
+        )  # tqdm's own is shared with forks: killed while they hold it, they would leave us waiting
+        run(cfg)
+
+    process = multiprocessing.get_context("fork").Process(target=run_alone)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL

@@ -1,0 +1,92 @@
+"""The code and the settings of what a user wrote are part of a run: other ones make another experiment."""
+
+import importlib
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import nnprune.run
+from nnprune.experiment import identity
+from nnprune.experiment.build import build
+from nnprune.run import run
+
+
+def test_the_code_of_a_method_is_what_its_classes_use(tiny_config):
+    experiment = build(tiny_config("pruner=sparsegpt", "allocation=owl"))
+    files = identity.own_code(experiment).keys()
+    assert {"pruners/sparsegpt.py", "pruners/stacked.py", "solvers/cholesky.py", "allocations/owl.py", "updates.py"} <= files
+    assert not {"pruners/wanda.py", "run.py", "experiment/job.py", "engine/pruning_pass.py"} & files
+
+
+OWN = """
+from nnprune.pruners.base import ScorePruner
+from {helper} import SIGN
+
+class Mine(ScorePruner):
+    def __init__(self, weight=1):
+        self.weight = weight
+
+    def score(self, W, module_name):
+        return SIGN * W.abs().float() * (self.weight if not callable(self.weight) else self.weight(1))
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """`mine(sign)`: the class, which uses a module of its author's, written anew."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def make(sign):
+        for name, code in {"helper_of_reuse": f"SIGN = {sign}\n", "own_of_reuse": OWN.format(helper="helper_of_reuse")}.items():
+            (tmp_path / f"{name}.py").write_text(code)
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        return importlib.import_module("own_of_reuse").Mine
+
+    return make
+
+
+def test_a_module_that_an_own_pruner_uses_is_part_of_it(mine, tiny_config):
+    settings = ("pruner=custom", "pruner._target_=own_of_reuse.Mine")
+    found = []
+    for sign in (1, -1):
+        mine(sign)
+        found.append(run(tiny_config(*settings)).metrics["text_perplexity"])
+    assert found[0] != found[1]
+
+
+SMALL = [f"calibration.{key}" for key in ("num_samples=2", "seq_len=32")]
+SMALL += [f"evaluation.{key}" for key in ("max_windows=1", "seq_len=32")]
+
+
+@pytest.mark.parametrize(
+    "one", [torch.ones(1), torch.float32, np.float32(1), lambda x: x], ids=["tensor", "dtype", "numpy", "code"]
+)
+def test_what_an_object_holds_is_part_of_it(one, mine, tmp_path, caplog):
+    other = (
+        {torch.float32: torch.float64}.get(one) if isinstance(one, torch.dtype) else (lambda x: -x) if callable(one) else -one
+    )
+    kind = mine(1)
+
+    def fingerprint(held):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("nnprune.run.run", lambda cfg, pruner: build(cfg, pruner).fingerprint)
+            return nnprune.run.prune(kind(held), overrides=[*SMALL, f"outputs={tmp_path}"])
+
+    assert fingerprint(one) != fingerprint(other)
+    is_code = callable(one) and not isinstance(one, torch.dtype)
+    assert (fingerprint(one) == fingerprint(one)) != is_code
+    assert ("weight of Mine cannot be hashed" in caplog.text) == is_code
+
+
+def test_a_class_that_exec_made_is_in_no_file(mine, tiny_config, caplog):
+    kind = mine(1)
+    namespace = {"__name__": kind.__module__}
+    exec(OWN.format(helper="helper_of_reuse"), namespace)
+    assert identity._code_of(namespace["Mine"]) != identity._code_of(namespace["Mine"])
+    assert "the code of Mine is in no file, so this run will not be reused" in caplog.text
+    assert identity._code_of(kind) == identity._code_of(kind)
