@@ -71,7 +71,7 @@ def test_the_saved_model_is_measured_with_a_task_of_ones_own(saved, examples, qu
     pytest.importorskip("lm_eval")
     settings = [one for one in quick if not one.startswith("evaluation")]
     printed = run(examples / "deploy" / "measure.sh", *settings)
-    assert "finished already: measuring the saved model" in printed
+    assert "measuring the saved model with demo_sentences" in printed
     [record] = [one for one in read_all(examples / "deploy" / "outputs")[0] if one["sparsity"] == "2:4"]
     [accuracy] = [
         value for name, value in record["metrics"].items() if name.startswith("demo_sentences") and "stderr" not in name

@@ -1,11 +1,11 @@
 """What a run leaves: records are replaced by their successors only, failures are recorded, grids continue."""
 
-import multiprocessing
 import os
 import signal
 from pathlib import Path
 
 import pytest
+from support.runs import run_until_killed
 
 from nnprune.evaluation import Perplexity
 from nnprune.experiment.build import build
@@ -103,10 +103,7 @@ def test_a_run_that_is_killed_leaves_the_record_that_it_was_to_replace(setting, 
     cfg = tiny_config("pruner=wanda", setting)
     with monkeypatch.context() as patch:
         patch.setattr(Perplexity, "measure", kill)  # when all layers are pruned
-        process = multiprocessing.get_context("fork").Process(target=run, args=(cfg,))
-        process.start()
-        process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+        run_until_killed(cfg)
     assert (folder / RESULT_FILE).read_bytes() == before
     second = run(cfg)
     assert (folder / RESULT_FILE).read_bytes() != before

@@ -61,9 +61,8 @@ def run_until_killed(cfg):
     """Run in a fork that ends with kill -9."""
 
     def run_alone():
-        tqdm.set_lock(
-            threading.RLock()
-        )  # tqdm's own is shared with forks: killed while they hold it, they would leave us waiting
+        # tqdm's own lock is shared with forks: killed while they hold it, they would leave us waiting.
+        tqdm.set_lock(threading.RLock())
         run(cfg)
 
     process = multiprocessing.get_context("fork").Process(target=run_alone)
