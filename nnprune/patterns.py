@@ -162,5 +162,5 @@ def _suggestion(value: float) -> str:
     if value.is_integer():
         n, m = divmod(int(value), 60)
         if 0 < n < m:
-            meant.append(f'; YAML reads an unquoted {n}:{m} as {int(value)}, so quote it: pattern: "{n}:{m}"')
+            meant.append(f'; YAML reads an unquoted {n}:{m} as {int(value)}, so quote it: "{n}:{m}"')
     return "".join(meant)

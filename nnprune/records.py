@@ -106,8 +106,15 @@ def with_stderr(metrics: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
 
 def fingerprint(science: dict[str, Any]) -> str:
     """12 hexadecimal digits of a hash of the scientific content of a resolved config, whatever the order of its keys."""
-    canonical = json.dumps(science, sort_keys=True, separators=(",", ":"), default=str)
+    canonical = json.dumps(_with_text_keys(science), sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def _with_text_keys(value: Any) -> Any:
+    """The same with every key as text: keys of several kinds cannot be sorted."""
+    if isinstance(value, dict):
+        return {str(key): _with_text_keys(one) for key, one in value.items()}
+    return [_with_text_keys(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def write_atomically(path: Path, text: str) -> Path:

@@ -24,7 +24,7 @@ SETTINGS = [
     ("sparsity=50", "sparsity=50: ", "for 50 % write 0.5"),
     ("sparsity=-0.1", "sparsity=-0.1: ", "0 <= sparsity < 1"),
     ("sparsity=1.0", "sparsity=1.0: ", "0 <= sparsity < 1"),
-    ("sparsity=124", "sparsity=124: ", 'pattern: "2:4"'),
+    ("sparsity=124", "sparsity=124: ", 'quote it: "2:4"'),
     ("sparsity=4:2", "sparsity=4:2: ", "0 < N < M"),
     ("sparsity=2:0", "sparsity=2:0: ", "0 < N < M"),
     ("sparsity=nan", "sparsity=nan: ", "0 <= sparsity < 1"),

@@ -15,6 +15,7 @@ from support.families import MIXTURES
 from support.memory import peak_bytes
 
 from nnprune.engine.experts import Routing, pool_key
+from nnprune.engine.importance_pass import collect_inputs
 from nnprune.engine.layer_files import LayerFiles
 from nnprune.engine.memory import Workload, groups_of
 from nnprune.engine.pruning_pass import PruneTask, PruningPass
@@ -187,3 +188,29 @@ def test_the_statistics_of_64_experts_stay_within_the_estimate(tmp_path):
         peaks.append(measured)
     assert peaks[1] < 0.7 * peaks[0]
     assert any("pooled_tokens" in linear for linear in task.layer_files.reports[0]["linears"])
+
+
+def test_what_is_sampled_of_an_expert_does_not_depend_on_batches(tmp_path):
+    ids = random_ids(rows=40, seq_len=16)
+    found = []
+    for tokens in (32, 1024):
+        engine = engine_of(MIXTURES["mixtral"](), tmp_path / str(tokens), batch_tokens=tokens)
+        with engine.hidden_states(ids, "test") as states:
+            collector = collect_inputs(states, 0, engine.store.fetch(0), [Hessian], is_last=True)
+        found.append({names[0]: statistic_of(collector.sample(names)).mean() for names in collector.groups})
+    for name, one in found[0].items():
+        torch.testing.assert_close(found[1][name], one, rtol=1e-4, atol=1e-6)
+
+
+def test_a_single_expert_can_be_chosen(tmp_path):
+    for index in range(4):
+        engine = engine_of(MIXTURES["mixtral"](), tmp_path / str(index))
+        chosen = {name for name in engine.decoder.shapes() if f".experts.{index}." in name}
+        engine.decoder.keep(chosen)
+        task = PruneTask(Method(SparseGPT()), dict.fromkeys(chosen, NM(2, 4)), engine.store.layer_files)
+        PruningPass(engine, [task], "pruned").run(IDS)
+        reports = [linear for layer in task.layer_files.reports.values() for linear in layer["linears"]]
+        assert {linear["name"] for linear in reports} == chosen
+        counts = task.layer_files.reports[0]
+        assert counts["size"] == sum(parameter.numel() for parameter in engine.decoder.layers[0].parameters())
+        assert counts["linear_zeros"] == counts["linear_size"] // 2 <= counts["zeros"] < counts["linear_size"]

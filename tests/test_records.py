@@ -150,6 +150,10 @@ def test_fingerprint_depends_on_content_and_not_on_the_order_of_keys(first, seco
     assert fingerprint(first) != fingerprint({**first, "new key": second})
 
 
+def test_keys_of_a_setting_may_be_numbers_and_names():
+    assert fingerprint({"patterns": {0: "dense", "*.fc1": 0.5}}) == fingerprint({"patterns": {"*.fc1": 0.5, "0": "dense"}})
+
+
 def identity(cfg) -> str:
     return build(cfg).fingerprint
 

@@ -87,6 +87,28 @@ def test_a_seed_without_a_figure_is_not_left_out_of_the_mean(tmp_path):
     assert "| **Wanda** | 50% | -- |" in collect(tmp_path / "o", "--metric", "demo_perplexity")[1]
 
 
+def evaluated(**settings):
+    """The evaluations of a record whose figures are those of `settings`."""
+    entry = {"name": "demo", "settings": settings, "metrics": {"demo_perplexity": 20.0}, "dense_metrics": {}}
+    return {"evaluations": {"0" * 12: entry}}
+
+
+def test_figures_of_other_settings_of_the_evaluation_are_named(tmp_path):
+    write_record(tmp_path / "o" / "a", value=20.0, **evaluated(seq_len=64))
+    write_record(tmp_path / "o" / "b", pruner="ria", value=20.0, **evaluated(seq_len=64))
+    assert not collect(tmp_path / "o", "--metric", "demo_perplexity")[2]
+    write_record(tmp_path / "o" / "c", pruner="magnitude", value=30.0, **evaluated(seq_len=32))
+    err = collect(tmp_path / "o", "--metric", "demo_perplexity")[2]
+    assert "demo: records measured demo_perplexity with different settings of the evaluation, so they do not compare" in err
+
+
+def test_nothing_is_relative_to_a_method_that_beats_the_dense_model(tmp_path):
+    write_record(tmp_path / "o" / "a", pruner="sparsegpt", value=14.0, dense=15.0)
+    write_record(tmp_path / "o" / "b", value=20.0, dense=15.0)
+    out = collect(tmp_path / "o", "--layout", "methods", "--models", "demo", "--relative", "sparsegpt")[1]
+    assert "| **SparseGPT** | -- |" in out and "| **Wanda** | -- |" in out
+
+
 def test_dense_comes_from_pruned_runs_too_and_disagreement_is_named(tmp_path):
     write_record(tmp_path / "o" / "a", value=20.0, dense=15.0)
     assert "| **Dense** | 0% | 15.00 |" in collect(tmp_path / "o", "--metric", "demo_perplexity")[1]

@@ -85,8 +85,9 @@ class HiddenStates:
         """Replace a tensor by its sum over all processes, in place, and return it."""
         return parallel.all_reduce(tensor)
 
-    def each_batch(self, step: Callable[[slice, Tensor], Tensor | None]) -> None:
-        """Call `step(rows, hidden)` for every batch of hidden states (B, T, D), and replace them by what it returns, if anything.
+    def each_batch(self, step: Callable[[slice, Tensor], Tensor | None], split: int = 0) -> None:
+        """Call `step(rows, hidden)` for every batch of hidden states (B, T, D), and replace them by what it returns, if anything. No batch
+        holds both the first `split` rows, or some of them, and others.
 
         When the device runs out of memory, the batch size is halved and the same rows are tried again.
         """
@@ -97,7 +98,7 @@ class HiddenStates:
             if output is not None:
                 self.activations.put(rows, output)
 
-        self._each_batch(replace)
+        self._each_batch(replace, split)
 
     def advance(self, index: int, layer: nn.Module) -> None:
         """Take all rows through decoder layer `index`, fetched as `layer`."""
@@ -116,11 +117,12 @@ class HiddenStates:
                 tokens = slice(start, min(start + step, seq_len))
                 yield row, tokens, self.decoder.logits(ids[:, tokens], hidden[:, tokens])[0]
 
-    def _each_batch(self, step: Callable[[slice], None]) -> None:
+    def _each_batch(self, step: Callable[[slice], None], split: int = 0) -> None:
         num_rows, seq_len = self.ids.shape
         start = 0
         while start < num_rows:
-            rows = slice(start, min(start + self.runtime.rows_per_batch(seq_len), num_rows))
+            stop = split if start < split else num_rows
+            rows = slice(start, min(start + self.runtime.rows_per_batch(seq_len), stop, num_rows))
             try:
                 step(rows)
             except torch.OutOfMemoryError:

@@ -83,6 +83,6 @@ def collect_inputs(
         statistics, [], groups, weights, states.shape[1], first_row=first_row, routing=routing or Routing()
     )
     with collector.observing(stop=is_last):
-        states.each_batch(lambda rows, hidden: collector.run(rows, lambda: states.run(index, layer, hidden)))
+        states.each_batch(lambda rows, hidden: collector.run(rows, lambda: states.run(index, layer, hidden)), collector.split)
     collector.finish()
     return collector

@@ -22,7 +22,6 @@ from nnprune.pruners.base import Pruner
 from nnprune.statistics import CrossProduct, InputStatistic
 
 SAMPLED_TOKENS = 512  # from the first rows of the calibration: the relative error of each linear is measured on them
-EXPERT_TOKENS = 128  # likewise of an expert: the first that it receives
 
 
 class InputCollector:
@@ -81,6 +80,11 @@ class InputCollector:
     def pairs(self) -> bool:
         """Whether a statistic compares inputs with those of the dense layer, so that `run_reference` must precede `run`."""
         return any(CrossProduct in kinds for kinds in self.statistics.values())
+
+    @property
+    def split(self) -> int:
+        """Rows at the start that no batch may hold together with others: where experts are sampled, whose tokens do not tell their row."""
+        return self._num_sampled if self._experts else 0
 
     @contextmanager
     def observing(self, stop: bool) -> Iterator[None]:
@@ -159,8 +163,8 @@ class InputCollector:
                 self._totals[leader] = parallel.all_reduce(self._totals.get(leader, none.sum()))
 
     def sample(self, names: list[str]) -> Tensor:
-        """Some inputs (tokens, I) of the group `names`, float32: the same tokens for every batch size and pruner, but of an expert
-        the first that it received, or, if there are none, those of its siblings."""
+        """Some inputs (tokens, I) of the group `names`, float32: the same tokens for every batch size and pruner. Of an expert, those
+        that it received of the same rows, in any order, or, if there are none, those of its siblings."""
         samples, expert = self._samples[names[0]], self._experts.get(names[0])
         if expert and not sum(map(len, samples)):
             samples = [
@@ -209,8 +213,8 @@ class InputCollector:
         if not self.statistics[name]:
             self._totals[name] = self._totals.get(name, 0) + X.sum(dtype=torch.float32)
         if name in self._experts:
-            room = EXPERT_TOKENS - sum(map(len, self._samples[name]))
-            self._samples[name] += [X[:room].clone()] * (room > 0)
+            if self._rows.stop <= self._num_sampled:  # else none of the batch's rows is among the first ones: see `split`
+                self._samples[name].append(X.clone())
             return
         rows = X.unflatten(0, (-1, self.seq_len))[: max(self._num_sampled - self._rows.start, 0)]
         if len(rows):

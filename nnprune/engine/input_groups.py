@@ -43,8 +43,14 @@ def input_groups(weights: dict[str, WeightView], forward: Callable[[], object]) 
 
 
 def layer_groups(states: HiddenStates, index: int, layer: nn.Module) -> list[list[str]]:
-    """The `input_groups` of decoder layer `index`, fetched as `layer`, which is run on a few tokens."""
-    return input_groups(states.decoder.weights(index), lambda: states.run(index, layer, states.probe(PROBE_TOKENS)))
+    """The `input_groups` of decoder layer `index`, fetched as `layer`, which is run on a few tokens, of its linears that are chosen."""
+    chosen, weights = states.decoder.weights(index), states.decoder.all_weights(index)
+    if not chosen:
+        return []
+    groups = input_groups(
+        weights, lambda: states.run(index, layer, states.probe(PROBE_TOKENS))
+    )  # of all: it reaches some experts
+    return [kept for names in groups if (kept := [name for name in names if name in chosen])]
 
 
 def check_weight(name: str, weight: Tensor) -> None:

@@ -5,6 +5,7 @@ Letters: D hidden, O output features, I input features, V vocabulary.
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ import torch
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.experts import bytes_of_statistics
 from nnprune.engine.hidden_states import tokens_of_logits
-from nnprune.engine.input_collector import EXPERT_TOKENS, SAMPLED_TOKENS
+from nnprune.engine.input_collector import SAMPLED_TOKENS
 from nnprune.engine.input_groups import PROBE_TOKENS, layer_groups
 from nnprune.method import Method
 from nnprune.runtime import Runtime
@@ -26,6 +27,9 @@ FETCHED = 3
 
 USABLE = 0.9
 """Share of the free memory that can be planned with: the allocator leaves gaps, and libraries have their own workspaces."""
+
+MOST_EXPERTS_OF_A_TOKEN = 8
+"""Experts that a token is routed to, in most mixtures at most."""
 
 TUNED_BYTES = 19
 """Of a tuned parameter: itself, its gradient, Adam's two, a 16-bit copy, its mask."""
@@ -111,7 +115,12 @@ class Workload:
     def _sample_bytes(self) -> int:
         """Inputs on which errors are measured, and those of a group in float32."""
         widths = {names[0]: self.shapes[names[0]][1] for names in self.groups}
-        kept = [width * (EXPERT_TOKENS if name in self.experts else SAMPLED_TOKENS) for name, width in widths.items()]
+        sizes = Counter(
+            self.experts.get(name) for name in widths
+        )  # experts of a mixture share out the tokens that all of them receive
+        shares = {key: min(1, MOST_EXPERTS_OF_A_TOKEN / size) for key, size in sizes.items() if key}
+        tokens = {key: share * max(SAMPLED_TOKENS, self.seq_len) for key, share in shares.items()}
+        kept = [int(width * tokens.get(self.experts.get(name), SAMPLED_TOKENS)) for name, width in widths.items()]
         return self.itemsize * (max(kept) if self.is_sequential else sum(kept)) + 4 * max(kept)
 
     def fetched_bytes(self) -> int:

@@ -173,7 +173,7 @@ class Propagation:
         seen = [name for names in groups for name in names]
         dense_replaying = self._replaying(dense, seen, is_last) if dense is not layer else nullcontext()
         with collector.observing(stop=not hand_on), self._replaying(layer, seen, is_last=False), dense_replaying:
-            self.calibration.each_batch(step)
+            self.calibration.each_batch(step, collector.split)
         return collector
 
     def _passes(self, index: int, layer: nn.Module, methods: Sequence[Method]) -> list[list[list[str]]]:

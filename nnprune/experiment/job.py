@@ -164,7 +164,8 @@ class Job:
                 states = stack.enter_context(measured.hidden_states(self.engine))
             with self.stopwatch.stage("dense_evaluation"):
                 dense_evaluators = {key: evaluators[key] for key in dense_keys} if dense else {}
-                measured_dense = Measurement("dense", dense_evaluators, ids, self.experiment.dense().folder / SCRATCH)
+                folder, is_saved = self.experiment.dense().folder / SCRATCH, self.experiment.home is not None
+                measured_dense = Measurement("dense", dense_evaluators, ids, folder, is_saved)
                 dense_states = stack.enter_context(measured_dense.hidden_states(self.engine))
             pruning = PruningPass(self.engine, tasks, self.experiment.config["propagate"], self.stopwatch)
             counts = pruning.run(self.calibration_ids, dense_states if dense else None, states)

@@ -28,16 +28,23 @@ class Measurement:
     """Computes the metrics of one model, as the rows of its evaluators pass through the layers.
 
     Args:
-        kind: "dense" or "pruned", for messages.
+        kind: "dense" or "pruned", for messages and the journal's name.
         evaluators: by fingerprint.
         ids: fingerprint -> the rows (N, T) of each length.
         folder: holds the metrics until the record is written.
+        is_saved: whether the model is a pruned one that was saved, and is measured as it is.
     """
 
     def __init__(
-        self, kind: str, evaluators: Mapping[str, Evaluator], ids: Mapping[str, Sequence[Tensor]], folder: Path
+        self,
+        kind: str,
+        evaluators: Mapping[str, Evaluator],
+        ids: Mapping[str, Sequence[Tensor]],
+        folder: Path,
+        is_saved: bool = False,
     ) -> None:
         self.kind, self.evaluators, self.ids = kind, evaluators, ids
+        self._title = f"evaluating the {'saved' if is_saved else kind} model"
         self.journal = folder / f"{kind}_metrics.json"
         self.metrics: dict[str, dict[str, float]] = parallel.on_rank_0(read_journal)(self.journal) or {}  # by fingerprint
         self._states: dict[str, list[HiddenStates]] = {}
@@ -59,10 +66,10 @@ class Measurement:
     def finish(self) -> dict[str, dict[str, float]]:
         """Fingerprint -> metrics. Call it when all rows have passed through all layers. Each evaluator's metrics are saved at once."""
         for key, of_evaluator in self._states.items():
-            evaluator, shapes = self.evaluators[key], [states.ids.shape for states in of_evaluator]
+            evaluator, shapes = self.evaluators[key], [ids.shape for ids in self.ids[key]]
             windows, tokens = sum(rows for rows, _ in shapes), max(length for _, length in shapes)
             length = f"{tokens}" if len(shapes) == 1 else f"up to {tokens}"
-            log.info("evaluating the %s model: %d windows of %s tokens", self.kind, windows, length)
+            log.info("%s: %d windows of %s tokens", self._title, windows, length)
             own = [self._measured(evaluator, states) for states in of_evaluator]
             parts = [part for of_rank in parallel.gather(own) for part in of_rank if part]
             self.metrics[key] = evaluator.combine(parts) if evaluator.combine else parts[0][1]
@@ -80,7 +87,7 @@ class Measurement:
 
     def _watched(self, states: HiddenStates) -> Logits:
         """The logits, with a progress bar of the rows."""
-        with LayerwiseEngine.progress(len(states.ids), f"evaluating the {self.kind} model") as bar:
+        with LayerwiseEngine.progress(len(states.ids), self._title) as bar:
             for row, tokens, logits in states.logits():
                 bar.update(row - bar.n)
                 yield row, tokens, logits

@@ -7,6 +7,7 @@ sample standard deviation. That, the mean accuracy over a record's tasks, and on
 is all that is computed here.
 """
 
+import json
 import math
 from datetime import UTC, datetime
 from typing import Any
@@ -198,13 +199,14 @@ def relative_to(rows: pd.DataFrame, pruner: str) -> pd.DataFrame:
     """Rows of one perplexity with each value x divided by the x of `pruner` at the same model, sparsity and seed.
 
     x = ln(perplexity / dense perplexity). The result is 0 for the dense model, 1 for `pruner` itself, and NaN where `pruner`
-    has no record. `rows` are those of `newest_experiments`.
+    has no record, or is no worse than the dense model. `rows` are those of `newest_experiments`.
     """
     ratios = rows["value"] / rows["dense_value"]
     x = ratios.map(lambda ratio: math.log(ratio) if ratio > 0 else math.nan)
     key = pd.MultiIndex.from_frame(rows[["model", "sparsity", "seed"]])
     reference = x.set_axis(key)[(rows["pruner"] == pruner).to_numpy()]
     reference = reference[~reference.index.duplicated(keep="last")].reindex(key)  # the newest of its variants
+    reference = reference.where(reference > 0)
     return _with_seed_statistics(rows.assign(value=x / reference.to_numpy(), dense_value=rows["dense_value"] * 0))
 
 
@@ -220,13 +222,25 @@ def dense_values(rows: pd.DataFrame) -> tuple[dict[str, float], set[str]]:
 
 
 def dense_disagreements(rows: pd.DataFrame, metric: str) -> list[str]:
-    """A line for each model whose dense figures differ by more than rounding: its records were evaluated differently."""
+    """A line for each model whose records were evaluated differently: their dense figures differ by more than rounding, or they
+    tell of other settings of the evaluation."""
     extremes = rows.groupby("model")["dense_value"].agg(["min", "max"])
+    settings = rows["record"].map(lambda record: _evaluated_as(record, metric)).dropna()
+    several = settings.groupby(rows["model"]).nunique()
     return [
+        f"{model}: records measured {metric} with different settings of the evaluation, so they do not compare"
+        for model in several[several > 1].index
+    ] + [
         f"{model}: records disagree on dense {metric} ({low:.2f} to {high:.2f}), so they do not compare"
         for model, low, high in extremes.itertuples()
         if high - low > 0.01 * abs(low)
     ]
+
+
+def _evaluated_as(record: dict[str, Any], metric: str) -> str | None:
+    """The settings of the last evaluation that measured a metric, as text; None where an older record does not tell."""
+    found = [one for one in record["evaluations"].values() if metric in one["metrics"] or metric in one["dense_metrics"]]
+    return json.dumps(found[-1]["settings"], sort_keys=True) if found else None
 
 
 def with_setting(rows: pd.DataFrame, key: str) -> tuple[pd.DataFrame, list[str]]:
