@@ -11,6 +11,8 @@ import signal
 import torch
 from nnprune import Pruner
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as from a terminal: what a shell runs in the background ignores it
+
 
 class Interrupted(Pruner):
     def prune_linear(self, W, module_name, pattern):

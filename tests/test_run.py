@@ -61,6 +61,7 @@ def test_a_failed_run_of_a_sweep_does_not_keep_its_model(tiny_config, monkeypatc
     import gc
     import weakref
 
+    from nnprune.experiment import command_line
     from nnprune.model.loading import ModelSource
     from nnprune.run import RunFailed, _main
 
@@ -75,6 +76,7 @@ def test_a_failed_run_of_a_sweep_does_not_keep_its_model(tiny_config, monkeypatc
     def fail(*_):
         raise RuntimeError("out of memory, say")
 
+    monkeypatch.setattr(command_line, "failures", None)  # as in a process that did not go through `main`
     monkeypatch.setattr(ModelSource, "skeleton", watched)
     monkeypatch.setattr(Perplexity, "measure", fail)
     cfg = tiny_config("pruner=wanda", "label=mine")

@@ -239,7 +239,7 @@ def dense_disagreements(rows: pd.DataFrame, metric: str) -> list[str]:
 
 def _evaluated_as(record: dict[str, Any], metric: str) -> str | None:
     """The settings of the last evaluation that measured a metric, as text; None where an older record does not tell."""
-    found = [one for one in record["evaluations"].values() if metric in one["metrics"] or metric in one["dense_metrics"]]
+    found = [one for one in record["evaluations"].values() if metric in (one.get("metrics") or {}) and "settings" in one]
     return json.dumps(found[-1]["settings"], sort_keys=True) if found else None
 
 
