@@ -4,12 +4,10 @@ a fused kernel does, or calls them otherwise than once for each token. They are 
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import partial
-
-from torch import Tensor
+from contextlib import contextmanager
 
 from nnprune.engine.experts import pool_key
+from nnprune.engine.input_groups import observed
 from nnprune.model.decoder import Decoder
 from nnprune.model.left_alone import CALLED_OTHERWISE, NOT_CALLED
 from nnprune.model.weight_views import WeightView
@@ -24,14 +22,8 @@ Calls = dict[str, list[int]]
 def noting_calls(weights: Mapping[str, WeightView]) -> Iterator[Calls]:
     """The calls of `weights` in forwards inside."""
     calls: Calls = {name: [] for name in weights}
-    with ExitStack() as stack:
-        for name, view in weights.items():
-            stack.callback(view.observe(partial(_note, calls[name])).remove)
+    with observed(weights, lambda name, X: calls[name].append(len(X))):
         yield calls
-
-
-def _note(received: list[int], X: Tensor) -> None:
-    received.append(len(X))
 
 
 def leave_uncalled_alone(decoder: Decoder, calls: Mapping[int, Calls], num_tokens: int) -> None:

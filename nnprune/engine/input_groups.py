@@ -3,7 +3,7 @@
 Letters: I input features.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -74,7 +74,7 @@ def refuse_nonfinite(weights: dict[str, WeightView]) -> Iterator[None]:
 
 
 @contextmanager
-def observed(weights: dict[str, WeightView], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def observed(weights: Mapping[str, WeightView], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call `see(name, X)` with the inputs X (tokens, I) of each weight in forwards inside."""
     handles = [weight.observe(partial(see, name)) for name, weight in weights.items()]
     try:
