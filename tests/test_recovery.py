@@ -6,21 +6,21 @@ import pytest
 import torch
 from support.engine import prune_model, recover
 
-from nnprune import recovery
 from nnprune.method import Method
 from nnprune.pruners.wanda import Wanda
+from nnprune.recovery import reconstruction
 
 
 def tune(folder, monkeypatch, most):
     """A tuned model; losses with gradients of more than `most` rows run out of memory."""
-    loss = recovery._loss
+    loss = reconstruction._loss
 
-    def limited(run, layer, inputs, targets, rows):
+    def limited(run, inputs, targets, layer, rows):
         if torch.is_grad_enabled() and len(rows) > most:
             raise torch.OutOfMemoryError
-        return loss(run, layer, inputs, targets, rows)
+        return loss(run, inputs, targets, layer, rows)
 
-    monkeypatch.setattr(recovery, "_loss", limited)
+    monkeypatch.setattr(reconstruction, "_loss", limited)
     return prune_model(folder, method=Method(Wanda(), recovery=recover(0, 2)))[0].state_dict()
 
 

@@ -1,0 +1,56 @@
+"""Block-wise reconstruction: the tuning of decoder layers towards the dense model's outputs.
+
+Letters: B batch, T tokens, D hidden.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnprune.checks import check_count
+from nnprune.recovery.base import Recovery, Rows, Run
+from nnprune.recovery.tuning import MAX_EPOCHS, Tuning
+
+
+class Reconstruction(Recovery):
+    """Tunes one decoder layer at a time with Adam, towards the dense model's outputs for the same tokens.
+
+    `epochs_after` tunes a pruned layer, with its zeros fixed, on inputs from pruned layers (EBFT, Guo et al. 2024,
+    arXiv:2402.12419). `epochs_before` tunes the layer while it is dense, to compensate the errors of the pruned layers before it
+    (ICP, "intermediate compensation pruning"); then it is pruned.
+
+    Loss: the mean over tokens of ||y - y_dense||^2 / ||y_dense||^2. It is normalised because the norms of a few tokens are a
+    thousand times larger, which the next layer's norm undoes. The weights of the epoch with the lowest loss on held-out sequences
+    are kept, or the initial ones. Raises ValueError for a setting out of range; in `tune` for fewer than two sequences.
+
+    Args:
+        epochs_before, epochs_after: passes over the calibration.
+        lr, batch_tokens, holdout: see Tuning.
+    """
+
+    def __init__(
+        self, epochs_before: int, epochs_after: int, lr: float = 0.01, batch_tokens: int = 1024, holdout: float = 0.125
+    ) -> None:
+        self.epochs_before = check_count("recover.epochs_before", epochs_before, 0, MAX_EPOCHS)
+        self.epochs_after = check_count("recover.epochs_after", epochs_after, 0, MAX_EPOCHS)
+        if not self.is_on:
+            raise ValueError("recover.epochs_before=0, recover.epochs_after=0: nothing to do; set one of them, or recover=none")
+        self.tuning = Tuning(lr, batch_tokens, holdout)
+        self.batch_tokens = batch_tokens
+
+    def tune(self, index: int, layer: nn.Module, run: Run, inputs: Rows, targets: Rows, num_epochs: int) -> dict[str, Any]:
+        return self.tuning.run(layer, partial(_loss, run, inputs, targets), inputs, num_epochs, seed=index)
+
+
+def _loss(run: Run, inputs: Rows, targets: Rows, layer: nn.Module, rows: Sequence[int]) -> Tensor:
+    """The normalised squared error of a layer with float32 weights on rows of the calibration: the part of this process."""
+    hidden, target = inputs.pick(rows), targets.pick(rows).float()
+    if not len(hidden):
+        return torch.zeros((), requires_grad=True)
+    # 16-bit models multiply in bfloat16; the weights stay float32
+    with torch.autocast(hidden.device.type, dtype=torch.bfloat16, enabled=hidden.dtype != torch.float32):
+        output = run(layer, hidden.float())
+    return ((output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean() * (len(hidden) / len(rows))

@@ -1,0 +1,133 @@
+"""Adam on the nonzeros of a module, stopped by the loss on held-out sequences."""
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnprune.checks import check_count, check_positive, read_together
+from nnprune.recovery.base import Rows
+
+log = logging.getLogger(__name__)
+
+MAX_EPOCHS = 100_000
+
+Loss = Callable[[nn.Module, Sequence[int]], Tensor]
+"""(module with float32 weights, rows) -> their mean loss, float32 (): of several processes each one's part of it."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a module is tuned; the names are those of settings in `recover`. Raises ValueError for a setting out of range.
+
+    Args:
+        lr: learning rate, relative to the root mean square of each tensor's nonzeros; it decays to zero along a cosine.
+        batch_tokens: tokens per step; at least one sequence.
+        holdout: fraction of the sequences that is held out.
+    """
+
+    lr: float
+    batch_tokens: int
+    holdout: float
+
+    def __post_init__(self) -> None:
+        check_positive("recover.lr", self.lr)
+        check_count("recover.batch_tokens", self.batch_tokens, 1)
+        check_positive("recover.holdout", self.holdout, below=1)
+
+    def run(self, module: nn.Module, loss: Loss, rows: Rows, num_epochs: int, seed: int) -> dict[str, Any]:
+        """Tune the weights of `module` in place, zeros excepted, for at most so many passes over `rows`.
+
+        Kept are the weights of the epoch with the lowest held-out loss, or the initial ones. Raises ValueError for fewer than two rows.
+        Returns the held-out loss before and after, and the epoch that was kept.
+        """
+        num_rows, seq_len = rows.shape[:2]
+        if num_rows < 2:
+            raise ValueError(f"calibration.num_samples={num_rows}: recover needs one sequence to tune on and one to hold out")
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(num_rows, generator=generator)
+        num_held = min(max(round(self.holdout * num_rows), 1), num_rows - 1)
+        held, used = order[:num_held].tolist(), order[num_held:]
+        batch = max(self.batch_tokens // seq_len, 1)
+        tuned = copy.deepcopy(module).float().requires_grad_(True)
+        parameters = list(tuned.parameters())
+        supports = [(parameter, parameter != 0) for parameter in parameters if parameter.ndim > 1]
+
+        def held_out() -> float:
+            with torch.no_grad():
+                mean = float(sum(loss(tuned, part).double() * len(part) for part in _batches(held, batch)) / num_held)
+                return float(rows.total(torch.tensor(mean, dtype=torch.float64)))
+
+        first = best = held_out()
+        epoch_kept, step, num_steps = 0, 0, num_epochs * -(-len(used) // batch)
+        scales = read_together({index: _rms(parameter) for index, parameter in enumerate(parameters)}).values()
+        smallest = min(filter(None, scales), default=1.0)  # for tensors of zeros, such as the biases of an untrained model
+        groups = [{"params": [one], "scale": scale or smallest} for one, scale in zip(parameters, scales, strict=True)]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+        accumulate = _Gradients(lambda part: loss(tuned, part), optimizer)
+        with torch.enable_grad():
+            for epoch in range(1, num_epochs + 1):
+                for part in _batches(used[torch.randperm(len(used), generator=generator)].tolist(), batch):
+                    for group in optimizer.param_groups:
+                        group["lr"] = self.lr * group["scale"] * _schedule(step, num_steps)
+                    accumulate(part)
+                    for parameter in parameters:
+                        if parameter.grad is None:  # another process holds these rows
+                            parameter.grad = torch.zeros_like(parameter)
+                        rows.total(parameter.grad)
+                    optimizer.step()
+                    with torch.no_grad():
+                        for parameter, support in supports:
+                            parameter.mul_(support)
+                    step += 1
+                if (mean := held_out()) < best:
+                    best, epoch_kept = mean, epoch
+                    for parameter, value in zip(module.parameters(), parameters, strict=True):
+                        parameter.data.copy_(value.detach())
+        log.debug("held-out loss %.3e -> %.3e at epoch %d of %d", first, best, epoch_kept, num_epochs)
+        return {"loss_before": first, "loss_after": best, "epoch": epoch_kept}
+
+
+class _Gradients:
+    """Computes the gradients of a batch: in one piece, or in as many as the device's memory asks for."""
+
+    def __init__(self, loss_of: Callable[[Sequence[int]], Tensor], optimizer: torch.optim.Optimizer) -> None:
+        self.loss_of = loss_of
+        self.optimizer = optimizer
+        self.num_pieces = 1
+
+    def __call__(self, rows: Sequence[int]) -> None:
+        """The gradients of the loss of `rows`, in place of those that there are."""
+        while True:
+            self.optimizer.zero_grad()
+            try:
+                for piece in _batches(rows, -(-len(rows) // self.num_pieces)):
+                    (self.loss_of(piece) * (len(piece) / len(rows))).backward()
+                return
+            except torch.OutOfMemoryError:
+                if self.num_pieces >= len(rows):
+                    raise
+            self.num_pieces *= 2  # out of the except block, where the traceback would keep the failed attempt's tensors alive
+            log.warning("warning: out of device memory, tuning goes on with a batch in %d pieces", self.num_pieces)
+
+
+def _batches(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def _rms(parameter: Tensor) -> Tensor:
+    """Root mean square of the nonzeros, float64 (), on the device; 0 without any."""
+    return (parameter.detach().square().sum().double() / (parameter != 0).sum().clamp_min(1)).sqrt()
+
+
+def _schedule(step: int, num_steps: int) -> float:
+    """Factor of the learning rate: linear warm-up over a tenth of the steps, then a cosine to zero."""
+    warm = max(num_steps // 10, 1)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(num_steps - warm, 1)))
