@@ -2,6 +2,8 @@
 
 A finished layer is a safetensors file, with the full names of its weights, and a JSON file with its report and the checksum of
 the weights. The report is written last: its presence means "finished". A thread writes them behind the computation.
+
+Layers that are pruned but not final are carried: a file beside the last finished layer has them as they were when it was finished.
 """
 
 import hashlib
@@ -25,6 +27,9 @@ log = logging.getLogger(__name__)
 
 GetState = Callable[[], dict[str, Tensor]]
 """Returns name within the layer -> tensor, in host memory, of a decoder layer that no longer changes. Called in any thread."""
+
+Carried = tuple[dict[int, dict[str, Any]], GetState]
+"""Layers that are not final: the report of each so far, and full name -> tensor."""
 
 TASKS_BEHIND = 2
 """Tasks that a `Background` may be behind: each may hold a decoder layer in memory."""
@@ -75,12 +80,14 @@ class LayerFiles:
         self._clock, self._since = clock, clock()
         self._in_memory: dict[int, GetState] = {}
         self._unwritten: set[int] = set()  # handed to the thread, and not known to be on disk
-        self.reports = self._read_reports()
+        self._last_carried: Carried | None = None
+        self.reports, self.carried = self._read_reports()
 
     @parallel.on_rank_0
-    def _read_reports(self) -> dict[int, dict[str, Any]]:
-        """The reports of the finished layers."""
+    def _read_reports(self) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]]:
+        """The reports of the finished layers, and of those carried beside the last."""
         reports: dict[int, dict[str, Any]] = {}
+        carried: list[dict[str, Any]] = []
         while (found := read_journal(self._report_path(len(reports)))) is not None:
             index = len(reports)
             weights = self.path(index)
@@ -88,7 +95,18 @@ class LayerFiles:
                 log.warning("warning: %s is missing or damaged: this layer and later ones are pruned again", weights)
                 break
             reports[index] = found["report"]
-        return reports
+            carried.append(found.get("carried", {"reports": {}}))
+        while carried and not self._has_carried(len(carried) - 1, carried[-1]):
+            carried.pop()
+            reports.pop(len(carried))
+        return reports, {int(index): report for index, report in carried[-1]["reports"].items()} if carried else {}
+
+    def _has_carried(self, index: int, carried: dict[str, Any] | None) -> bool:
+        """Whether a run can go on behind finished layer `index`, whose file says what was carried: None if that was not written."""
+        if carried is None or not carried["reports"]:
+            return carried is not None
+        path = self._carried_path(index)
+        return path.is_file() and _checksum(path) == carried["sha256"]
 
     def __contains__(self, index: int) -> bool:
         return index in self.reports
@@ -103,12 +121,20 @@ class LayerFiles:
             return self._in_memory[index]()
         if index in self._unwritten:
             self.finish()
-        prefix = f"{self.prefix}.{index}."
-        with safe_open(self.path(index), "pt") as file:
-            return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return self._read_from(self.path(index), index)
 
-    def write(self, index: int, state: GetState, report: dict[str, Any]) -> None:
-        """Take decoder layer `index` as finished, to be written when `interval` says.
+    def read_carried(self, index: int) -> dict[str, Tensor]:
+        """Name within the layer -> tensor, of a decoder layer that an earlier process carried."""
+        return self._read_from(self._carried_path(len(self.reports) - 1), index)
+
+    def _read_from(self, path: Path, index: int) -> dict[str, Tensor]:
+        prefix = f"{self.prefix}.{index}."
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+
+    def write(self, index: int, state: GetState, report: dict[str, Any], carried: Carried | None = None) -> None:
+        """Take decoder layer `index` as finished, to be written when `interval` says, with the layers carried at this time.
 
         Waits when the thread is far behind. Raises OSError, naming the folder, if an earlier layer could not be written.
         """
@@ -116,6 +142,7 @@ class LayerFiles:
             state = self._copies.submit(state).result
         self.reports[index] = report
         self._in_memory[index] = state
+        self._last_carried = carried
         if self._write_if_due():
             self._unwritten.update(self._in_memory)
             self._in_memory = {}
@@ -141,10 +168,11 @@ class LayerFiles:
         if now - self._since < self._interval:
             return False
         self._since = now
-        self._files.submit(partial(self._save, dict(self._in_memory)))
+        self._files.submit(partial(self._save, dict(self._in_memory), self._last_carried))
         return True
 
-    def _save(self, states: dict[int, GetState]) -> None:
+    def _save(self, states: dict[int, GetState], carried: Carried | None) -> None:
+        last = max(states)
         for index in sorted(states):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -152,13 +180,27 @@ class LayerFiles:
                 save_atomically(named, self.path(index))
                 digest = _checksum(self.path(index))
                 content = {"index": index, "report": self.reports[index], "weights_sha256": digest}
+                if carried is not None:
+                    content["carried"] = self._save_carried(index, *carried) if index == last else None
                 write_journal(self._report_path(index), content)
+                for path in set(self.folder.glob("carried-*")) - {self._carried_path(last)} if index == last else ():
+                    path.unlink()
             except OSError as error:
                 raise OSError(
                     error.errno,
                     f"outputs: decoder layer {index} could not be saved in {self.folder} ({error.strerror or error}); "
                     "make room or set outputs to another disk, then run again: finished layers are kept",
                 ) from error
+
+    def _save_carried(self, index: int, reports: dict[int, dict[str, Any]], state: GetState) -> dict[str, Any]:
+        if not reports:
+            return {"reports": {}}
+        path = self._carried_path(index)
+        save_atomically(state(), path)
+        return {"reports": {str(key): report for key, report in reports.items()}, "sha256": _checksum(path)}
+
+    def _carried_path(self, index: int) -> Path:
+        return self.folder / f"carried-{index:04d}.safetensors"
 
     def _report_path(self, index: int) -> Path:
         return self.folder / f"layer-{index:04d}.json"

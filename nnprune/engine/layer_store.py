@@ -4,7 +4,7 @@ Dense weights are read from the checkpoint when they are fetched, if it can be r
 while another computes: a thread reads it, and a separate CUDA stream copies it to the device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -112,6 +112,11 @@ class LayerStore:
                 return {name: self.as_stored(prefix + name, tensor).cpu() for name, tensor in state.items()}
 
         return to_host
+
+    def carried_state(self, indices: Sequence[int]) -> Callable[[], dict[str, Tensor]]:
+        """As `stored_state`, of copies of several layers: full name -> tensor."""
+        states = {f"{self.decoder.path}.{index}.": self.stored_state(index, copy=True) for index in indices}
+        return lambda: {prefix + name: one for prefix, state in states.items() for name, one in state().items()}
 
     def as_stored(self, name: str, tensor: Tensor) -> Tensor:
         """`tensor`, by its full name in the model, in its stored dtype."""

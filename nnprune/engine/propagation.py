@@ -20,6 +20,7 @@ from nnprune.engine.hidden_states import HiddenStates
 from nnprune.engine.input_collector import InputCollector
 from nnprune.engine.input_groups import PROBE_TOKENS, layer_groups
 from nnprune.engine.stopwatch import Stopwatch
+from nnprune.engine.window import Window
 from nnprune.method import Method
 from nnprune.model.weight_views import weight_views
 
@@ -36,6 +37,7 @@ class Propagation:
             and within a layer of the linears already pruned.
         calibration: hidden states of the calibration.
         reference: hidden states of the dense model, if a method needs them.
+        window: the layers before it that are not final.
         stopwatch: times the forwards.
     """
 
@@ -43,6 +45,7 @@ class Propagation:
     mode: str
     calibration: HiddenStates
     reference: HiddenStates | None
+    window: Window
     stopwatch: Stopwatch
     _next_collector: InputCollector | None = None  # inputs of the next layer's linears, if already collected
     _next_passes: list[list[list[str]]] = field(default_factory=list)  # over the next layer, the first of them done
@@ -55,6 +58,18 @@ class Propagation:
             if self.reference is not None:
                 self.reference.advance(index, self.engine.store.fetch(index, pruned=False))
             self.calibration.advance(index, self.engine.store.fetch(index, pruned=self.mode != "dense"))
+
+    def restore(self, index: int, state: dict[str, Tensor]) -> None:
+        """Take calibration and reference through decoder layer `index`, whose weights are to be `state`, though it is not final."""
+        with self.stopwatch.stage("calibration"):
+            layer = self.engine.store.fetch(index, pruned=False)
+            self.reference.advance(index, layer)
+            if self.mode == "dense":
+                self.calibration.advance(index, layer)
+            for name, tensor in layer.state_dict().items():
+                tensor.copy_(state[name])
+            if self.mode != "dense":
+                self.calibration.advance(index, layer)
 
     def advance_reference(self, index: int, layer: nn.Module) -> None:
         """Take the reference through the dense decoder layer `index` before the inputs of its linears are collected.
@@ -110,12 +125,16 @@ class Propagation:
         self._cached = {}
 
     def hand_on(self, index: int, methods: Sequence[Method]) -> None:
-        """Take the calibration through the pruned decoder layer `index`.
+        """Take the calibration through the pruned decoder layer `index`, and through those before it that were tuned with it.
 
         If `methods` prune the next layer without tuning it first, the same batches continue through that layer to collect the
         inputs of its linears, so that hidden states are read once per layer.
         """
         with self.stopwatch.stage("calibration"):
+            if self.window.reports:
+                self.window.hand_on()
+                self.invalidate()
+                return
             layer = self.engine.store.fetch(index)
             collects = methods and self.engine.decoder.weights(index + 1)
             if self.mode == "sequential" or not collects or any(method.recovery.epochs_before for method in methods):

@@ -25,11 +25,13 @@ from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.experts import few_tokens
 from nnprune.engine.hidden_states import HiddenStates
 from nnprune.engine.input_collector import InputCollector, rows_needed
-from nnprune.engine.layer_files import LayerFiles
+from nnprune.engine.layer_files import Carried, LayerFiles
 from nnprune.engine.propagation import Propagation
 from nnprune.engine.prune_linears import count_zeros, prune_linears
 from nnprune.engine.stopwatch import Stopwatch
+from nnprune.engine.window import Window
 from nnprune.method import Method
+from nnprune.recovery import Run
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class PruningPass:
         self.num_tasks = len(tasks)
         self.propagate = propagate
         self.stopwatch = stopwatch or Stopwatch()
+        self._num_final = 0  # layers that have been passed on
 
     @torch.no_grad()
     def run(
@@ -103,13 +106,21 @@ class PruningPass:
                         counts.append(count_zeros(layer, engine.decoder.all_weights(index)))
                     if index <= last:
                         self._prune_or_skip(index, last, propagation)
-                    if pruned:
-                        self._advance(index, pruned, "evaluation", pruned=True)
+                    for final in self._final(index, propagation):
+                        if pruned:
+                            self._advance(final, pruned, "evaluation", pruned=True)
+                        self.store.release(final)
                 except KeyboardInterrupt:
                     raise KeyboardInterrupt(f"in decoder layer {index + 1} of {engine.num_layers}") from None
-                self.store.release(index)
                 bar.update()
         return counts
+
+    def _final(self, index: int, propagation: Propagation | None) -> Iterator[int]:
+        """The layers up to `index` that have become final."""
+        stop = propagation.window.first if propagation and propagation.window.reports else index + 1
+        while self._num_final < stop:
+            yield self._num_final
+            self._num_final += 1
 
     def _unfinished_tasks(self, index: int) -> list[PruneTask]:
         return [task for task in self.tasks if index not in task.layer_files]
@@ -125,7 +136,11 @@ class PruningPass:
             reference = None
             if any(method.needs_reference for method in methods):
                 reference = stack.enter_context(self.engine.hidden_states(ids, "reference", whole))
-            propagation = Propagation(self.engine, self.propagate, calibration, reference, self.stopwatch)
+            num_layers = max(method.recovery.num_layers for method in methods)
+            num_kept = 0 if num_layers == 1 else num_layers if self.propagate == "dense" else 1
+            kept = [stack.enter_context(self.engine.hidden_states(ids, f"window-{place}", whole)) for place in range(num_kept)]
+            window = Window(self.store, calibration, kept)
+            propagation = Propagation(self.engine, self.propagate, calibration, reference, window, self.stopwatch)
             stack.callback(propagation.invalidate)
             yield propagation
 
@@ -159,6 +174,12 @@ class PruningPass:
         if not tasks:
             propagation.skip(index)
             return
+        if self.num_tasks == 1 and index in tasks[0].layer_files.carried:
+            propagation.window.open(index)
+            propagation.restore(index, tasks[0].layer_files.read_carried(index))
+            propagation.window.reports[index] = tasks[0].layer_files.carried[index]
+            self._settle(index == last, propagation.window, tasks[0])
+            return
         start = time.perf_counter()
         reports = self._prune(index, last, propagation, tasks)
         if self.propagate != "dense" and index < last:
@@ -180,11 +201,14 @@ class PruningPass:
             layer = self.store.fetch(index, pruned=False)
         start = time.perf_counter()
         recovered: dict[str, Any] = {}
-        recovery = tasks[0].method.recovery
+        recovery, window = tasks[0].method.recovery, propagation.window
+        if self.num_tasks == 1:
+            window.open(index)
         if recovery.epochs_before:
             with self.stopwatch.stage("calibration"):
                 propagation.advance_reference(index, layer)
-            recovered["before"] = self._tune(index, layer, propagation, recovery.epochs_before)
+            run = partial(propagation.calibration.run, index)
+            recovered["before"] = self._tune([index], layer, run, propagation.calibration, propagation, recovery.epochs_before)
         reports: list[dict[str, Any]] = []
         for collector in propagation.collectors(index, layer, [task.method for task in tasks], hand_on=index < last):
             self.store.prefetch(index + 1)
@@ -196,10 +220,23 @@ class PruningPass:
                 reports += prune_linears(tasks[0].method, tasks[0].plan, collector, *how)
         if self.num_tasks == 1:
             if recovery.epochs_after:
-                recovered["after"] = self._tune(index, layer, propagation, recovery.epochs_after)
-            self._write(index, layer, tasks[0], reports, start, **({"recovered": recovered} if recovered else {}))
-            self.store.mark_pruned(index)
+                layers, how = window.fetch(), (window.run, window.inputs, propagation, recovery.epochs_after)
+                recovered["after"] = self._tune(list(window.reports), layers, *how)
+            window.reports[index] = {"linears": reports, "seconds": time.perf_counter() - start}
+            window.reports[index] |= {"recovered": recovered} if recovered else {}
+            self._settle(index == last, window, tasks[0])
         return reports
+
+    def _settle(self, is_last: bool, window: Window, task: PruneTask) -> None:
+        """Write the layers of the window that are not tuned again."""
+        while window.reports and (is_last or len(window.reports) >= task.method.recovery.num_layers):
+            index = window.first
+            report = window.reports.pop(index)
+            carried = None
+            if task.method.recovery.num_layers > 1:
+                carried = (dict(window.reports), self.store.carried_state(list(window.reports)))
+            self._write(index, self.store.fetch(index), task, report, carried)
+            self.store.mark_pruned(index)
 
     def _prune_tasks(
         self, index: int, layer: nn.Module, collector: InputCollector, tasks: list[PruneTask], start: float
@@ -213,7 +250,7 @@ class PruningPass:
                 with self.stopwatch.stage("prune"):
                     how = (self.store.stored_dtype, self.engine.runtime)
                     task_reports = prune_linears(task.method, task.plan, collector, *how, keep_statistics=True)
-                self._write(index, layer, task, task_reports, start)
+                self._write(index, layer, task, {"linears": task_reports, "seconds": time.perf_counter() - start})
                 reports += task_reports
             except ValueError as error:
                 log.warning("warning: one cell is dropped from the grid and will run alone (%s)", error)
@@ -222,25 +259,27 @@ class PruningPass:
                 weights[name].write(weight)
         return reports
 
-    def _tune(self, index: int, layer: nn.Module, propagation: Propagation, num_epochs: int) -> dict[str, Any]:
-        """Tune layer `index` towards the reference, which has passed through the dense layer already."""
+    def _tune(
+        self, indices: list[int], layers: nn.Module, run: Run, inputs: HiddenStates, propagation: Propagation, num_epochs: int
+    ) -> dict[str, Any]:
+        """Tune consecutive layers towards the reference, which has passed through all of them already."""
         propagation.invalidate()
-        recovery, run = self.tasks[0].method.recovery, partial(propagation.calibration.run, index)
+        recovery = self.tasks[0].method.recovery
         with self.stopwatch.stage("recover"):
-            report = recovery.tune(index, layer, run, propagation.calibration, propagation.reference, num_epochs)
-            for parameter in layer.parameters():
+            report = recovery.tune(indices[-1], layers, run, inputs, propagation.reference, num_epochs)
+            for parameter in layers.parameters():
                 parallel.broadcast(parameter.data)  # rounded otherwise where another device computed it
+            for index in indices:
+                self.store.round(index)
             return report
 
     def _write(
-        self, index: int, layer: nn.Module, task: PruneTask, reports: list[dict[str, Any]], start: float, **more: Any
+        self, index: int, layer: nn.Module, task: PruneTask, report: dict[str, Any], carried: Carried | None = None
     ) -> None:
         """Add the layer as it is now to the layer files of a task."""
         self.store.round(index)  # so that the outputs handed on are those of the saved weights
         with self.stopwatch.stage("prune"):
             counts = count_zeros(layer, self.engine.decoder.weights(index))
-            seconds = time.perf_counter() - start
-            report = {"linears": reports, **counts, "seconds": seconds, "num_cells": self.num_tasks, **more}
         with self.stopwatch.stage("write"):
             state = self.store.stored_state(index, copy=self.num_tasks > 1)  # the next task's layer is made of the same tensors
-            task.layer_files.write(index, state, report)
+            task.layer_files.write(index, state, {**report, **counts, "num_cells": self.num_tasks}, carried)

@@ -29,13 +29,15 @@ class Recovery:
     epochs_before: int = 0
     epochs_after: int = 0
     batch_tokens: int = 0
+    num_layers: int = 1
+    """Consecutive decoder layers that are tuned together once the last of them is pruned."""
 
     @property
     def is_on(self) -> bool:
         """Whether any layer is tuned."""
         return self.epochs_before + self.epochs_after > 0
 
-    def tune(self, index: int, layer: nn.Module, run: Run, inputs: Rows, targets: Rows, num_epochs: int) -> dict[str, Any]:
-        """Tune the weights of decoder layer `index` in place, zeros excepted, from its `inputs` for the calibration towards the dense
-        model's outputs `targets`, in all processes alike. Returns a report for the record."""
+    def tune(self, index: int, layers: nn.Module, run: Run, inputs: Rows, targets: Rows, num_epochs: int) -> dict[str, Any]:
+        """Tune the weights of decoder layer `index`, or of several of which it is the last, in place, zeros excepted: from their `inputs`
+        for the calibration towards the dense model's outputs `targets`, in all processes alike. Returns a report for the record."""
         raise NotImplementedError

@@ -14,13 +14,18 @@ from nnprune.checks import check_count
 from nnprune.recovery.base import Recovery, Rows, Run
 from nnprune.recovery.tuning import MAX_EPOCHS, Tuning
 
+MAX_LAYERS = 1000
+
 
 class Reconstruction(Recovery):
-    """Tunes one decoder layer at a time with Adam, towards the dense model's outputs for the same tokens.
+    """Tunes decoder layers with Adam, towards the dense model's outputs for the same tokens.
 
     `epochs_after` tunes a pruned layer, with its zeros fixed, on inputs from pruned layers (EBFT, Guo et al. 2024,
     arXiv:2402.12419). `epochs_before` tunes the layer while it is dense, to compensate the errors of the pruned layers before it
     (ICP, "intermediate compensation pruning"); then it is pruned.
+
+    With `num_layers` above 1, each pruned layer is tuned together with those before it (Shin et al. 2024, arXiv:2406.15524): windows
+    that overlap, so that a layer is final, and the next ones get its outputs, when it has been in as many windows.
 
     Loss: the mean over tokens of ||y - y_dense||^2 / ||y_dense||^2. It is normalised because the norms of a few tokens are a
     thousand times larger, which the next layer's norm undoes. The weights of the epoch with the lowest loss on held-out sequences
@@ -28,29 +33,39 @@ class Reconstruction(Recovery):
 
     Args:
         epochs_before, epochs_after: passes over the calibration.
+        num_layers: of a window; `epochs_before` tunes single layers.
         lr, batch_tokens, holdout: see Tuning.
     """
 
     def __init__(
-        self, epochs_before: int, epochs_after: int, lr: float = 0.01, batch_tokens: int = 1024, holdout: float = 0.125
+        self,
+        epochs_before: int,
+        epochs_after: int,
+        lr: float = 0.01,
+        batch_tokens: int = 1024,
+        holdout: float = 0.125,
+        num_layers: int = 1,
     ) -> None:
         self.epochs_before = check_count("recover.epochs_before", epochs_before, 0, MAX_EPOCHS)
         self.epochs_after = check_count("recover.epochs_after", epochs_after, 0, MAX_EPOCHS)
         if not self.is_on:
             raise ValueError("recover.epochs_before=0, recover.epochs_after=0: nothing to do; set one of them, or recover=none")
+        self.num_layers = check_count("recover.num_layers", num_layers, 1, MAX_LAYERS)
+        if num_layers > 1 and not epochs_after:
+            raise ValueError(f"recover.num_layers={num_layers}: windows are tuned after pruning; set recover.epochs_after")
         self.tuning = Tuning(lr, batch_tokens, holdout)
         self.batch_tokens = batch_tokens
 
-    def tune(self, index: int, layer: nn.Module, run: Run, inputs: Rows, targets: Rows, num_epochs: int) -> dict[str, Any]:
-        return self.tuning.run(layer, partial(_loss, run, inputs, targets), inputs, num_epochs, seed=index)
+    def tune(self, index: int, layers: nn.Module, run: Run, inputs: Rows, targets: Rows, num_epochs: int) -> dict[str, Any]:
+        return self.tuning.run(layers, partial(_loss, run, inputs, targets), inputs, num_epochs, seed=index)
 
 
-def _loss(run: Run, inputs: Rows, targets: Rows, layer: nn.Module, rows: Sequence[int]) -> Tensor:
-    """The normalised squared error of a layer with float32 weights on rows of the calibration: the part of this process."""
+def _loss(run: Run, inputs: Rows, targets: Rows, layers: nn.Module, rows: Sequence[int]) -> Tensor:
+    """The normalised squared error of layers with float32 weights on rows of the calibration: the part of this process."""
     hidden, target = inputs.pick(rows), targets.pick(rows).float()
     if not len(hidden):
         return torch.zeros((), requires_grad=True)
     # 16-bit models multiply in bfloat16; the weights stay float32
     with torch.autocast(hidden.device.type, dtype=torch.bfloat16, enabled=hidden.dtype != torch.float32):
-        output = run(layer, hidden.float())
+        output = run(layers, hidden.float())
     return ((output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean() * (len(hidden) / len(rows))

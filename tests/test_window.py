@@ -1,0 +1,116 @@
+"""Windows of decoder layers that are tuned together."""
+
+from functools import partial
+
+import pytest
+import torch
+from support.engine import IDS, engine_of, prune, prune_model, random_ids, recover, through_layers
+from support.families import FAMILIES
+
+from nnprune.engine.layer_files import LayerFiles
+from nnprune.engine.pruning_pass import PruneTask, PruningPass
+from nnprune.method import Method
+from nnprune.patterns import NM
+from nnprune.pruners.sparsegpt import SparseGPT
+
+
+def windows(num_layers):
+    return Method(SparseGPT(), recovery=recover(0, 3, num_layers=num_layers, lr=3e-3))
+
+
+@pytest.mark.parametrize("propagate", ["pruned", "dense", "sequential"])
+def test_layers_are_tuned_together_with_those_before_them(tmp_path, propagate):
+    """Each window's first loss is that of the layers as the windows before left them."""
+    seen = []
+    method = windows(2)
+    tune = method.recovery.tune
+
+    def witness(index, layers, run, inputs, targets, num_epochs):
+        with torch.no_grad():
+            rows = list(range(len(IDS)))
+            before = inputs.pick(rows).clone(), run(layers, inputs.pick(rows)).clone(), targets.pick(rows).clone()
+        report = tune(index, layers, run, inputs, targets, num_epochs)
+        with torch.no_grad():
+            seen.append((len(layers), *before, run(layers, inputs.pick(rows)).clone()))
+        return report
+
+    method.recovery.tune = witness
+    model, reports = prune_model(tmp_path, method=method, propagate=propagate)
+    assert [number for number, *_ in seen] == [1, 2, 2]
+    embedded, first_target = FAMILIES["llama"]().model.embed_tokens(IDS), seen[0][3]
+    torch.testing.assert_close(seen[1][1], embedded)  # the second window begins where the first did
+    if propagate != "dense":
+        torch.testing.assert_close(seen[2][1], layer_output(model, 0, embedded), rtol=1e-4, atol=1e-5)
+    else:
+        torch.testing.assert_close(seen[2][1], first_target)
+    for report in reports:
+        after = report["recovered"]["after"]
+        assert after["loss_after"] <= after["loss_before"]
+
+
+def layer_output(model, index, hidden):
+    rotary = model.model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+    with torch.no_grad():
+        return model.model.layers[index](hidden, position_embeddings=rotary)
+
+
+def write_and_die(layer_files, write, finished, index, *args):
+    write(index, *args)
+    if index == finished:
+        layer_files.finish()
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("propagate", ["pruned", "dense", "sequential"])
+@pytest.mark.parametrize("num_layers", [2, 3])
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, propagate, num_layers):
+    wanted, reports = prune_model(tmp_path / "a", method=windows(num_layers), propagate=propagate)
+    for finished in range(3):
+        folder = tmp_path / str(finished)
+        engine = engine_of(FAMILIES["llama"](), folder)
+        killed = partial(write_and_die, engine.store.layer_files, engine.store.layer_files.write, finished)
+        engine.store.layer_files.write = killed
+        plan = dict.fromkeys(engine.decoder.shapes(), NM(2, 4))
+        with pytest.raises(KeyboardInterrupt):
+            prune(engine, windows(num_layers), plan, IDS, propagate)
+        model = FAMILIES["llama"]()
+        engine = engine_of(model, folder)
+        assert sorted(engine.store.layer_files.reports) == list(range(finished + 1))
+        again = prune(engine, windows(num_layers), plan, IDS, propagate)
+        for name, tensor in wanted.state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[name]), name
+        timeless = [[{k: v for k, v in one.items() if k != "seconds"} for one in report["linears"]] for report in again]
+        assert timeless == [
+            [{k: v for k, v in one.items() if k != "seconds"} for one in report["linears"]] for report in reports
+        ]
+
+
+def test_a_damaged_file_of_carried_layers_is_not_read(tmp_path, caplog):
+    engine = engine_of(FAMILIES["llama"](), tmp_path)
+    files = engine.store.layer_files
+    prune(engine, windows(2), dict.fromkeys(engine.decoder.shapes(), NM(2, 4)), IDS)
+    files.finish()
+    assert list(files.folder.glob("carried-*")) == []
+    carried = ({2: {"linears": []}}, lambda: {f"{files.prefix}.2.weight": torch.ones(2)})
+    files.write(1, lambda: {"weight": torch.ones(2)}, {}, carried)
+    files.finish()
+    (path,) = files.folder.glob("carried-*")
+    (files.folder / "layer-0002.json").unlink()
+    found = LayerFiles(files.folder, files.prefix)
+    assert list(found.reports) == [0, 1]
+    assert found.carried == {2: {"linears": []}}
+    torch.testing.assert_close(found.read_carried(2), {"weight": torch.ones(2)})
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert list(LayerFiles(files.folder, files.prefix).reports) == []
+
+
+def test_evaluations_see_the_final_layers(tmp_path):
+    model = FAMILIES["llama"]()
+    engine = engine_of(model, tmp_path)
+    plan = dict.fromkeys(engine.decoder.shapes(), NM(2, 4))
+    ids = random_ids(rows=3, seed=5)
+    with engine.hidden_states(ids, "windows") as states:
+        PruningPass(engine, [PruneTask(windows(2), plan, engine.store.layer_files)], "pruned").run(IDS, pruned=[states])
+        found = states.activations.tensor.clone()
+    with through_layers(engine, ids) as states:
+        torch.testing.assert_close(found, states.activations.tensor)
