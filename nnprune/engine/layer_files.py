@@ -10,8 +10,9 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nnprune.engine import parallel
+from nnprune.engine.stopwatch import Stopwatch
 from nnprune.model.checkpoint import save_atomically
 from nnprune.records import read_journal, write_journal
 
@@ -33,6 +35,20 @@ Carried = tuple[dict[int, dict[str, Any]], GetState]
 
 TASKS_BEHIND = 2
 """Tasks that a `Background` may be behind: each may hold a decoder layer in memory."""
+
+
+@contextmanager
+def writing(all_files: "Sequence[LayerFiles]", stopwatch: Stopwatch) -> Iterator[None]:
+    """Layer files are complete when the block ends."""
+    try:
+        yield
+    except BaseException:
+        for files in all_files:
+            files.settle()
+        raise
+    with stopwatch.stage("write"):
+        for files in all_files:
+            files.finish()
 
 
 class Background:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -20,18 +19,16 @@ from torch import Tensor, nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nnprune.allocations.base import Plan
-from nnprune.engine import parallel
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.experts import few_tokens
 from nnprune.engine.hidden_states import HiddenStates
 from nnprune.engine.input_collector import InputCollector, rows_needed
-from nnprune.engine.layer_files import Carried, LayerFiles
+from nnprune.engine.layer_files import Carried, LayerFiles, writing
 from nnprune.engine.propagation import Propagation
 from nnprune.engine.prune_linears import count_zeros, prune_linears
 from nnprune.engine.stopwatch import Stopwatch
-from nnprune.engine.window import Window
+from nnprune.engine.window import Window, num_kept_states
 from nnprune.method import Method
-from nnprune.recovery import Run
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +95,12 @@ class PruningPass:
             log.info("resuming after %d finished decoder layers", num_finished)
         propagating = self._propagation(ids) if unfinished else nullcontext()
         bar = engine.progress(engine.num_layers, "decoder layers")
-        with self._writing(), propagating as propagation, logging_redirect_tqdm(), bar:
+        with (
+            writing([task.layer_files for task in self.tasks], self.stopwatch),
+            propagating as propagation,
+            logging_redirect_tqdm(),
+            bar,
+        ):
             for index in range(engine.num_layers):
                 try:
                     if dense is not None:
@@ -136,27 +138,12 @@ class PruningPass:
             reference = None
             if any(method.needs_reference for method in methods):
                 reference = stack.enter_context(self.engine.hidden_states(ids, "reference", whole))
-            num_layers = max(method.recovery.num_layers for method in methods)
-            num_kept = 0 if num_layers == 1 else num_layers if self.propagate == "dense" else 1
+            num_kept = num_kept_states(methods[0].recovery, self.propagate)
             kept = [stack.enter_context(self.engine.hidden_states(ids, f"window-{place}", whole)) for place in range(num_kept)]
-            window = Window(self.store, calibration, kept)
+            window = Window(self.store, methods[0].recovery, calibration, reference, kept)
             propagation = Propagation(self.engine, self.propagate, calibration, reference, window, self.stopwatch)
             stack.callback(propagation.invalidate)
             yield propagation
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Layer files are complete when the block ends."""
-        layer_files = [task.layer_files for task in self.tasks]
-        try:
-            yield
-        except BaseException:
-            for files in layer_files:
-                files.settle()
-            raise
-        with self.stopwatch.stage("write"):
-            for files in layer_files:
-                files.finish()
 
     def _advance(self, index: int, all_states: Sequence[HiddenStates], stage: str, pruned: bool) -> nn.Module:
         with self.stopwatch.stage("load"):
@@ -174,11 +161,11 @@ class PruningPass:
         if not tasks:
             propagation.skip(index)
             return
-        if self.num_tasks == 1 and index in tasks[0].layer_files.carried:
+        files = tasks[0].layer_files
+        if self.num_tasks == 1 and index in files.carried:
             propagation.window.open(index)
-            propagation.restore(index, tasks[0].layer_files.read_carried(index))
-            propagation.window.reports[index] = tasks[0].layer_files.carried[index]
-            self._settle(index == last, propagation.window, tasks[0])
+            propagation.restore(index, files.read_carried(index))
+            self._add(index, last, files.carried[index], propagation.window, tasks[0])
             return
         start = time.perf_counter()
         reports = self._prune(index, last, propagation, tasks)
@@ -207,8 +194,8 @@ class PruningPass:
         if recovery.epochs_before:
             with self.stopwatch.stage("calibration"):
                 propagation.advance_reference(index, layer)
-            run = partial(propagation.calibration.run, index)
-            recovered["before"] = self._tune([index], layer, run, propagation.calibration, propagation, recovery.epochs_before)
+            with self.stopwatch.stage("recover"):
+                recovered["before"] = window.tune_dense(index, layer)
         reports: list[dict[str, Any]] = []
         for collector in propagation.collectors(index, layer, [task.method for task in tasks], hand_on=index < last):
             self.store.prefetch(index + 1)
@@ -220,23 +207,19 @@ class PruningPass:
                 reports += prune_linears(tasks[0].method, tasks[0].plan, collector, *how)
         if self.num_tasks == 1:
             if recovery.epochs_after:
-                layers, how = window.fetch(), (window.run, window.inputs, propagation, recovery.epochs_after)
-                recovered["after"] = self._tune(list(window.reports), layers, *how)
-            window.reports[index] = {"linears": reports, "seconds": time.perf_counter() - start}
-            window.reports[index] |= {"recovered": recovered} if recovered else {}
-            self._settle(index == last, window, tasks[0])
+                propagation.invalidate()
+                with self.stopwatch.stage("recover"):
+                    recovered["after"] = window.tune()
+            report = {"linears": reports, "seconds": time.perf_counter() - start}
+            self._add(index, last, report | ({"recovered": recovered} if recovered else {}), window, tasks[0])
         return reports
 
-    def _settle(self, is_last: bool, window: Window, task: PruneTask) -> None:
-        """Write the layers of the window that are not tuned again."""
-        while window.reports and (is_last or len(window.reports) >= task.method.recovery.num_layers):
-            index = window.first
-            report = window.reports.pop(index)
-            carried = None
-            if task.method.recovery.num_layers > 1:
-                carried = (dict(window.reports), self.store.carried_state(list(window.reports)))
-            self._write(index, self.store.fetch(index), task, report, carried)
-            self.store.mark_pruned(index)
+    def _add(self, index: int, last: int, report: dict[str, Any], window: Window, task: PruneTask) -> None:
+        """Add the report of the layer that was pruned last to the window, and write those layers that are final now."""
+        window.reports[index] = report
+        for final, report_of_final, carried in window.settle(is_last=index == last):
+            self._write(final, self.store.fetch(final), task, report_of_final, carried)
+            self.store.mark_pruned(final)
 
     def _prune_tasks(
         self, index: int, layer: nn.Module, collector: InputCollector, tasks: list[PruneTask], start: float
@@ -258,20 +241,6 @@ class PruningPass:
             for name, weight in dense.items():
                 weights[name].write(weight)
         return reports
-
-    def _tune(
-        self, indices: list[int], layers: nn.Module, run: Run, inputs: HiddenStates, propagation: Propagation, num_epochs: int
-    ) -> dict[str, Any]:
-        """Tune consecutive layers towards the reference, which has passed through all of them already."""
-        propagation.invalidate()
-        recovery = self.tasks[0].method.recovery
-        with self.stopwatch.stage("recover"):
-            report = recovery.tune(indices[-1], layers, run, inputs, propagation.reference, num_epochs)
-            for parameter in layers.parameters():
-                parallel.broadcast(parameter.data)  # rounded otherwise where another device computed it
-            for index in indices:
-                self.store.round(index)
-            return report
 
     def _write(
         self, index: int, layer: nn.Module, task: PruneTask, report: dict[str, Any], carried: Carried | None = None

@@ -3,13 +3,23 @@
 Letters: B batch, T tokens, D hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from nnprune.engine import parallel
 from nnprune.engine.hidden_states import HiddenStates
+from nnprune.engine.layer_files import Carried
 from nnprune.engine.layer_store import LayerStore
+from nnprune.recovery import Recovery
+
+
+def num_kept_states(recovery: Recovery, propagate: str) -> int:
+    """How many hidden states of the calibration a window needs of its own."""
+    if recovery.num_layers == 1:
+        return 0
+    return recovery.num_layers if propagate == "dense" else 1
 
 
 class Window:
@@ -17,7 +27,9 @@ class Window:
 
     Args:
         store: fetches the layers, which stay on the device until they are final.
+        recovery: tunes them.
         calibration: at the input of the layer that is pruned next.
+        reference: in the dense model, at the output of the layer pruned last; None where no layer is tuned.
         kept: hidden states of the same rows, to be overwritten. None for windows of one layer; one to be taken through the pruned
             layers; as many as a window has layers if these get the outputs of dense layers.
 
@@ -25,9 +37,18 @@ class Window:
         reports: layer -> its report so far.
     """
 
-    def __init__(self, store: LayerStore, calibration: HiddenStates, kept: Sequence[HiddenStates] = ()) -> None:
+    def __init__(
+        self,
+        store: LayerStore,
+        recovery: Recovery,
+        calibration: HiddenStates,
+        reference: HiddenStates | None,
+        kept: Sequence[HiddenStates] = (),
+    ) -> None:
         self.store = store
+        self.recovery = recovery
         self.calibration = calibration
+        self.reference = reference
         self.reports: dict[int, dict[str, Any]] = {}
         self._kept = kept
         self._place = 0  # the layer at whose input the hidden states of pruned layers are
@@ -50,15 +71,35 @@ class Window:
             self._place = index
         self.reports[index] = {}
 
-    def fetch(self) -> nn.ModuleList:
-        """The layers, on the device."""
-        return nn.ModuleList([self.store.fetch(index) for index in self.reports])
+    def tune_dense(self, index: int, layer: nn.Module) -> dict[str, Any]:
+        """Tune the layer that was added last before it is pruned. Returns the report of the recovery."""
+        return self._tune([index], nn.ModuleList([layer]), self.calibration, self.recovery.epochs_before)
 
-    def run(self, layers: nn.ModuleList, hidden: Tensor) -> Tensor:
-        """The outputs (B, T, D) of `layers`, those of the window or a copy, for a batch (B, T, D) that was picked from `inputs`."""
-        for index, layer in zip(self.reports, layers, strict=True):
-            hidden = self.inputs.run(index, layer, hidden)
-        return hidden
+    def tune(self) -> dict[str, Any]:
+        """Tune all layers. Returns the report of the recovery."""
+        layers = nn.ModuleList([self.store.fetch(index) for index in self.reports])
+        return self._tune(list(self.reports), layers, self.inputs, self.recovery.epochs_after)
+
+    def _tune(self, indices: list[int], layers: nn.ModuleList, inputs: HiddenStates, num_epochs: int) -> dict[str, Any]:
+        def run(layers: nn.ModuleList, hidden: Tensor) -> Tensor:
+            for index, layer in zip(indices, layers, strict=True):
+                hidden = inputs.run(index, layer, hidden)
+            return hidden
+
+        report = self.recovery.tune(indices[-1], layers, run, inputs, self.reference, num_epochs)
+        for parameter in layers.parameters():
+            parallel.broadcast(parameter.data)  # rounded otherwise where another device computed it
+        for index in indices:
+            self.store.round(index)
+        return report
+
+    def settle(self, is_last: bool) -> Iterator[tuple[int, dict[str, Any], Carried | None]]:
+        """Remove the layers that are not tuned again: index, report, and what to keep beside of the layers that are left."""
+        while self.reports and (is_last or len(self.reports) >= self.recovery.num_layers):
+            index = self.first
+            report = self.reports.pop(index)
+            is_carrying = self.recovery.num_layers > 1
+            yield index, report, (dict(self.reports), self.store.carried_state(list(self.reports))) if is_carrying else None
 
     def hand_on(self) -> None:
         """Take the calibration through the pruned layers, to the input of the next one, and `inputs` through those that are final."""
