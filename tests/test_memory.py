@@ -29,7 +29,7 @@ def engine(tmp_path):
     """Llama-3-8B's proportions at a sixteenth of its width."""
     torch.manual_seed(0)
     shape = {"hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 4, "num_key_value_heads": 1}
-    config = transformers.LlamaConfig(vocab_size=64, num_hidden_layers=1, pad_token_id=0, **shape)
+    config = transformers.LlamaConfig(vocab_size=64, num_hidden_layers=2, pad_token_id=0, **shape)
     library.enable(False)
     yield engine_of(transformers.AutoModelForCausalLM.from_config(config).eval(), tmp_path, batch_tokens=256)
     library.enable(True)
@@ -37,17 +37,19 @@ def engine(tmp_path):
 
 def load_of(engine, method, propagate, tokens):
     shapes = engine.decoder.shapes_by_layer()[0]
-    return Workload(shapes, groups_of(engine), [method], propagate == "sequential", 4, 256, SEQ_LEN, 0, tokens, 0)
+    return Workload(shapes, groups_of(engine), [method], propagate, 4, 256, SEQ_LEN, 0, tokens, 0)
 
 
-@pytest.mark.parametrize("name", ["wanda", "sparsegpt", "alps", "alps one_by_one", "sparsegpt_refit", "best_medium", "best"])
+@pytest.mark.parametrize(
+    "name", ["wanda", "sparsegpt", "alps", "alps one_by_one", "sparsegpt_refit", "best_medium", "best", "alps window"]
+)
 def test_the_estimate_is_near_the_measured_peak(name, engine):
-    name, _, one_by_one = name.partition(" ")
-    more = ["recover.epochs_after=1"] if name == "best" else []
+    name, _, how = name.partition(" ")
+    more = ["recover=window"] * (how == "window") + ["recover.epochs_after=1"] * (how == "window" or name == "best")
     config = compose_config(f"pruner={name}", "sparsity=2:4", *more)
     method, propagate = build(config).method, config.propagate
     ids = torch.randint(3, 64, (16, SEQ_LEN), generator=torch.Generator().manual_seed(0))
-    load, engine.runtime.one_by_one = load_of(engine, method, propagate, ids.numel()), bool(one_by_one)
+    load, engine.runtime.one_by_one = load_of(engine, method, propagate, ids.numel()), how == "one_by_one"
     plan = dict.fromkeys(engine.decoder.shapes(), NM(2, 4))
     task = PruneTask(method, plan, engine.store.layer_files)
     measured = peak_bytes(lambda: PruningPass(engine, [task], propagate).run(ids))
@@ -77,12 +79,12 @@ class Wide(SparseGPT):
         return super().prune_stack(weight_IO, sizes, pattern, names)
 
 
-def llama(methods, is_sequential, width):
+def llama(methods, propagate, width):
     """Llama-3-8B, whose MLP has a `width` of 14336, with as many tokens as in the papers."""
     attention = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096)}
     shapes = attention | {"gate": (width, 4096), "up": (width, 4096), "down": (4096, width)}
     groups = [["q", "k", "v"], ["o"], ["gate", "up"], ["down"]]
-    return Workload(shapes, groups, methods, is_sequential, 2, 4096, 2048, 128256, 128 * 2048, 2 * 141 * 2048)
+    return Workload(shapes, groups, methods, propagate, 2, 4096, 2048, 128256, 128 * 2048, 2 * 141 * 2048)
 
 
 EMBEDDINGS = 2 * 128256 * 4096 * 2
@@ -92,7 +94,7 @@ def chosen(name, memory, width=14336):
     """The runtime of `llama` on a device of so many GiB, and whether it fits."""
     config = compose_config(f"pruner={name}", "sparsity=2:4")
     runtime = Runtime(device="cpu", batch_tokens=16384)
-    load = llama([build(config).method], config.propagate == "sequential", width)
+    load = llama([build(config).method], config.propagate, width)
     return runtime, fit_device(runtime, load, memory * GIB - EMBEDDINGS)
 
 

@@ -16,6 +16,7 @@ from nnprune.engine.experts import bytes_of_statistics
 from nnprune.engine.hidden_states import tokens_of_logits
 from nnprune.engine.input_collector import SAMPLED_TOKENS
 from nnprune.engine.input_groups import PROBE_TOKENS, layer_groups
+from nnprune.engine.window import num_kept_states
 from nnprune.method import Method
 from nnprune.runtime import Runtime
 from nnprune.statistics import CrossProduct, Hessian
@@ -46,7 +47,7 @@ class Workload:
         shapes: linear name -> (O, I) of a decoder layer.
         groups: names of those that share an input, in order of use.
         methods: none for a dense run.
-        is_sequential: whether groups are pruned one after the other, each from its own forwards.
+        propagate: what later linears see: the `mode` of Propagation.
         itemsize: bytes of a number in the computing dtype.
         hidden_size: D.
         seq_len: tokens of the longest sequence.
@@ -59,7 +60,7 @@ class Workload:
     shapes: dict[str, tuple[int, int]]
     groups: list[list[str]]
     methods: Sequence[Method]
-    is_sequential: bool
+    propagate: str
     itemsize: int
     hidden_size: int
     seq_len: int
@@ -72,6 +73,7 @@ class Workload:
         """Hidden states of the calibration, and of the windows. In a sequential run the outputs of linears may be cached beside."""
         outputs = sum(shape[0] for shape in self.shapes.values()) * (self.is_sequential and is_cached)
         copies = (1 + any(method.needs_reference for method in self.methods)) * (1 + self.is_sequential)
+        copies += max((num_kept_states(method.recovery, self.propagate) for method in self.methods), default=0)
         calibration = self.calibration * (self.hidden_size * copies + outputs)
         return self.itemsize * calibration, self.itemsize * self.windows * self.hidden_size
 
@@ -97,11 +99,11 @@ class Workload:
         return most + self._sample_bytes()
 
     def tune_bytes(self) -> int:
-        """Block-wise reconstruction of a decoder layer, with a step's activations."""
+        """Block-wise reconstruction of the decoder layers of a window, with a step's activations."""
         recoveries = [method.recovery for method in self.methods if method.recovery.is_on]
         tokens = max((max(one.batch_tokens, self.seq_len) for one in recoveries), default=0)
         activations = (TUNED_ACTIVATIONS + self.itemsize) * tokens * self._num_outputs
-        return bool(recoveries) * (TUNED_BYTES * self._num_weights + activations)
+        return bool(recoveries) * self._window * (TUNED_BYTES * self._num_weights + activations)
 
     def workspace_bytes(self, runtime: Runtime) -> int:
         """What computing takes at most, beside weights and hidden states."""
@@ -125,7 +127,21 @@ class Workload:
 
     def fetched_bytes(self) -> int:
         """Weights of the layers on the device where they come and go."""
-        return FETCHED * self.itemsize * self._num_weights
+        return self.fetched_layers * self.itemsize * self._num_weights
+
+    @property
+    def fetched_layers(self) -> int:
+        """Layers on the device where they come and go; those of a window stay until they are final."""
+        return FETCHED + self._window - 1
+
+    @property
+    def _window(self) -> int:
+        return max((method.recovery.num_layers for method in self.methods), default=1)
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether groups are pruned one after the other, each from its own forwards."""
+        return self.propagate == "sequential"
 
     @property
     def _num_weights(self) -> int:

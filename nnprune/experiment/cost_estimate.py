@@ -7,10 +7,11 @@ import time
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
-from nnprune.engine.memory import FETCHED, fit_device
+from nnprune.engine.memory import fit_device
 from nnprune.engine.stopwatch import Stopwatch
 from nnprune.experiment.build import Experiment
 from nnprune.experiment.preparation import check_shapes, skeleton, token_ids, workload
@@ -68,6 +69,11 @@ class CostEstimate:
             timed, self.load.groups, num_parameters = time_layers(self.pruned or self.cells, ids, self.decoder)
         seconds = {stage: value * self.in_layers / num_parameters for stage, value in timed.items()}
         seconds["load"] *= self.outside / self.in_layers + (self.runtime.layers != "disk")
+        if "recover" in seconds:  # the first windows are smaller
+            num_layers, window = len(self.decoder.layers), self.first.method.recovery.num_layers
+            num_timed = max(round(num_layers * num_parameters / self.in_layers), 1)
+            mean, of_timed = (fmean(min(index + 1, window) for index in range(num)) for num in (num_layers, num_timed))
+            seconds["recover"] *= mean / of_timed
         for stage in {"calibration", "recover"} & set(seconds):
             seconds[stage] *= self.load.calibration / ids.numel()
         forward = seconds["dense_evaluation"] / ids.numel()  # of a token through all layers
@@ -84,7 +90,7 @@ class CostEstimate:
         layers, others = stored * self.in_layers, stored * self.outside
         is_copied = self.on_cuda or computing != stored  # on the way to where layers compute
         stays = runtime.layers == "device" or (runtime.layers == "host" and not is_copied)
-        weights = computing / stored * (others + layers * (1 if stays else FETCHED / num_layers))
+        weights = computing / stored * (others + layers * (1 if stays else self.load.fetched_layers / num_layers))
         if self.on_cuda:
             fit_device(runtime, self.load, self.free_device - computing / stored * (others + layers * stays))
         near = weights + self.load.workspace_bytes(runtime)

@@ -127,7 +127,7 @@ def workload(
         shapes={name: weight.shape for name, weight in weights.items()},
         groups=groups,
         methods=methods,
-        is_sequential=experiment.config["propagate"] == "sequential",
+        propagate=experiment.config["propagate"],
         itemsize=experiment.computing_dtype.itemsize,
         hidden_size=decoder.text_config.hidden_size,
         seq_len=max((rows.shape[1] for rows in (calibration, *windows) if len(rows)), default=PROBE_TOKENS),
