@@ -21,6 +21,7 @@ from nnprune.runtime import available_host_bytes, peak_host_bytes, resident_host
 
 GIB = 1 << 30
 LIBRARIES = 80 << 20  # bytes of code, buffers of libraries and threads that a run touches before it loads weights
+EPOCH_FORWARDS = 6  # as long as an epoch of distillation takes: a forward, another for the gradients, these, and Adam's steps
 TIMED_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
@@ -75,10 +76,8 @@ class CostEstimate:
         if self.first.allocation.looks_at == "inputs" and self.pruned:
             seconds["allocation"] += forward * self.load.calibration
         head = self.decoder.vocab_size * self.decoder.text_config.hidden_size / self.in_layers
-        if (
-            self.distillation
-        ):  # the dense outputs; then an epoch takes a forward, another for the gradients, and these as long as two
-            passes = 1 + 4 * self.distillation.epochs * (1 + head)
+        if self.distillation:  # the dense outputs, then its epochs
+            passes = 1 + EPOCH_FORWARDS * self.distillation.epochs * (1 + head)
             seconds["recover"] = seconds.get("recover", 0) + forward * self.load.calibration * passes
         windows = forward * (1 + head) * sum(map(torch.numel, self.windows))
         return seconds | {"dense_evaluation": windows * self.measures_dense, "evaluation": windows * len(self.pruned)}

@@ -45,7 +45,7 @@ class Distillation(Recovery):
     def __init__(
         self,
         epochs: int,
-        lr: float = 0.01,
+        lr: float = 0.003,
         batch_tokens: int = 1024,
         holdout: float = 0.125,
         layers: Recovery | None = None,
