@@ -68,12 +68,14 @@ class DistillationPass:
         with torch.no_grad(), self.stopwatch.stage("recover"):
             self.dense = self.engine.hidden_states(ids, "distillation")
         with self.dense:
-            with torch.no_grad(), self.stopwatch.stage("recover"):
+            bar = self.engine.progress(self.engine.num_layers, "dense outputs")
+            with torch.no_grad(), self.stopwatch.stage("recover"), bar:
                 for index in range(self.engine.num_layers):
                     layer = self.engine.store.fetch(index, pruned=False)
                     self.engine.store.prefetch(index + 1)
                     self.dense.advance(index, layer)
                     self.engine.store.release(index)
+                    bar.update()
             yield
 
     def run(self) -> None:
@@ -114,27 +116,26 @@ class Student:
 
     Args:
         engine: the model.
-        rows: the dense model's hidden states behind the last layer, for the calibration.
+        calibration: the dense model's hidden states behind the last layer.
     """
 
     engine: LayerwiseEngine
-    rows: HiddenStates
+    calibration: HiddenStates
 
     def compare(self, compare: Compare, layers: nn.Module, rows: Sequence[int]) -> Tensor:
-        dense, decoder = self.rows.pick(rows), self.engine.decoder
+        dense, decoder = self.calibration.pick(rows), self.engine.decoder
         if not len(dense):
             return torch.zeros((), requires_grad=True)
-        ids = self.rows.ids[self.rows.rows].to(dense.device)
+        ids = self.calibration.ids[self.calibration.rows].to(dense.device)
         with torch.no_grad():
             hidden = decoder.embed(ids).float()
         # 16-bit models multiply in bfloat16; the weights stay float32
         with torch.autocast(dense.device.type, dtype=torch.bfloat16, enabled=dense.dtype != torch.float32):
             for index, layer in enumerate(layers):
-                hidden = _checkpointed(self.rows.run, index, layer, hidden)
+                hidden = _checkpointed(self.calibration.run, index, layer, hidden)
             size = max(LOGITS[dense.device.type] // (decoder.vocab_size * len(ids)), 1)
-            dtype = (
-                torch.float32 if dense.dtype == torch.float16 else dense.dtype
-            )  # where gradients would be too small for float16
+            # as in the evaluation, but for float16, which has no room for gradients of a mean
+            dtype = torch.float32 if dense.dtype == torch.float16 else dense.dtype
             parts = zip(*(one.split(size, dim=1) for one in (ids, hidden.to(dtype), dense.to(dtype))), strict=True)
             return torch.stack([_checkpointed(self._compare_logits, compare, *part) for part in parts]).sum()
 

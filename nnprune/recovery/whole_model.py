@@ -19,8 +19,7 @@ Compare = Callable[[Tensor, Tensor], Tensor]
 class Model(Protocol):
     """The pruned model beside the outputs of the dense one; its embeddings, final norm and head are the dense model's."""
 
-    rows: Rows
-    """The calibration."""
+    calibration: Rows
 
     def compare(self, compare: Compare, layers: nn.Module, rows: Sequence[int]) -> Tensor:
         """The sum of what `compare` finds over all tokens of those of `rows` that this process holds, with `layers`, float32, in place of
@@ -62,12 +61,12 @@ class Distillation(Recovery):
     def tune_model(self, layers: nn.Module, model: Model, each_epoch: EachEpoch) -> dict[str, Any]:
         """Tune the weights of all decoder `layers` in place, zeros excepted, in all processes alike. Returns a report for the record:
         the held-out loss before and after, and the epoch that was kept."""
-        seq_len = model.rows.shape[1]
+        seq_len = model.calibration.shape[1]
 
         def loss(layers: nn.Module, rows: Sequence[int]) -> Tensor:
             return model.compare(divergence, layers, rows) / (len(rows) * seq_len)
 
-        return self.tuning.run(layers, loss, model.rows, self.epochs, seed=0, each_epoch=each_epoch)
+        return self.tuning.run(layers, loss, model.calibration, self.epochs, seed=0, each_epoch=each_epoch)
 
 
 def divergence(logits: Tensor, dense_logits: Tensor) -> Tensor:
