@@ -1,9 +1,9 @@
-"""A pruning method: the target of each linear, the pruner, the update of kept weights, the recovery of decoder layers."""
+"""A pruning method: the target of each linear, the pruner, the update of kept weights, the recovery of layers or the model."""
 
 from dataclasses import dataclass, field
 
 from nnprune.pruners.base import Pruner
-from nnprune.recovery import Recovery
+from nnprune.recovery import Distillation, Recovery
 from nnprune.statistics import CrossProduct, InputStatistic
 from nnprune.targets import Target
 from nnprune.updates import Update
@@ -17,6 +17,7 @@ class Method:
     target: Target = field(default_factory=Target)  # the weights to approximate, by default the dense ones
     update: Update = field(default_factory=Update)  # changes the kept weights afterwards
     recovery: Recovery = field(default_factory=Recovery)  # tunes whole decoder layers
+    distillation: Distillation | None = None  # tunes the whole model when all layers are pruned
 
     @property
     def statistics(self) -> set[type[InputStatistic]]:

@@ -39,7 +39,8 @@ class RunRecord:
     of `all_linears`, and how many fit each pattern of `include` and `exclude`. `per_linear` holds a dict per linear: name, pattern,
     sparsity, relative_error, seconds; of an expert also its tokens and the tensor that it is a part of. `left_alone` maps what the
     decoder layers hold beside these linears, of more than one dimension, to why it was not pruned; `*` in a name stands for all layers
-    that have it. `recovered` holds a dict per tuned decoder layer: the reports of `Recovery.tune`, `before` and `after` pruning.
+    that have it. `recovered` holds a dict per tuned decoder layer: the reports of `Recovery.tune`, `before` and `after` pruning; where
+    the whole model was tuned (`whole_model`), which tables keep apart, another with that report, `model`.
     `evaluations` maps the fingerprint of each evaluation to its name, settings, hash of token ids (tokens), figures (metrics,
     dense_metrics) and time (finished); the last one of each metric is in `metrics`. Commits are those on the hub, hashes those of files;
     `code` maps each of nnprune's files that the method uses to a hash; `command` is None if the run was called from Python.
@@ -59,6 +60,7 @@ class RunRecord:
     per_linear: list[dict[str, Any]] = field(default_factory=list)
     left_alone: dict[str, str] = field(default_factory=dict)
     recovered: list[dict[str, Any]] = field(default_factory=list)
+    whole_model: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     peak_host_bytes: int | None = None
     peak_device_bytes: int | None = None

@@ -54,6 +54,18 @@ def test_what_is_in_the_page(page):
     assert wanda["errors"][:2] == [0.01, 0.02] and wanda["record"]["config"]["pruner"]["alpha"] == 10
 
 
+def test_methods_that_tune_the_whole_model_have_a_table_of_their_own(tmp_path):
+    for pruner, value in {"wanda": 30.0, "alps+model": 20.0, "ria": 31.0}.items():
+        write_record(tmp_path / "o" / pruner, pruner=pruner, value=value, whole_model="model" in pruner)
+    assert collect(tmp_path / "o", "--html", tmp_path / "p.html")[0] == 0
+    data = data_of((tmp_path / "p.html").read_text(encoding="utf-8"))
+    first, second = data["tables"]
+    assert [row[0] for row in first["rows"]] == ["Dense", "Wanda", "RIA"] and first["best"][1][2]
+    assert [row[0] for row in second["rows"]] == ["ALPS + distillation"] and not any(second["best"][0])
+    assert second["title"] == "Demo perplexity, lower is better: whole-model methods"
+    assert [row[1] for row in data["runs"]["rows"]] == ["Wanda", "RIA", "ALPS + distillation"]
+
+
 def test_without_matplotlib_the_page_has_no_plots(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     write_record(tmp_path / "o" / "a")

@@ -170,3 +170,40 @@ def test_latex_specials(tmp_path):
     assert r"\textbackslash{}\textasciicircum{}\textasciitilde{}\{\}\%\#\&\_\$ & 50\% & " in latex
     assert r"{*}star & 50\%" in latex  # \\* is a command of its own
     assert r"Method & Sparsity & {[}a] \\" in latex
+
+
+@pytest.fixture
+def whole_model(tmp_path):
+    """The best figures are of methods that tune the whole model."""
+    folder = tmp_path / "whole"
+    for sparsity in ("0.5", "2:4"):
+        for pruner, value in {"magnitude": 40.0, "sparsegpt": 30.0, "alps+model": 20.0, "alps+layer_model": 19.0}.items():
+            write_record(folder / f"{pruner}-{sparsity}", "demo", pruner, sparsity, value, whole_model="model" in pruner)
+    return folder
+
+
+def test_methods_that_tune_the_whole_model_have_a_block_of_their_own(tmp_path, whole_model):
+    table, err = methods_table(tmp_path, whole_model, "models=demo layout=methods costs=true")
+    costs = "| 12 | 1024 |"
+    assert err == "" and table.splitlines()[2:] == [
+        "| **Dense** | 15.00 | 15.00 | -- | -- |",
+        "| | | | | |",
+        f"| **Magnitude** | 40.00 | 40.00 {costs}",
+        f"| **SparseGPT** | **30.00** | **30.00** {costs}",
+        "| *Whole-model* | | | | |",
+        f"| **ALPS + layer + distillation** | **19.00** | **19.00** {costs}",
+        f"| **ALPS + distillation** | 20.00 | 20.00 {costs}",
+    ]
+    names = [line.split(" | ")[0].strip("| *") for line in demo_table(whole_model)[0].splitlines()[3:]]
+    one_shot, whole = ["Magnitude", "SparseGPT"], ["ALPS + layer + distillation", "ALPS + distillation"]
+    assert names == ["", *one_shot, "", *one_shot, "Whole-model", *whole, "", *whole]
+    latex = collect(whole_model, "--layout", "methods", "--format", "latex")[1].splitlines()
+    heading = latex.index(r"    \multicolumn{3}{l}{\textit{Whole-model}} \\")
+    assert latex[heading - 1] == r"    \midrule" and r"ALPS + distillation & 20.00" in latex[heading + 2]
+    assert r"SparseGPT & \textbf{30.00}" in latex[heading - 2]
+
+
+def test_without_others_the_whole_model_block_is_below_the_dense_row(tmp_path, whole_model):
+    options = "models=demo layout=methods pruners=alps+model"
+    lines = methods_table(tmp_path, whole_model, options)[0].splitlines()
+    assert lines[3:] == ["| *Whole-model* | | |", "| **ALPS + distillation** | 20.00 | 20.00 |"]

@@ -44,6 +44,13 @@ def test_tasks_are_columns_with_their_mean(records, tmp_path):
     ]
 
 
+def test_methods_that_tune_the_whole_model_have_a_block_of_their_own(records, tmp_path):
+    write(records / "d", "magnitude+model", 0.9, 0.9, whole_model=True)
+    table = tasks_table(records, tmp_path, "arc_easy_acc,piqa_acc")[1]
+    assert "**60.0 ± 3.0**" in table[5] and table[7] == "| *Whole-model* | | | | |"
+    assert table[8:] == ["| **Magnitude + distillation** | 50% | 90.0 ± 3.0 | 90.0 ± 4.0 | 90.0 ± 2.5 |"]
+
+
 def test_metrics_of_two_directions_have_no_mean(tmp_path):
     metrics = {"arc_easy_acc": 0.5, "demo_perplexity": 9.0}
     write_record(tmp_path / "o" / "a", metrics=metrics, dense_metrics=metrics)

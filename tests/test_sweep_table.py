@@ -83,3 +83,10 @@ def test_a_sweeper_that_is_not_installed_says_what_brings_it(call_main, monkeypa
     monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["sweeper"], "optuna.yaml", raising=False)
     status, message = call_main("-m", "hydra/sweeper=optuna", "seed=0,1")
     assert (status, message) == (1, "Error: hydra/sweeper=optuna: is not installed; pip install 'nnprune[optuna]'")
+
+
+def test_the_best_is_not_sought_among_methods_that_tune_the_whole_model():
+    settings = {"model": "demo", "sparsity": "2:4"}
+    values = [(3.0, False), (2.0, False), (1.0, True)]
+    rows = [{"metric": "perplexity", "value": value, "whole_model": whole, "settings": settings} for value, whole in values]
+    assert [sweep_table._is_best(row, rows) for row in rows] == [False, True, False]

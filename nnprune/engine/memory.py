@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from nnprune.engine.distillation import LOGIT_BYTES, LOGITS
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.experts import bytes_of_statistics
 from nnprune.engine.hidden_states import tokens_of_logits
@@ -55,6 +56,7 @@ class Workload:
         calibration: tokens of the calibration.
         windows: tokens of all evaluations, of the dense and of the pruned model.
         experts: linear name -> `pool_key`, of those that are experts', which compute one after the other.
+        num_layers, num_parameters: of all decoder layers, which distillation holds together.
     """
 
     shapes: dict[str, tuple[int, int]]
@@ -68,12 +70,15 @@ class Workload:
     calibration: int
     windows: int
     experts: dict[str, tuple[str, str]] = field(default_factory=dict)
+    num_layers: int = 1
+    num_parameters: int = 0
 
     def hidden_bytes(self, is_cached: bool = True) -> tuple[int, int]:
         """Hidden states of the calibration, and of the windows. In a sequential run the outputs of linears may be cached beside."""
         outputs = sum(shape[0] for shape in self.shapes.values()) * (self.is_sequential and is_cached)
         copies = (1 + any(method.needs_reference for method in self.methods)) * (1 + self.is_sequential)
         copies += max((num_kept_states(method.recovery, self.propagate) for method in self.methods), default=0)
+        copies += any(method.distillation for method in self.methods)
         calibration = self.calibration * (self.hidden_size * copies + outputs)
         return self.itemsize * calibration, self.itemsize * self.windows * self.hidden_size
 
@@ -105,6 +110,15 @@ class Workload:
         activations = (TUNED_ACTIVATIONS + self.itemsize) * tokens * self._num_outputs
         return bool(recoveries) * self._window * (TUNED_BYTES * self._num_weights + activations)
 
+    def distill_bytes(self, runtime: Runtime) -> int:
+        """Distillation: the weights of all decoder layers, what tuning holds of them, and a step's activations, of which the inputs of
+        all layers are kept, and the logits; 0 without."""
+        found = [method.distillation for method in self.methods if method.distillation]
+        tokens = max((max(one.batch_tokens, self.seq_len) for one in found), default=0)
+        activations = 4 * self.hidden_size * (self.num_layers + 2) + (TUNED_ACTIVATIONS + self.itemsize) * self._num_outputs
+        held = (TUNED_BYTES + self.itemsize) * self.num_parameters
+        return bool(found) * (held + tokens * activations + LOGIT_BYTES * LOGITS[runtime.torch_device.type])
+
     def workspace_bytes(self, runtime: Runtime) -> int:
         """What computing takes at most, beside weights and hidden states."""
         tokens = runtime.rows_per_batch(self.seq_len) * self.seq_len
@@ -112,7 +126,8 @@ class Workload:
         if self.vocab_size:
             logits *= tokens_of_logits(runtime.torch_device, self.seq_len, self.vocab_size)
         pruning = self.prune_bytes(runtime.one_by_one, runtime.statistics_bytes)
-        return max(self.forward_bytes(tokens, runtime.statistics_bytes), pruning, self.tune_bytes(), logits)
+        tuning = max(self.tune_bytes(), self.distill_bytes(runtime))
+        return max(self.forward_bytes(tokens, runtime.statistics_bytes), pruning, tuning, logits)
 
     def _sample_bytes(self) -> int:
         """Inputs on which errors are measured, and those of a group in float32."""

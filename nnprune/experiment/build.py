@@ -26,7 +26,7 @@ from nnprune.model.push import check_destination
 from nnprune.patterns import SparsityPattern, Unstructured, parse_pattern
 from nnprune.pruners.base import Pruner
 from nnprune.records import RunRecord, fingerprint
-from nnprune.recovery import Recovery
+from nnprune.recovery import Distillation, Recovery
 from nnprune.runtime import Runtime
 from nnprune.targets import Target
 from nnprune.tracking.base import Tracker
@@ -142,7 +142,9 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
     pruner = pruner or _instantiate("pruner", config, Pruner)
     pruner.validate(pattern)
     parts = (("target", Target), ("update", Update), ("recover", Recovery))
-    method = Method(pruner, *(_instantiate(key, config, expected) for key, expected in parts))
+    target, update, recovery = (_instantiate(key, config, expected) for key, expected in parts)
+    distillation = recovery if isinstance(recovery, Distillation) else None
+    method = Method(pruner, target, update, distillation.layers if distillation else recovery, distillation)
     if method.needs_reference and config["propagate"] == "dense":
         key = "target" if method.pairs_inputs else "recover"
         raise ValueError(

@@ -22,6 +22,7 @@ from nnprune.runtime import available_host_bytes, peak_host_bytes, resident_host
 
 GIB = 1 << 30
 LIBRARIES = 80 << 20  # bytes of code, buffers of libraries and threads that a run touches before it loads weights
+EPOCH_FORWARDS = 6  # as long as an epoch of distillation takes: a forward, another for the gradients, these, and Adam's steps
 TIMED_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
@@ -36,6 +37,7 @@ class CostEstimate:
         self.cells, self.pruned = cells, [cell for cell in cells if not cell.is_dense]
         self.first = (self.pruned or cells)[0]
         self.runtime, self.device = self.first.runtime, self.first.runtime.torch_device
+        self.distillation = self.first.method.distillation if self.pruned else None
         quieten_transformers()
         self.runtime.start(self.first.config["seed"])
         self.on_cuda = self.device.type == "cuda"
@@ -80,6 +82,9 @@ class CostEstimate:
         if self.first.allocation.looks_at == "inputs" and self.pruned:
             seconds["allocation"] += forward * self.load.calibration
         head = self.decoder.vocab_size * self.decoder.text_config.hidden_size / self.in_layers
+        if self.distillation:  # the dense outputs, then its epochs
+            passes = 1 + EPOCH_FORWARDS * self.distillation.epochs * (1 + head)
+            seconds["recover"] = seconds.get("recover", 0) + forward * self.load.calibration * passes
         windows = forward * (1 + head) * sum(map(torch.numel, self.windows))
         return seconds | {"dense_evaluation": windows * self.measures_dense, "evaluation": windows * len(self.pruned)}
 
@@ -100,7 +105,8 @@ class CostEstimate:
         is_whole = runtime.layers != "disk" and not source.files.is_safetensors
         loading = (layers + others) * is_copied * is_whole  # the mapped checkpoint, while it is copied
         num_saved = len(self.cells) * self.first.config["save"]
-        disk = layers * (len(self.pruned) + (num_saved > 0)) + others * num_saved + hidden * (runtime.activations == "disk")
+        num_layer_files = len(self.pruned) * (1 + bool(self.distillation))
+        disk = layers * (num_layer_files + (num_saved > 0)) + others * num_saved + hidden * (runtime.activations == "disk")
         if not self.on_cuda:
             return int(base + offloaded + max(near + hidden, loading)), 0, int(disk)
         on_device = runtime.activations == "device" or (runtime.activations == "auto" and near + hidden < self.free_device)
@@ -112,9 +118,11 @@ class CostEstimate:
         folder = next(parent for parent in (outputs, *outputs.parents) if parent.exists())
         is_low = self.runtime.layers == self.runtime.activations == "disk"
         host = "a machine with more memory, or a lower calibration.num_samples" if is_low else "runtime=low_memory"
+        host = "recover=layer" if self.distillation and not self.on_cuda else host
+        device = "recover=layer" if self.distillation else "runtime.layers=host runtime.activations=host"
         needs = (
             ("host memory", self.host_bytes, self.free_host, host),
-            ("device memory", self.device_bytes, self.free_device, "runtime.layers=host runtime.activations=host"),
+            ("device memory", self.device_bytes, self.free_device, device),
             (f"disk {folder}", self.disk_bytes, shutil.disk_usage(folder).free, "outputs to a larger disk"),
         )
         text = "{}: needs {:.1f} GiB, there are {:.1f}; set {}"

@@ -45,7 +45,8 @@ def science(experiment: "Experiment") -> dict[str, Any]:
     text = experiment.calibration.source
     calibration = {key: value for key, value in config["calibration"].items() if (key, value) not in SINCE.items()}
     settings = {key: value for key, value in config.items() if key not in NOT_SCIENCE}
-    parts = {"allocation": experiment.allocation, "target": method.target, "update": method.update, "recover": method.recovery}
+    recovery = method.distillation or method.recovery
+    parts = {"allocation": experiment.allocation, "target": method.target, "update": method.update, "recover": recovery}
     settings["allocation"] = settings["allocation"] | experiment.allocation.identity()
     settings |= {key: settings[key] | _code_entry(type(part)) for key, part in parts.items()}
     return settings | {
@@ -99,7 +100,8 @@ def own_code(experiment: "Experiment") -> dict[str, str]:
     if experiment.is_dense:
         return {}
     method = experiment.method
-    parts = (method.pruner, method.target, method.update, method.recovery, experiment.allocation)
+    recoveries = (method.recovery, *([method.distillation] if method.distillation else []))
+    parts = (method.pruner, method.target, method.update, *recoveries, experiment.allocation)
     root = Path(__file__).parent.parent
     files = _own_files(frozenset(kind.__module__ for part in parts for kind in type(part).__mro__))
     return {file.relative_to(root).as_posix(): _hash(file) for file in files}

@@ -14,7 +14,8 @@ from nnprune.allocations.base import Plan
 from nnprune.calibration import token_hash
 from nnprune.engine import parallel
 from nnprune.engine.consistency_check import check_consistency
-from nnprune.engine.memory import fit_device, groups_of
+from nnprune.engine.distillation import DistillationPass
+from nnprune.engine.layer_files import LayerFiles
 from nnprune.engine.prune_linears import fractions_of_zeros
 from nnprune.engine.pruning_pass import PruneTask, PruningPass
 from nnprune.engine.stopwatch import Stopwatch
@@ -26,12 +27,12 @@ from nnprune.experiment.preparation import (
     SCRATCH,
     check_shapes,
     chosen_linears,
+    fit_memory,
     log_computing_dtype,
     open_engine,
     skeleton,
     token_ids,
     warn_of_demo_texts,
-    workload,
 )
 from nnprune.experiment.provenance import new_record, now
 from nnprune.experiment.written_text import written_ids
@@ -70,7 +71,8 @@ class Job:
         with self.stopwatch.stage("load"):
             self.engine = open_engine(experiment, decoder)
             check_consistency(self.engine)
-            self._fit_device(methods or [experiment.method])
+            windows = list(chain.from_iterable(self.evaluation_ids.values()))
+            fit_memory(experiment, self.engine, methods or [experiment.method], self.calibration_ids, windows)
             if not experiment.is_dense:
                 self.engine.decoder.keep(chosen_linears(experiment, self.engine.decoder))
             if experiment.config["save"]:
@@ -152,12 +154,14 @@ class Job:
     def _run_pass(self, pruned: RunRecord | None, dense: RunRecord | None, dense_keys: list[str]) -> tuple[Metrics, Metrics]:
         """One pass over the layers that fills in the sparsities of one or both records. Returns the metrics of the pruned and the
         dense model by fingerprint, those of the latter for `dense_keys`."""
-        tasks, layer_files = [], self.engine.store.layer_files
+        tasks, distilling = [], self._distilling() if pruned else None
         by_name = self.experiment.evaluation.evaluators
         evaluators = {key: by_name[name] for name, key in self.experiment.evaluations.items() if key in self.evaluation_ids}
-        if pruned:
-            tasks.append(PruneTask(self.experiment.method, self.plan, layer_files))
+        if pruned and not (distilling and distilling.is_finished):
+            tasks.append(PruneTask(self.experiment.method, self.plan, self.engine.store.layer_files))
         with ExitStack() as stack:
+            if distilling:
+                stack.enter_context(distilling.dense_outputs(self.calibration_ids))
             ids = self.evaluation_ids
             with self.stopwatch.stage("evaluation"):
                 measured = Measurement("pruned", evaluators if pruned else {}, ids, self.experiment.folder / SCRATCH)
@@ -168,7 +172,10 @@ class Job:
                 measured_dense = Measurement("dense", dense_evaluators, ids, folder, is_saved)
                 dense_states = stack.enter_context(measured_dense.hidden_states(self.engine))
             pruning = PruningPass(self.engine, tasks, self.experiment.config["propagate"], self.stopwatch)
-            counts = pruning.run(self.calibration_ids, dense_states if dense else None, states)
+            counts = pruning.run(self.calibration_ids, dense_states if dense else None, () if distilling else states)
+            if distilling:
+                distilling.run()
+                PruningPass(self.engine, [], "pruned", self.stopwatch).run(self.calibration_ids, pruned=states)
             with self.stopwatch.stage("dense_evaluation"):
                 dense_metrics = measured_dense.finish()
             with self.stopwatch.stage("evaluation"):
@@ -176,30 +183,28 @@ class Job:
         if dense:
             dense.linear_sparsity, dense.model_sparsity = fractions_of_zeros(self.engine.decoder, counts)
         if pruned:
+            layer_files = self.engine.store.layer_files
             reports = [layer_files.reports[index] for index in range(self.engine.num_layers)]
             pruned.selection = self.experiment.selection.counts(self.engine.decoder.all_shapes_by_layer())
             pruned.per_linear = [linear for report in reports for linear in report["linears"]]
             pruned.recovered = [report["recovered"] for report in reports if "recovered" in report]
+            if distilling:
+                pruned.whole_model = True
+                pruned.recovered.append({"model": reports[0]["distilled"]})
             pruned.left_alone = self.engine.decoder.left_alone
             pruned.linear_sparsity, pruned.model_sparsity = fractions_of_zeros(self.engine.decoder, reports)
             if (num_cells := max(report["num_cells"] for report in reports)) > 1:
                 pruned.notes.append(f"pruned in one pass with {num_cells - 1} other cells; `seconds` leaves that pass out")
         return metrics, dense_metrics
 
-    def _fit_device(self, methods: Sequence[Method]) -> None:
-        """Choose what a limited device has room for. Raises ValueError if it cannot hold what pruning with `methods` takes."""
-        runtime, free = self.experiment.runtime, self.experiment.runtime.free_device_bytes()
-        if math.isinf(free):
-            return
-        windows = list(chain.from_iterable(self.evaluation_ids.values()))
-        load = workload(self.experiment, self.engine.decoder, groups_of(self.engine), methods, self.calibration_ids, windows)
-        if not fit_device(runtime, load, free):
-            need = (load.fetched_bytes() * (runtime.layers != "device") + load.workspace_bytes(runtime)) / 2**30
-            limit = "null" if runtime.device_memory is None else runtime.device_memory
-            raise ValueError(
-                f"runtime.device_memory={limit}: needs {need:.1f} GiB beside embeddings and head, there are {free / 2**30:.1f}; "
-                "use a larger device, a cheaper pruner, runtime.layers=host or a shorter calibration.seq_len"
-            )
+    def _distilling(self) -> DistillationPass | None:
+        """What tunes the pruned model as a whole, if anything does. Its layers are written as soon as all are finished, if ever."""
+        experiment, engine = self.experiment, self.engine
+        if experiment.method.distillation is None:
+            return None
+        is_written = experiment.config["save"] or math.isfinite(experiment.runtime.seconds_unsaved)
+        files = LayerFiles(experiment.folder / SCRATCH / "distilled", engine.decoder.path, 0 if is_written else math.inf)
+        return DistillationPass(engine, experiment.method.distillation, files, self.stopwatch)
 
     def _check_that_it_can_be_saved(self) -> None:
         source, decoder = self.experiment.source, self.engine.decoder

@@ -1,6 +1,7 @@
 """What a run is prepared from its checked settings: skeleton, token ids and engine."""
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,12 +18,13 @@ from nnprune.engine.input_collector import rows_needed
 from nnprune.engine.input_groups import PROBE_TOKENS
 from nnprune.engine.layer_files import LayerFiles
 from nnprune.engine.layer_store import LayerStore
-from nnprune.engine.memory import Workload
+from nnprune.engine.memory import Workload, fit_device, groups_of
 from nnprune.experiment.build import Experiment
 from nnprune.method import Method
 from nnprune.model.attention import use_kernel
 from nnprune.model.decoder import Decoder
 from nnprune.model.dtypes import name_of
+from nnprune.runtime import available_host_bytes, resident_host_bytes
 from nnprune.texts import check_ids
 
 log = logging.getLogger(__name__)
@@ -122,7 +124,8 @@ def workload(
     else:
         chosen = chosen_linears(experiment, decoder, like=decoder)
         groups = [kept for names in groups if (kept := [name for name in names if name in chosen])]
-    calibration = rows_needed(methods, calibration)
+    if not any(method.distillation for method in methods):
+        calibration = rows_needed(methods, calibration)
     return Workload(
         shapes={name: weight.shape for name, weight in weights.items()},
         groups=groups,
@@ -135,7 +138,37 @@ def workload(
         calibration=calibration.numel(),
         windows=num_measured * sum(map(torch.numel, windows)),
         experts={name: pool_key(weight.expert) for name, weight in weights.items() if weight.expert},
+        num_layers=len(decoder.layers),
+        num_parameters=sum(map(torch.numel, decoder.layers.parameters())),
     )
+
+
+def fit_memory(
+    experiment: Experiment, engine: LayerwiseEngine, methods: Sequence[Method], calibration: Tensor, windows: Sequence[Tensor]
+) -> None:
+    """Choose what a limited device has room for. Raises ValueError if it cannot hold what pruning with `methods` takes, for ids (N, T) of
+    the calibration and of each evaluation."""
+    runtime, free = experiment.runtime, experiment.runtime.free_device_bytes()
+    is_host, distills = math.isinf(free), any(method.distillation for method in methods) and not experiment.is_dense
+    if is_host and not distills:
+        return
+    load = workload(experiment, engine.decoder, [] if is_host else groups_of(engine), methods, calibration, windows)
+    if distills:
+        room = available_host_bytes() - resident_host_bytes() if is_host else free
+        need = load.distill_bytes(runtime) + is_host * sum(load.hidden_bytes())
+        if need > room:
+            raise ValueError(
+                f"recover=model: tunes the whole model at once, which needs {need / 2**30:.1f} GiB of "
+                f"{'host' if is_host else 'device'} memory, there are {max(room, 0) / 2**30:.1f}; set recover=layer, which tunes one "
+                "decoder layer at a time, or use a larger machine"
+            )
+    if not is_host and not fit_device(runtime, load, free):
+        needed = (load.fetched_bytes() * (runtime.layers != "device") + load.workspace_bytes(runtime)) / 2**30
+        limit = "null" if runtime.device_memory is None else runtime.device_memory
+        raise ValueError(
+            f"runtime.device_memory={limit}: needs {needed:.1f} GiB beside embeddings and head, there are {free / 2**30:.1f}; "
+            "use a larger device, a cheaper pruner, runtime.layers=host or a shorter calibration.seq_len"
+        )
 
 
 def open_engine(experiment: Experiment, decoder: Decoder) -> LayerwiseEngine:

@@ -69,6 +69,7 @@ def note(cfg: DictConfig, status: str, record: RunRecord | None = None, error: s
         "sparsity": record.sparsity if record else str(cfg.sparsity),
     }
     row = {"job": job.job.num, "settings": settings, "status": status, "metric": name, "value": value, "error": error}
+    row["whole_model"] = bool(record and record.whole_model)
     with (Path(job.runtime.output_dir) / FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -115,10 +116,11 @@ def _lines(rows: list[dict[str, Any]], is_terminal: bool) -> list[str]:
 
 
 def _is_best(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
-    """Whether no other of several runs of the same model and sparsity has a better value: a lower perplexity, a higher accuracy."""
+    """Whether no other of several runs of the same model and sparsity has a better value: a lower perplexity, a higher accuracy. Those
+    that tune the whole model have only each other as rivals."""
 
-    def group(one: dict[str, Any]) -> tuple[str, ...]:
-        return one["metric"], one["settings"]["model"], one["settings"]["sparsity"]
+    def group(one: dict[str, Any]) -> tuple:
+        return one["metric"], one["whole_model"], one["settings"]["model"], one["settings"]["sparsity"]
 
     rivals = [one["value"] for one in rows if one["value"] is not None and group(one) == group(row)]
     best = min if row["metric"].endswith("perplexity") else max

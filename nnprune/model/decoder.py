@@ -143,6 +143,7 @@ class Decoder:
             )
         return captured[0]
 
+    @torch.no_grad()
     def record_calls(self, ids: Tensor) -> list[LayerCall]:
         """The arguments of every decoder layer for ids (B, T), which may differ between layers, as in Gemma. Raises ValueError when text
         does not pass through all layers."""

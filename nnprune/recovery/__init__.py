@@ -2,5 +2,6 @@
 
 from nnprune.recovery.base import Recovery, Rows, Run
 from nnprune.recovery.reconstruction import Reconstruction
+from nnprune.recovery.whole_model import Distillation
 
-__all__ = ["Reconstruction", "Recovery", "Rows", "Run"]
+__all__ = ["Distillation", "Reconstruction", "Recovery", "Rows", "Run"]

@@ -20,6 +20,9 @@ MAX_EPOCHS = 100_000
 Loss = Callable[[nn.Module, Sequence[int]], Tensor]
 """(module with float32 weights, rows) -> their mean loss, float32 (): of several processes each one's part of it."""
 
+EachEpoch = Callable[[int, float], None]
+"""Told the number of an epoch and the held-out loss after it; that of the initial weights is epoch 0."""
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -40,15 +43,22 @@ class Tuning:
         check_count("recover.batch_tokens", self.batch_tokens, 1)
         check_positive("recover.holdout", self.holdout, below=1)
 
-    def run(self, module: nn.Module, loss: Loss, rows: Rows, num_epochs: int, seed: int) -> dict[str, Any]:
+    def run(
+        self,
+        module: nn.Module,
+        loss: Loss,
+        rows: Rows,
+        num_epochs: int,
+        seed: int,
+        each_epoch: EachEpoch = lambda epoch, held_out: None,
+    ) -> dict[str, Any]:
         """Tune the weights of `module` in place, zeros excepted, for at most so many passes over `rows`.
 
         Kept are the weights of the epoch with the lowest held-out loss, or the initial ones. Raises ValueError for fewer than two rows.
         Returns the held-out loss before and after, and the epoch that was kept.
         """
         num_rows, seq_len = rows.shape[:2]
-        if num_rows < 2:
-            raise ValueError(f"calibration.num_samples={num_rows}: recover needs one sequence to tune on and one to hold out")
+        check_rows(num_rows)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(num_rows, generator=generator)
         num_held = min(max(round(self.holdout * num_rows), 1), num_rows - 1)
@@ -64,6 +74,7 @@ class Tuning:
                 return float(rows.total(torch.tensor(mean, dtype=torch.float64)))
 
         first = best = held_out()
+        each_epoch(0, first)
         epoch_kept, step, num_steps = 0, 0, num_epochs * -(-len(used) // batch)
         scales = read_together({index: _rms(parameter) for index, parameter in enumerate(parameters)}).values()
         smallest = min(filter(None, scales), default=1.0)  # for tensors of zeros, such as the biases of an untrained model
@@ -85,12 +96,20 @@ class Tuning:
                         for parameter, support in supports:
                             parameter.mul_(support)
                     step += 1
-                if (mean := held_out()) < best:
+                mean = held_out()
+                each_epoch(epoch, mean)
+                if mean < best:
                     best, epoch_kept = mean, epoch
                     for parameter, value in zip(module.parameters(), parameters, strict=True):
                         parameter.data.copy_(value.detach())
         log.debug("held-out loss %.3e -> %.3e at epoch %d of %d", first, best, epoch_kept, num_epochs)
         return {"loss_before": first, "loss_after": best, "epoch": epoch_kept}
+
+
+def check_rows(num_rows: int) -> None:
+    """Raise ValueError for too few sequences to tune on."""
+    if num_rows < 2:
+        raise ValueError(f"calibration.num_samples={num_rows}: recover needs one sequence to tune on and one to hold out")
 
 
 class _Gradients:

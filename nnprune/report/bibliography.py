@@ -24,8 +24,9 @@ def entries() -> dict[str, str]:
 def bibliography(found: list[dict[str, Any]]) -> tuple[str, list[str]]:
     """The entries of all methods in some records, each once and in the order of methods.bib, and a line for each class without one."""
     known = entries()
-    targets = {f"{config[group].get('_target_', '')}" for r in found for config in [r["config"]] for group in GROUPS
-               if isinstance(config.get(group), dict)}  # fmt: skip
+    chosen = [r["config"][group] for r in found for group in GROUPS if isinstance(r["config"].get(group), dict)]
+    chosen += [settings["layers"] for settings in chosen if isinstance(settings.get("layers"), dict)]  # before distillation
+    targets = {f"{settings.get('_target_', '')}" for settings in chosen}
     names = {target.rpartition(".")[2] for target in targets if target.startswith("nnprune.")}
     lines = [
         f"--bibtex: {visible(target)} has no reference here; cite its own"

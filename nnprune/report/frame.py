@@ -23,7 +23,7 @@ CELL = ["model", "method", "sparsity"]
 NAMES = ["model", "pruner", "sparsity"]
 FIGURES = ["value", "stderr", "dense_value", "linear_sparsity", "seconds_total"]
 PEAKS = ["peak_host_bytes", "peak_device_bytes"]
-COLUMNS = [*NAMES, "metric", *FIGURES, *PEAKS, "fingerprint", "finished", "path", "experiment", "seed"]
+COLUMNS = [*NAMES, "metric", *FIGURES, *PEAKS, "whole_model", "fingerprint", "finished", "path", "experiment", "seed"]
 OBJECTS = ["record"]  # columns that are no plain values: the record itself, a dict
 MEAN_ACCURACY = "mean_acc"
 FRACTIONS = ("accuracy", "acc", "acc_norm", "exact_match", "f1")
@@ -52,7 +52,7 @@ def to_frame(found: list[dict[str, Any]]) -> tuple[pd.DataFrame, list[str]]:
     runs, replaced = _newest_of_each_run(usable)
     rows = [row for record in runs for row in _record_rows(record)]
     frame = pd.DataFrame(rows, columns=[*COLUMNS, *OBJECTS]).astype(
-        {**dict.fromkeys(FIGURES, float), **dict.fromkeys(PEAKS, "Int64")}
+        {**dict.fromkeys(FIGURES, float), **dict.fromkeys(PEAKS, "Int64"), "whole_model": bool}
     )
     age = frame.groupby([*NAMES, "metric", "experiment", "seed"]).cumcount(ascending=False)
     frame["experiment"] = frame["experiment"].where(age == 0, frame["experiment"] + "-" + age.astype(str))
@@ -140,7 +140,7 @@ def _record_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
             "dense_value": dense.get(metric),
             "linear_sparsity": record["linear_sparsity"],
             "seconds_total": record["seconds"].get("total"),
-            **{name: record[name] for name in PEAKS},
+            **{name: record[name] for name in (*PEAKS, "whole_model")},
             "fingerprint": record["fingerprint"],
             "finished": record["finished"] or "",
             "path": record["path"],

@@ -16,6 +16,9 @@ PRETTY = {
     "alps": "ALPS",
     "sparsegpt_nnpruning": "SparseGPT (nn-pruning)",
 }
+ADDITIONS = {"model": "distillation", "layer_model": "layer + distillation"}
+"""What is added to a pruner, where a name says more than the option."""
+
 FIRST_PRUNERS = [
     *(DENSE, "magnitude", "wanda", "ria", "dsnot", "swaps", "sparsegpt", "admm", "alps"),
     *("best_fast", "best_medium", "best"),  # by cost
@@ -56,7 +59,7 @@ def pretty_sparsity(label: str) -> str:
 def pretty_pruner(label: str) -> str:
     """`Wanda + refit` for wanda+refit and wanda_refit. Several labels may share a name: see `escaping.distinct_names`."""
     pruner, *additions = _parts(label)
-    return " + ".join([PRETTY.get(pruner, pruner), *additions])
+    return " + ".join([PRETTY.get(pruner, pruner), *(ADDITIONS.get(one, one) for one in additions)])
 
 
 def pruner_key(label: str) -> tuple[int, list[str], str]:

@@ -19,6 +19,7 @@ from nnprune.report.labels import DENSE, model_key, pretty_pruner, pretty_sparsi
 from nnprune.report.messages import UsageError
 from nnprune.report.metrics import pretty_metric
 from nnprune.report.panels import COLOURS
+from nnprune.report.rendering import WHOLE_MODEL
 from nnprune.report.tables import GIB, MISSING, format_value, method_names
 from nnprune.report.variants import method_key, with_methods
 
@@ -53,15 +54,7 @@ def build_page(frame: pd.DataFrame, metrics: list[str], filters: dict[str, list[
     pruned = [index for index, dense in enumerate(runs.dense) if not dense]
     data = {
         "summary": f"{len(details)} run(s) of {rows['model'].nunique()} model(s); newest: {visible(max(rows['finished'])) or '--'}",
-        "tables": [
-            {
-                "title": table.title,
-                "head": [*table.head, *table.columns],
-                "rows": [[*row.head, *row.cells] for block in table.blocks for row in block],
-                "best": [[False] * len(row.head) + row.best for block in table.blocks for row in block],
-            }
-            for table in built
-        ],
+        "tables": [part for table in built for part in _parts(table)],
         "plots": images,
         "noplots": no_plots,
         "runs": {"head": runs.head, "rows": runs.rows},
@@ -73,6 +66,28 @@ def build_page(frame: pd.DataFrame, metrics: list[str], filters: dict[str, list[
     text = _resource("page.html").replace("@style@", _resource("page.css")).replace("@script@", _resource("page.js"))
     content = json.dumps(_finite(data), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return text.replace("@data@", content), warnings  # last, so that nothing is looked for in the data
+
+
+def _parts(table: tables.Table) -> list[dict[str, Any]]:
+    """A table, and one of its own for the methods that tune the whole model, since rows can be sorted."""
+    blocks, whole = table.blocks, table.whole_model
+    parts = (
+        {table.title: blocks}
+        if whole is None
+        else {
+            table.title: blocks[:whole],
+            f"{table.title}: {WHOLE_MODEL.lower()} methods": blocks[whole:],
+        }
+    )
+    return [
+        {
+            "title": title,
+            "head": [*table.head, *table.columns],
+            "rows": [[*row.head, *row.cells] for block in part for row in block],
+            "best": [[False] * len(row.head) + row.best for block in part for row in block],
+        }
+        for title, part in parts.items()
+    ]
 
 
 class _Runs:
@@ -115,7 +130,8 @@ def _runs(rows: pd.DataFrame) -> _Runs:
 
 
 def _order(row: pd.Series) -> tuple:
-    return model_key(row["model"]), sparsity_key(row["sparsity"]), method_key(row["method"]), row["seed"], row["path"]
+    name = model_key(row["model"]), row["whole_model"], sparsity_key(row["sparsity"]), method_key(row["method"])
+    return *name, row["seed"], row["path"]
 
 
 def _cell(value: float, form: Any) -> Any:

@@ -90,16 +90,19 @@ def draw_bars(axes: Axes, cells: pd.DataFrame, styles: Styles) -> None:
 
 
 def draw_pareto(axes: Axes, cells: pd.DataFrame, styles: Styles) -> None:
-    """A point for each method, and a line through those that none beats in both time and metric."""
+    """A point for each method, and a line through those that none beats in both time and metric, but for those that tune the whole
+    model."""
     sign = -1 if higher_is_better(cells["metric"].iloc[0]) else 1
     front, best = [], math.inf
-    for seconds, mean, method in cells.sort_values("seconds")[["seconds", "mean", "method"]].itertuples(index=False):
+    columns = ["seconds", "mean", "method", "whole_model"]
+    for seconds, mean, method, is_whole in cells.sort_values("seconds")[columns].itertuples(index=False):
         marker = MARKERS[styles.methods.index(method) // 8 % 3]
         axes.plot([seconds], [mean], color=styles.colour[method], marker=marker, markersize=7, linestyle="none", zorder=3)
-        if sign * mean < best:
+        if sign * mean < best and not is_whole:
             best = sign * mean
             front.append((seconds, mean))
-    axes.plot(*zip(*front, strict=True), color="#BBBBBB", linestyle=":", linewidth=1.4, zorder=2)
+    if front:
+        axes.plot(*zip(*front, strict=True), color="#BBBBBB", linestyle=":", linewidth=1.4, zorder=2)
     axes.set_xscale("log")
 
 

@@ -8,13 +8,17 @@ import re
 from nnprune.report.escaping import escape_latex, escape_markdown
 from nnprune.report.tables import Table
 
+WHOLE_MODEL = "Whole-model"
+"""Heading of the methods that tune the whole model, which do not compare with those that hold a layer at a time."""
+
 
 def to_markdown(table: Table) -> str:
     """A GitHub table, each line ended by a newline. Names are escaped: each row has as many cells as the head."""
     width = len(table.head) + len(table.columns)
     lines = [[*table.head, *map(escape_markdown, table.columns)], [":---"] * width]
     for i, block in enumerate(table.blocks):
-        lines += [[""] * width] if i else []
+        heading = f"*{WHOLE_MODEL}*" if i == table.whole_model else ""
+        lines += [[heading, *[""] * (width - 1)]] if i else []
         for row in block:
             name, *extra_head = map(escape_markdown, row.head)
             cells = [f"**{text}**" if best else text for text, best in zip(row.cells, row.best, strict=True)]
@@ -29,8 +33,10 @@ def to_latex(table: Table) -> str:
     lines = [r"\begin{table}", r"  \centering", rf"  \caption{{{escape_latex(table.title)}}}",
              rf"  \label{{tab:{re.sub('[^a-z0-9]+', '-', table.caption.lower()).strip('-')}}}",
              rf"  \begin{{tabular}}{{{alignment}}}", r"    \toprule", rf"    {head} \\"]  # fmt: skip
-    for block in table.blocks:
+    for i, block in enumerate(table.blocks):
         lines.append(r"    \midrule")
+        if i == table.whole_model:
+            lines.append(rf"    \multicolumn{{{len(alignment)}}}{{l}}{{\textit{{{WHOLE_MODEL}}}}} \\")
         for row in block:
             texts = [text.replace("±", r"$\pm$") for text in row.cells]
             cells = [rf"\textbf{{{t}}}" if best else t for t, best in zip(texts, row.best, strict=True)]

@@ -4,7 +4,8 @@ Means and standard deviations over seeds come from frame.py; here costs are aver
 
 Three layouts, all with the dense model on top and the best value of each block and column in bold. Models: rows are method x
 sparsity, columns are models, one block for each sparsity. Methods: rows are methods, columns are sparsities, for one model. By a
-setting: rows are method x sparsity, columns are the setting's values, for one model.
+setting: rows are method x sparsity, columns are the setting's values, for one model. Methods that tune the whole model stand below
+all others, in blocks of their own.
 """
 
 import json
@@ -75,6 +76,7 @@ class Table:
     blocks: list[list[Row]]  # the first block is the dense row
     num_records: int
     warnings: list[str] = field(default_factory=list)
+    whole_model: int | None = None  # index of the first block of methods that tune the whole model
 
 
 def build_table(frame: pd.DataFrame, metric: str, **filters: list[str] | None) -> Table:
@@ -86,13 +88,12 @@ def build_table(frame: pd.DataFrame, metric: str, **filters: list[str] | None) -
     rows, warnings = select(frame, metric, filters)
     models = filters.get("models") or sorted(rows["model"].unique(), key=model_key)
     dense, sources = dense_values(rows)
-    blocks = [[_dense_row(["0%"], [dense.get(model) for model in models])]]
     pruned = rows[~is_dense(rows)]
-    for sparsity, name in sparsity_names(pruned).items():
-        blocks.append(_block(pruned[pruned["sparsity"] == sparsity], "model", models, metric, [name], method_names(pruned)))
+    top = dense_row(["0%"], [dense.get(model) for model in models])
+    blocks, whole = all_blocks(top, pruned, "model", models, metric, method_names(pruned))
     columns = list(distinct_names(models, str).values())
     num_records = len(set(pruned["path"]) | sources)
-    return Table(metric, describe(metric), ["Method", "Sparsity"], columns, blocks, num_records, warnings)
+    return Table(metric, describe(metric), ["Method", "Sparsity"], columns, blocks, num_records, warnings, whole)
 
 
 def build_setting_table(frame: pd.DataFrame, metric: str, model: str, key: str, **filters: list[str] | None) -> Table:
@@ -105,14 +106,12 @@ def build_setting_table(frame: pd.DataFrame, metric: str, model: str, key: str, 
     dense, sources = dense_values(rows)
     pruned = rows[~is_dense(rows)]
     values = sorted(pruned["by"].unique(), key=natural_key)
-    blocks = [[_dense_row(["0%"], [dense.get(model)] * len(values))]]
-    for sparsity, name in sparsity_names(pruned).items():
-        blocks.append(_block(pruned[pruned["sparsity"] == sparsity], "by", values, metric, [name], method_names(pruned)))
+    top = dense_row(["0%"], [dense.get(model)] * len(values))
+    blocks, whole = all_blocks(top, pruned, "by", values, metric, method_names(pruned))
     columns = [f"{key.rpartition('.')[2]}={value}" for value in values]
     title, num_records = f"{describe(metric)}: {model} by {key}", len(set(pruned["path"]) | sources)
-    return Table(
-        f"{metric}, {model}, by {key}", title, ["Method", "Sparsity"], columns, blocks, num_records, left_out + warnings
-    )
+    caption, warnings = f"{metric}, {model}, by {key}", left_out + warnings
+    return Table(caption, title, ["Method", "Sparsity"], columns, blocks, num_records, warnings, whole)
 
 
 def build_methods_table(
@@ -141,13 +140,12 @@ def build_methods_table(
     dense, sources = dense_values(rows)
     pruned = rows[~is_dense(rows)]
     sparsities = sparsity_names(pruned)
-    blocks = [[_dense_row([], [dense.get(model)] * len(sparsities))]]
-    if sparsities:
-        blocks.append(_block(pruned, "sparsity", list(sparsities), metric, [], names))
+    top = dense_row([], [dense.get(model)] * len(sparsities))
+    blocks, whole = all_blocks(top, pruned, "sparsity", list(sparsities), metric, names, by_sparsity=False)
     columns = list(sparsities.values())
     if costs:
         columns += _append_costs(blocks, pruned, warnings)
-    return Table(caption, title, ["Method"], columns, blocks, len(set(pruned["path"]) | sources), warnings)
+    return Table(caption, title, ["Method"], columns, blocks, len(set(pruned["path"]) | sources), warnings, whole)
 
 
 def select(
@@ -191,12 +189,12 @@ def _append_costs(blocks: list[list[Row]], pruned: pd.DataFrame, warnings: list[
         warnings.append(
             f"costs: the runs are of {len(machines)} different machines, so their seconds and memory do not compare"
         )
-    groups = pruned.groupby("method")
+    groups = pruned.groupby(["whole_model", "method"])
     peaks = groups[PEAKS].max().astype(float).replace(0, math.nan) / GIB  # a run on a CPU uses no device memory
     costs = pd.DataFrame({"Seconds": groups["seconds_total"].mean(), "GiB": peaks["peak_host_bytes"]})
     if peaks["peak_device_bytes"].notna().any():
         costs["GiB of device"] = peaks["peak_device_bytes"]
-    costs = costs.reindex(sorted(costs.index, key=method_key))
+    costs = costs.loc[sorted(costs.index, key=lambda one: (one[0], method_key(one[1])))]  # as the rows
     of_dense = [math.nan] * len(costs.columns)  # a dense run prunes nothing
     for row, values in zip([row for block in blocks for row in block], [of_dense, *costs.to_numpy()], strict=True):
         row.cells += [MISSING if math.isnan(value) else f"{value:.{0 if value >= 10 else 1}f}" for value in values]
@@ -204,8 +202,32 @@ def _append_costs(blocks: list[list[Row]], pruned: pd.DataFrame, warnings: list[
     return list(costs.columns)
 
 
-def _dense_row(extra_head: list[str], values: list[float | None]) -> Row:
+def dense_row(extra_head: list[str], values: list[float | None]) -> Row:
     return Row([pretty_pruner(DENSE), *extra_head], [_cell_text(value) for value in values], [False] * len(values))
+
+
+def all_blocks(
+    top: Row,
+    pruned: pd.DataFrame,
+    across: str,
+    columns: list[str],
+    metric: str,
+    names: dict[str, str],
+    by_sparsity: bool = True,
+) -> tuple[list[list[Row]], int | None]:
+    """The block of `top` and those of `pruned`, one for each sparsity or one for all: first of one-shot methods, then of methods that
+    tune the whole model. Also the index of the first of the latter, None without. The others are those of `_block`."""
+    blocks, first_whole = [[top]], None
+    for is_whole in (False, True):
+        part = pruned[pruned["whole_model"] == is_whole]
+        if is_whole and len(part):
+            first_whole = len(blocks)
+        for sparsity, name in sparsity_names(pruned).items():
+            if len(rows := part[part["sparsity"] == sparsity]) and by_sparsity:
+                blocks.append(_block(rows, across, columns, metric, [name], names))
+        if len(part) and not by_sparsity:
+            blocks.append(_block(part, across, columns, metric, [], names))
+    return blocks, first_whole
 
 
 def _block(

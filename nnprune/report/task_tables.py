@@ -8,7 +8,7 @@ from nnprune.report.escaping import distinct_names
 from nnprune.report.frame import FRACTIONS, dense_values, is_dense
 from nnprune.report.messages import UsageError
 from nnprune.report.metrics import higher_is_better, pretty_metric
-from nnprune.report.tables import Table, _block, _dense_row, method_names, select, sparsity_names
+from nnprune.report.tables import Table, all_blocks, dense_row, method_names, select
 
 MEAN = "Mean"
 ROW = "method"  # the frame's column that names a row
@@ -27,15 +27,13 @@ def build_tasks_table(frame: pd.DataFrame, metrics: list[str], model: str, **fil
     rows = pd.concat([rows for rows, _ in selected])
     rows = pd.concat([rows, *_means(rows, len(metrics))])
     dense = {metric: dense_values(rows[rows["metric"] == metric]) for metric in (*metrics, MEAN)}
-    blocks = [[_dense_row(["0%"], [values.get(model) for values, _ in dense.values()])]]
     pruned = rows[~is_dense(rows)]
-    for sparsity, name in sparsity_names(pruned).items():
-        part = pruned[pruned["sparsity"] == sparsity]
-        blocks.append(_block(part, "metric", list(dense), metrics[0], [name], method_names(pruned)))
+    top = dense_row(["0%"], [values.get(model) for values, _ in dense.values()])
+    blocks, whole = all_blocks(top, pruned, "metric", list(dense), metrics[0], method_names(pruned))
     sources = set(pruned["path"]).union(*(paths for _, paths in dense.values()))
     caption = f"{', '.join(metrics)}, {model}"
     title = f"{', '.join(map(pretty_metric, metrics))} of {model}, {'higher' if higher_is_better(metrics[0]) else 'lower'} is better"
-    return Table(caption, title, ["Method", "Sparsity"], _columns([*metrics, MEAN]), blocks, len(sources), warnings)
+    return Table(caption, title, ["Method", "Sparsity"], _columns([*metrics, MEAN]), blocks, len(sources), warnings, whole)
 
 
 def _means(rows: pd.DataFrame, num_metrics: int) -> list[pd.DataFrame]:

@@ -44,7 +44,7 @@ def draw(seed: int) -> Combination:
         overrides.append(f"update={rng.choice(('none', 'refit'))}")
         if propagate != "dense":
             overrides.append(f"target={rng.choice(('dense', 'asymmetric'))}")
-            overrides += rng.choice(([], ["recover=layer"], ["recover=next_layer"]))
+            overrides += rng.choice(([], ["recover=layer"], ["recover=next_layer"], ["recover=model", "recover.epochs=1"]))
     if "recover=layer" in overrides:
         overrides.append("recover.epochs_after=1")
     if "recover=next_layer" in overrides:

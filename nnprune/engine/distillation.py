@@ -1,0 +1,151 @@
+"""Distillation of a pruned model: all of its decoder layers are on the device at once, beside the dense model's last hidden states.
+
+Letters: N samples, B batch, T tokens, D hidden, V vocabulary.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nnprune.engine import parallel
+from nnprune.engine.engine import LayerwiseEngine
+from nnprune.engine.hidden_states import HiddenStates
+from nnprune.engine.layer_files import LayerFiles
+from nnprune.engine.prune_linears import count_zeros
+from nnprune.engine.stopwatch import Stopwatch
+from nnprune.recovery import Distillation
+from nnprune.recovery.tuning import check_rows
+from nnprune.recovery.whole_model import Compare
+
+log = logging.getLogger(__name__)
+
+LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}
+"""Logits of one model that are computed at a time: those of all tokens of a step may take more than the model."""
+
+LOGIT_BYTES = 32
+"""Of one of these: logits and logarithms of probabilities of both models, products of them, and gradients."""
+
+
+@dataclass(eq=False)
+class DistillationPass:
+    """Tunes a pruned model as a whole. Its layers become those of other layer files, complete or none: half-tuned ones are no result.
+
+    Args:
+        engine: the model; its store has the pruned layers.
+        distillation: how they are tuned.
+        layer_files: the tuned layers; those of an interrupted run are written again unless all are there.
+        stopwatch: times the stages.
+    """
+
+    engine: LayerwiseEngine
+    distillation: Distillation
+    layer_files: LayerFiles
+    stopwatch: Stopwatch
+    dense: HiddenStates | None = field(default=None, init=False)
+    is_finished: bool = field(init=False)  # in an earlier run
+
+    def __post_init__(self) -> None:
+        self.is_finished = len(self.layer_files.reports) == self.engine.num_layers
+        if self.is_finished:
+            self.engine.store.layer_files = self.layer_files
+
+    @contextmanager
+    def dense_outputs(self, ids: Tensor) -> Iterator[None]:
+        """Calibration ids (N, T) pass through the dense layers, before any is pruned: some models can be loaded only once.
+
+        Raises ValueError for fewer than two rows.
+        """
+        if self.is_finished:
+            yield
+            return
+        check_rows(len(ids))
+        with torch.no_grad(), self.stopwatch.stage("recover"):
+            self.dense = self.engine.hidden_states(ids, "distillation")
+        with self.dense:
+            bar = self.engine.progress(self.engine.num_layers, "dense outputs")
+            with torch.no_grad(), self.stopwatch.stage("recover"), bar:
+                for index in range(self.engine.num_layers):
+                    layer = self.engine.store.fetch(index, pruned=False)
+                    self.engine.store.prefetch(index + 1)
+                    self.dense.advance(index, layer)
+                    self.engine.store.release(index)
+                    bar.update()
+            yield
+
+    def run(self) -> None:
+        """Tune the pruned layers, and have the store fetch the tuned ones from here on."""
+        if self.is_finished:
+            return
+        try:
+            with self.stopwatch.stage("recover"):
+                self._tune()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("in the distillation, which starts again from the pruned layers") from None
+        self.engine.store.layer_files = self.layer_files
+
+    def _tune(self) -> None:
+        store, decoder = self.engine.store, self.engine.decoder
+        pruned = store.layer_files
+        for index in range(self.engine.num_layers):
+            store.fetch(index)
+        decoder.model.requires_grad_(False)  # of what is tuned there is a copy
+        student = Student(self.engine, self.dense)
+        report = self.distillation.tune_model(decoder.layers, student, self._log_epoch)
+        for parameter in decoder.layers.parameters():
+            parallel.broadcast(parameter.data)  # rounded otherwise where another device computed it
+        for index, layer in enumerate(decoder.layers):
+            store.round(index)
+            counts = count_zeros(layer, decoder.weights(index))
+            self.layer_files.write(index, store.stored_state(index), {**pruned.reports[index], **counts, "distilled": report})
+        self.layer_files.finish()
+
+    def _log_epoch(self, epoch: int, held_out: float) -> None:
+        num_epochs = self.distillation.epochs
+        log.info("distillation  epoch %d/%d  held-out KL divergence %.4g", epoch, num_epochs, held_out)
+
+
+@dataclass(eq=False)
+class Student:
+    """The `Model` of nnprune/recovery/whole_model.py.
+
+    Args:
+        engine: the model.
+        calibration: the dense model's hidden states behind the last layer.
+    """
+
+    engine: LayerwiseEngine
+    calibration: HiddenStates
+
+    def compare(self, compare: Compare, layers: nn.Module, rows: Sequence[int]) -> Tensor:
+        dense, decoder = self.calibration.pick(rows), self.engine.decoder
+        if not len(dense):
+            return torch.zeros((), requires_grad=True)
+        ids = self.calibration.ids[self.calibration.rows].to(dense.device)
+        with torch.no_grad():
+            hidden = decoder.embed(ids).float()
+        # 16-bit models multiply in bfloat16; the weights stay float32
+        with torch.autocast(dense.device.type, dtype=torch.bfloat16, enabled=dense.dtype != torch.float32):
+            for index, layer in enumerate(layers):
+                hidden = _checkpointed(self.calibration.run, index, layer, hidden)
+            size = max(LOGITS[dense.device.type] // (decoder.vocab_size * len(ids)), 1)
+            # as in the evaluation, but for float16, which has no room for gradients of a mean
+            dtype = torch.float32 if dense.dtype == torch.float16 else dense.dtype
+            parts = zip(*(one.split(size, dim=1) for one in (ids, hidden.to(dtype), dense.to(dtype))), strict=True)
+            return torch.stack([_checkpointed(self._compare_logits, compare, *part) for part in parts]).sum()
+
+    def _compare_logits(self, compare: Compare, ids: Tensor, hidden: Tensor, dense: Tensor) -> Tensor:
+        logits = self.engine.decoder.logits
+        with torch.no_grad():
+            of_dense = logits(ids, dense)
+        return compare(logits(ids, hidden), of_dense)
+
+
+def _checkpointed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """What a function returns, whose activations are not kept but computed again for the gradients."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
