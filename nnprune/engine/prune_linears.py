@@ -25,7 +25,7 @@ from nnprune.patterns import PatternError, zeros_in, zeros_on_device
 from nnprune.pruners.base import Pruner
 from nnprune.runtime import Runtime
 from nnprune.solvers.layer_error import relative_error, squared_output
-from nnprune.statistics import InputStatistic
+from nnprune.statistics import InputStatistic, Means
 
 log = logging.getLogger(__name__)
 
@@ -58,24 +58,45 @@ def prune_linears(
     with parallel.together():
         own = []
         for names, rank in zip(collector.groups, ranks, strict=True):
-            if rank == parallel.rank():
-                own += _prune_group(method, plan, collector, names, stored_dtype, runtime)
+            for part in _parts(method, collector, names) if rank == parallel.rank() else ():
+                own += _prune_group(method, plan, collector, names[0], part, stored_dtype, runtime)
             if not keep_statistics:
                 collector.statistics[names[0]] = {}
     if not parallel.is_distributed():
         return list(chain(*own))
     for names, rank in zip(collector.groups, ranks, strict=True):
         for name in names:
-            collector.weights[name].write(parallel.broadcast(collector.weights[name].read().contiguous(), rank))
+            weight = collector.weights[name]
+            weight.write(parallel.broadcast(weight.read().contiguous(), rank))
+            if _corrects_bias(method, collector, name):
+                parallel.broadcast(weight.bias, rank)
     reports = {report["name"]: report for report in chain(*chain(*parallel.gather(own)))}
     return [reports[name] for names in collector.groups for name in names]
 
 
+def _corrects_bias(method: Method, collector: InputCollector, name: str) -> bool:
+    return method.corrects_biases and collector.weights[name].bias is not None
+
+
+def _parts(method: Method, collector: InputCollector, names: list[str]) -> list[list[str]]:
+    """Linears that share an input: those whose bias is corrected, which are pruned from the centred statistics, and the others."""
+    parts: dict[bool, list[str]] = {}
+    for name in names:
+        parts.setdefault(_corrects_bias(method, collector, name), []).append(name)
+    return list(parts.values())
+
+
 def _prune_group(
-    method: Method, plan: Plan, collector: InputCollector, names: list[str], stored_dtype: torch.dtype, runtime: Runtime
+    method: Method,
+    plan: Plan,
+    collector: InputCollector,
+    leader: str,
+    names: list[str],
+    stored_dtype: torch.dtype,
+    runtime: Runtime,
 ) -> list[list[dict[str, Any]]]:
-    """Prune linears that share an input, together, or one by one if `runtime` says so or the device runs out of memory."""
-    prune = partial(_prune_together, method, plan, collector, names[0], stored_dtype=stored_dtype)
+    """Prune linears of one statistic, that of `leader`, together, or one by one if `runtime` says so or the device runs out of memory."""
+    prune = partial(_prune_together, method, plan, collector, leader, stored_dtype=stored_dtype)
     if not runtime.one_by_one and len(names) > 1:
         try:
             return [prune(names)]
@@ -85,7 +106,7 @@ def _prune_group(
         # Out of the except block, where the traceback would keep the failed attempt's tensors alive.
         log.warning("warning: out of device memory, going on with one linear at a time")
         runtime.one_by_one = True
-        for statistic in collector.statistics[names[0]].values():
+        for statistic in collector.statistics[leader].values():
             statistic.forget()
     return [prune([name]) for name in names]
 
@@ -99,13 +120,18 @@ def _cost(collector: InputCollector, names: list[str]) -> int:
 def _prune_together(
     method: Method, plan: Plan, collector: InputCollector, leader: str, names: list[str], *, stored_dtype: torch.dtype
 ) -> list[dict[str, Any]]:
-    """Prune the linears `names`, all or some of the group whose first one is `leader`.
+    """Prune the linears `names`, all or some of the group whose first one is `leader`; the biases of all or of none are corrected.
 
     The host waits for the device once, at the end. Only if a factorisation has failed it is all done again, with a look at each.
     """
     start = time.perf_counter()
     pruner, statistics, sample = method.pruner, collector.statistics[leader], collector.sample([leader])
     weights = {name: collector.weights[name].read().contiguous() for name in names}
+    biases: dict[str, Tensor] = {}
+    if _corrects_bias(method, collector, names[0]):
+        means = statistics[Means]
+        statistics = {kind: statistic.centred(means) for kind, statistic in statistics.items()}
+        biases = {name: collector.weights[name].bias for name in names if plan[name].sparsity}
     if pruner.shares_statistics and pruner.statistic is not None:
         pruner.statistics.update(dict.fromkeys(names, statistics[pruner.statistic]))
     context: AbstractContextManager[list[Tensor]]
@@ -115,12 +141,18 @@ def _prune_together(
             pruned = _prune_weights(method, weights, plan, statistics, found)
         pruned = {name: _fitting(pruner, pruned[name], W, name, stored_dtype) for name, W in weights.items()}
         _measure(pruned, plan, "last", found)
-        notes = {}
+        corrected, notes = {}, {}
         for name, W in weights.items():
             dense_output = collector.squared_output(name, partial(squared_output, W, sample))
-            found["error", name] = relative_error(W, pruned[name], sample, dense_output)
+            shift = None
+            if (bias := biases.get(name)) is not None:
+                corrected[name] = method.corrected_bias(bias, W, pruned[name], means).to(stored_dtype).to(bias)
+                shift = corrected[name].float() - bias.float()
+            found["error", name] = relative_error(W, pruned[name], sample, dense_output, shift)
             found["zeros", name] = zeros_on_device(pruned[name])
             notes[name] = pruner.notes.pop(name, {}) | method.update.notes.pop(name, {})
+            if shift is not None:
+                notes[name]["bias_change"] = shift.norm()
             found |= {("note", name, key): value for key, value in notes[name].items() if isinstance(value, Tensor)}
         numbers = read_together(found | {("failed", place): flag for place, flag in enumerate(failures)})
         if not any(numbers["failed", place] for place in range(len(failures))):
@@ -133,6 +165,8 @@ def _prune_together(
     for name, W in pruned.items():
         pruner.clear_linear_activations(name)
         collector.weights[name].write(W)
+        if name in corrected:
+            biases[name].copy_(corrected[name])
         report = {"name": name, "pattern": str(plan[name]), "sparsity": numbers["zeros", name] / W.numel()}
         report |= {"relative_error": numbers["error", name], **collector.record_of(name), **notes[name]}
         report |= {key: numbers["note", name, key] for key in notes[name] if ("note", name, key) in numbers}

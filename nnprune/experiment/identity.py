@@ -47,6 +47,9 @@ def science(experiment: "Experiment") -> dict[str, Any]:
     settings = {key: value for key, value in config.items() if key not in NOT_SCIENCE}
     parts = {"allocation": experiment.allocation, "target": method.target, "update": method.update, "recover": method.recovery}
     settings["allocation"] = settings["allocation"] | experiment.allocation.identity()
+    update = {key: value for key, value in config["update"].items() if key != "bias"}  # earlier records corrected none
+    corrects = method.corrects_biases and source.has_biases
+    settings["update"] = {**update, "bias": True} if corrects else update
     settings |= {key: settings[key] | _code_entry(type(part)) for key, part in parts.items()}
     return settings | {
         "model": model,

@@ -51,6 +51,12 @@ class WeightView:
         """The parameter that holds the weight."""
         return self.module.weight
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (O,), detached, sharing its memory; None where there is none, and for an expert's slice of a 3-D parameter."""
+        bias = self.module.bias
+        return None if bias is None else bias.detach()
+
     def within(self, parameter: Tensor) -> Tensor:
         """The weight (O, I) within a tensor laid out like `self.parameter`, such as one from a file. Shares its memory."""
         return parameter.t() if isinstance(self.module, Conv1D) else parameter
@@ -80,6 +86,10 @@ class ExpertView(WeightView):
     @property
     def parameter(self) -> nn.Parameter:
         return self.module._parameters[self.name]
+
+    @property
+    def bias(self) -> None:
+        return None
 
     def within(self, parameter: Tensor) -> Tensor:
         return self.experts.weights(parameter)[self.expert.number]
