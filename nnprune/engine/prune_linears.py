@@ -6,6 +6,7 @@ Letters: O output features, I input features.
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from nnprune.allocations.base import Plan
 from nnprune.checks import deferring, finite, read_together
 from nnprune.engine import parallel
+from nnprune.engine.experts import Statistics
 from nnprune.engine.input_collector import InputCollector
 from nnprune.method import Method
 from nnprune.model.decoder import Decoder
@@ -58,18 +60,17 @@ def prune_linears(
     with parallel.together():
         own = []
         for names, rank in zip(collector.groups, ranks, strict=True):
+            prune = partial(_prune_together, method, plan, collector, names[0], stored_dtype=stored_dtype)
             for part in _parts(method, collector, names) if rank == parallel.rank() else ():
-                own += _prune_group(method, plan, collector, names[0], part, stored_dtype, runtime)
+                own += _prune_group(prune, method, collector.statistics[names[0]], part, runtime)
             if not keep_statistics:
                 collector.statistics[names[0]] = {}
     if not parallel.is_distributed():
         return list(chain(*own))
     for names, rank in zip(collector.groups, ranks, strict=True):
         for name in names:
-            weight = collector.weights[name]
-            weight.write(parallel.broadcast(weight.read().contiguous(), rank))
-            if _corrects_bias(method, collector, name):
-                parallel.broadcast(weight.bias, rank)
+            for tensor in collector.weights[name].tensors():
+                tensor.copy_(parallel.broadcast(tensor.contiguous(), rank))
     reports = {report["name"]: report for report in chain(*chain(*parallel.gather(own)))}
     return [reports[name] for names in collector.groups for name in names]
 
@@ -87,16 +88,13 @@ def _parts(method: Method, collector: InputCollector, names: list[str]) -> list[
 
 
 def _prune_group(
+    prune: Callable[[list[str]], list[dict[str, Any]]],
     method: Method,
-    plan: Plan,
-    collector: InputCollector,
-    leader: str,
+    statistics: Statistics,
     names: list[str],
-    stored_dtype: torch.dtype,
     runtime: Runtime,
 ) -> list[list[dict[str, Any]]]:
-    """Prune linears of one statistic, that of `leader`, together, or one by one if `runtime` says so or the device runs out of memory."""
-    prune = partial(_prune_together, method, plan, collector, leader, stored_dtype=stored_dtype)
+    """`prune` linears that share `statistics`, together, or one by one if `runtime` says so or the device runs out of memory."""
     if not runtime.one_by_one and len(names) > 1:
         try:
             return [prune(names)]
@@ -106,7 +104,7 @@ def _prune_group(
         # Out of the except block, where the traceback would keep the failed attempt's tensors alive.
         log.warning("warning: out of device memory, going on with one linear at a time")
         runtime.one_by_one = True
-        for statistic in collector.statistics[leader].values():
+        for statistic in statistics.values():
             statistic.forget()
     return [prune([name]) for name in names]
 
@@ -141,18 +139,18 @@ def _prune_together(
             pruned = _prune_weights(method, weights, plan, statistics, found)
         pruned = {name: _fitting(pruner, pruned[name], W, name, stored_dtype) for name, W in weights.items()}
         _measure(pruned, plan, "last", found)
-        corrected, notes = {}, {}
+        corrected = {
+            name: method.corrected_bias(bias, weights[name], pruned[name], means).to(stored_dtype).to(bias)
+            for name, bias in biases.items()
+        }
+        notes = {}
         for name, W in weights.items():
             dense_output = collector.squared_output(name, partial(squared_output, W, sample))
-            shift = None
-            if (bias := biases.get(name)) is not None:
-                corrected[name] = method.corrected_bias(bias, W, pruned[name], means).to(stored_dtype).to(bias)
-                shift = corrected[name].float() - bias.float()
+            shift = corrected[name].float() - biases[name].float() if name in corrected else None
             found["error", name] = relative_error(W, pruned[name], sample, dense_output, shift)
             found["zeros", name] = zeros_on_device(pruned[name])
-            notes[name] = pruner.notes.pop(name, {}) | method.update.notes.pop(name, {})
-            if shift is not None:
-                notes[name]["bias_change"] = shift.norm()
+            change = {} if shift is None else {"bias_change": shift.norm()}
+            notes[name] = pruner.notes.pop(name, {}) | method.update.notes.pop(name, {}) | change
             found |= {("note", name, key): value for key, value in notes[name].items() if isinstance(value, Tensor)}
         numbers = read_together(found | {("failed", place): flag for place, flag in enumerate(failures)})
         if not any(numbers["failed", place] for place in range(len(failures))):
@@ -160,13 +158,13 @@ def _prune_together(
         for statistic in statistics.values():
             statistic.forget()
     _judge(method, plan, weights, numbers)
+    for name, bias in corrected.items():
+        biases[name].copy_(bias)
     seconds, size = time.perf_counter() - start, sum(W.numel() for W in weights.values())
     reports = []
     for name, W in pruned.items():
         pruner.clear_linear_activations(name)
         collector.weights[name].write(W)
-        if name in corrected:
-            biases[name].copy_(corrected[name])
         report = {"name": name, "pattern": str(plan[name]), "sparsity": numbers["zeros", name] / W.numel()}
         report |= {"relative_error": numbers["error", name], **collector.record_of(name), **notes[name]}
         report |= {key: numbers["note", name, key] for key in notes[name] if ("note", name, key) in numbers}

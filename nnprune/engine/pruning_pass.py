@@ -206,8 +206,7 @@ class PruningPass:
     ) -> list[dict[str, Any]]:
         """Prune the dense layer `index` for one task of a grid after the other. Returns the reports of their linears."""
         weights = self.engine.decoder.weights(index)
-        tensors = (tensor for weight in weights.values() for tensor in (weight.read(), weight.bias) if tensor is not None)
-        dense = [(tensor, tensor.clone()) for tensor in tensors]
+        dense = [(tensor, tensor.clone()) for weight in weights.values() for tensor in weight.tensors()]
         reports: list[dict[str, Any]] = []
         for task in tasks:
             try:

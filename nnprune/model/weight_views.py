@@ -65,6 +65,10 @@ class WeightView:
         """The weight (O, I), detached. Shares the parameter's memory."""
         return self.within(self.parameter.detach())
 
+    def tensors(self) -> list[Tensor]:
+        """What pruning may change: the weight (O, I) and the bias, if there is one. They share the parameters' memory."""
+        return [tensor for tensor in (self.read(), self.bias) if tensor is not None]
+
     def write(self, weight_OI: Tensor) -> None:
         """Overwrite the weight with `weight_OI` (O, I), converted to the parameter's dtype."""
         self.read().copy_(weight_OI)
