@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from nnprune.pruners.base import Pruner
 from nnprune.recovery import Distillation, Recovery
-from nnprune.statistics import CrossProduct, InputStatistic
+from nnprune.statistics import CrossProduct, InputStatistic, Means
 from nnprune.targets import Target
 from nnprune.updates import Update
 
@@ -23,7 +25,14 @@ class Method:
     def statistics(self) -> set[type[InputStatistic]]:
         """The kinds that the engine accumulates for each linear; a pruner may collect its own besides."""
         of_pruner = self.pruner.statistic if self.pruner.shares_statistics else None
-        return {kind for kind in (of_pruner, self.update.statistic, *self.target.statistics) if kind is not None}
+        kinds = (of_pruner, self.update.statistic, *self.target.statistics, Means if self.corrects_biases else None)
+        return {kind for kind in kinds if kind is not None}
+
+    @property
+    def corrects_biases(self) -> bool:
+        """Whether the biases of pruned linears are corrected, where there are any."""
+        changes_weights = self.pruner.corrects_biases or not self.is_plain
+        return changes_weights if self.update.bias == "auto" else bool(self.update.bias)
 
     @property
     def pairs_inputs(self) -> bool:
@@ -44,3 +53,16 @@ class Method:
     def is_plain(self) -> bool:
         """Whether the pruner gets the dense weights in their own dtype and its result is final."""
         return type(self.target) is Target and type(self.update) is Update
+
+    def corrected_bias(self, bias: Tensor, W: Tensor, pruned: Tensor, means: InputStatistic) -> Tensor:
+        """The bias (O,), float32, with which a linear's mean output is that which the target asks of its dense weight and bias.
+
+        Args:
+            bias: the dense one, (O,).
+            W: the dense weight, (O, I).
+            pruned: the weight, (O, I), that has replaced it.
+            means: of its inputs.
+        """
+        mean = means.mean()
+        wanted = self.target.mean_input(mean)
+        return bias.float() + (W.float() - pruned.float()) @ mean[0] + W.float() @ (wanted - mean[0])

@@ -3,6 +3,7 @@
 Letters: I input features. Sums are float32, over all tokens, and divided by the token count once, when read.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -14,6 +15,10 @@ from nnprune.checks import finite
 from nnprune.kernels.gram import Packed, add_product, multiply_bfloat16, pack
 from nnprune.kernels.matmul import fast_products
 from nnprune.kernels.work_sizes import work_sizes
+
+LEAST_VARIANCE = 1e-5
+"""Of an input, as a fraction of E[x_i^2], that is added to a centred hessian: rounding could leave less than nothing of an input that
+hardly varies around a large mean."""
 
 
 class InputStatistic(ABC):
@@ -93,6 +98,11 @@ class InputStatistic(ABC):
             self._memo[key] = compute()
         return self._memo[key]
 
+    def centred(self, means: "Means") -> "InputStatistic":
+        """The same statistic of the inputs minus their `means`, where it is one of products of inputs: what a linear whose bias can
+        change is pruned from. Others stay as they are."""
+        return self
+
     def forget(self) -> None:
         """Compute anew what `memo` holds."""
         self._memo.clear()
@@ -149,7 +159,38 @@ class Moments(InputStatistic):
         total += X.float().pow(part.stop).sum(0)
 
 
-class Hessian(InputStatistic):
+class Means(InputStatistic):
+    """E[x] and E[x_dense], shape (2, I), of a linear's inputs in the pruned and in the dense model. `add(X, dense)` takes both; without
+    `dense` the two are the same."""
+
+    @staticmethod
+    def _shape(width: int) -> tuple[int, ...]:
+        return (2, width)
+
+    @staticmethod
+    def _parts(*inputs: Tensor) -> Iterable[slice]:
+        return (slice(0, 1), slice(1, 2))
+
+    @staticmethod
+    def _accumulate(total: Tensor, part: slice, *inputs: Tensor) -> None:
+        total += inputs[0 if part.start == 0 else -1].sum(0, dtype=torch.float32)
+
+
+class _Products(InputStatistic):
+    """A matrix of products of inputs, which can be centred."""
+
+    _means: Means | None = None
+
+    def centred(self, means: Means) -> InputStatistic:
+        def make() -> InputStatistic:
+            view = copy.copy(self)
+            view._memo, view._means = {}, means
+            return view
+
+        return self.memo("centred", make)
+
+
+class Hessian(_Products):
     """E[x x^T], shape (I, I): half the Hessian of a linear's squared output error, per token.
 
     Only the lower triangle of the sum is complete; `mean` mirrors it.
@@ -175,11 +216,21 @@ class Hessian(InputStatistic):
         mean = super().mean()
         for strip in _strips(len(mean), work_sizes(mean.device).mirrored):
             mean[: strip.start, strip] = mean[strip, : strip.start].t()
+        if self._means is not None:
+            mu, floor = self._means.mean()[0], LEAST_VARIANCE * mean.diagonal()
+            mean.addr_(mu, mu, alpha=-1).diagonal().add_(floor)
         return mean
 
 
-class CrossProduct(InputStatistic):
+class CrossProduct(_Products):
     """E[x_dense x^T], shape (I, I), of a linear's inputs in the dense and in the pruned model. `add(X, dense)` takes both."""
+
+    def mean(self) -> Tensor:
+        mean = super().mean()
+        if self._means is not None:
+            mu, mu_dense = self._means.mean()
+            mean.addr_(mu_dense, mu, alpha=-1)
+        return mean
 
     @staticmethod
     def _accumulate(total: Tensor, part: slice, X: Tensor, dense: Tensor) -> None:

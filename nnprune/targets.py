@@ -32,6 +32,14 @@ class Target:
         """
         return dense
 
+    def mean_input(self, means: Tensor) -> Tensor:
+        """The input (I,) whose output, by the dense weight and bias, is the mean output to be matched.
+
+        Args:
+            means: (2, I), of the inputs in the pruned and in the dense model.
+        """
+        return means[0]
+
 
 class Asymmetric(Target):
     """The dense model's outputs: ||X_dense W0^T - X W^T||^2, where X_dense are the dense model's inputs for the same tokens.
@@ -40,6 +48,9 @@ class Asymmetric(Target):
     W is a constant plus ||X (W - W*)^T||^2: a pruner works unchanged on W* in place of W0. (GPTAQ, Li et al. 2025,
     arXiv:2504.02692, pursues the same aim column by column.) W* repairs errors of the pruned layers before, but also fits the noise
     in C, so it is blended: W0 + alpha (W* - W0). Dead inputs keep their dense weights.
+
+    That is the best weight for outputs W0 (x + alpha (x_dense - x)), between the linear's own and the dense model's. With a bias that
+    is corrected, G and C are centred, and the mean of these outputs is matched too.
 
     Args:
         alpha: 0 is the dense weight, 1 is W*.
@@ -61,6 +72,9 @@ class Asymmetric(Target):
     def weights(self, dense: dict[str, Tensor], statistics: dict[type[InputStatistic], InputStatistic]) -> dict[str, Tensor]:
         correction = statistics[CrossProduct].memo("correction", lambda: self._correction(statistics, next(iter(dense))))
         return {name: W.float().addmm(W.float(), correction, alpha=self.alpha) for name, W in dense.items()}
+
+    def mean_input(self, means: Tensor) -> Tensor:
+        return torch.lerp(*means, self.alpha)
 
     def _correction(self, statistics: dict[type[InputStatistic], InputStatistic], name: str) -> Tensor:
         """(C - G)(G + lambda 1)^-1, shape (I, I): W0 times it is W* - W0."""

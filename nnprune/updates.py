@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnprune.checks import check_count, check_positive
+from nnprune.checks import check_count, check_positive, quoted
 from nnprune.solvers.least_squares import ScaledProblem
 from nnprune.statistics import Hessian, InputStatistic
 
@@ -18,13 +18,25 @@ MAX_STEPS = 100_000
 
 
 class Update:
-    """Leaves the kept weights as the pruner left them."""
+    """Leaves the kept weights as the pruner left them. Raises ValueError for a setting out of range.
+
+    Args:
+        bias: whether the bias b0 of a linear that has one is corrected: b = b0 + (W0 - W) E[x], for which weights are pruned and updated
+            by the centred hessian. "auto": where kept weights change too. A linear without a bias gets none.
+    """
+
+    bias: bool | str = "auto"
 
     statistic: type[InputStatistic] | None = None
     """What it needs to know of the inputs."""
 
     matrix_copies, weight_copies = 0, 0
     """float32 matrices (I, I) and weights (O, I) that it holds at its peak, besides statistics: for estimates of memory."""
+
+    def __init__(self, bias: bool | str = "auto") -> None:
+        if not (isinstance(bias, bool) or bias == "auto"):
+            raise ValueError(f"update.bias={quoted(bias)}: must be auto, true or false")
+        self.bias = bias
 
     # Created on first use, so that a subclass need not call super().__init__().
     @cached_property
@@ -62,6 +74,7 @@ class Refit(Update):
         tolerance: of a row's residual, as a fraction of its first residual, below 1 (docs/methods.md, "The tolerance of a refit").
         max_steps: of conjugate gradients.
         damping: lambda as a fraction of each input's squared norm.
+        bias: as in Update.
 
     Raises:
         ValueError: a setting out of range.
@@ -70,7 +83,8 @@ class Refit(Update):
     statistic = Hessian
     matrix_copies, weight_copies = 1, 9
 
-    def __init__(self, tolerance: float = 0.1, max_steps: int = 30, damping: float = 0.01) -> None:
+    def __init__(self, tolerance: float = 0.1, max_steps: int = 30, damping: float = 0.01, bias: bool | str = "auto") -> None:
+        super().__init__(bias)
         self.tolerance = check_positive("update.tolerance", tolerance, below=1)
         check_count("update.max_steps", max_steps, 1, MAX_STEPS)
         self.max_steps = max_steps

@@ -112,6 +112,7 @@ def test_without_upstream_errors_the_target_is_the_dense_weight():
     [
         (lambda: Asymmetric(alpha=0), "target.alpha=0: must be above 0"),
         (lambda: Asymmetric(damping=0), "target.damping=0: must be a number greater"),
+        (lambda: Refit(bias="yes"), "update.bias=yes: must be auto, true or false"),
         (lambda: Refit(max_steps=0), "update.max_steps=0: must be a whole number"),
         (lambda: Refit(max_steps=10**9), "update.max_steps=1000000000: .* at most 100000"),
         (lambda: Refit(tolerance=0), "update.tolerance=0: must be a number greater than 0 and less than 1"),

@@ -18,10 +18,10 @@ from nnprune.method import Method
 from nnprune.patterns import NM
 from nnprune.pruners.wanda import Wanda
 from nnprune.run import run, run_grid
-from nnprune.statistics import Hessian, Moments, SquaredNorm
+from nnprune.statistics import Hessian, Means, Moments, SquaredNorm
 
 X = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
-KINDS = (Hessian, Moments, SquaredNorm)
+KINDS = (Hessian, Means, Moments, SquaredNorm)
 
 
 def accumulated(kind, *batches):

@@ -19,7 +19,7 @@ from nnprune.method import Method
 from nnprune.model.decoder import StopForward
 from nnprune.model.weight_views import WeightView
 from nnprune.pruners.base import Pruner
-from nnprune.statistics import CrossProduct, InputStatistic
+from nnprune.statistics import CrossProduct, InputStatistic, Means
 
 SAMPLED_TOKENS = 512  # from the first rows of the calibration: the relative error of each linear is measured on them
 
@@ -56,16 +56,17 @@ class InputCollector:
         self.seq_len = seq_len
         self._num_sampled = max(num_sampled_rows(seq_len) - first_row, 0)
 
-        def new() -> Statistics:
-            return {kind: kind() for kind in kinds}
+        def new(names: Sequence[str]) -> Statistics:
+            has_bias = any(weights[name].bias is not None for name in names)
+            return {kind: kind() for kind in kinds if kind is not Means or has_bias}
 
         kinds = list(statistics)
-        self.statistics = {names[0]: new() for names in groups}
+        self.statistics = {names[0]: new(names) for names in groups}
         self.notes: dict[str, dict[str, int]] = {}  # first linear of an expert's group -> tokens, for the record
         self._routing = routing
         self._experts = {names[0]: weights[names[0]].expert for names in groups if weights[names[0]].expert}
         self._pools: dict[tuple, Statistics] = {}
-        self._pool_of = {name: self._pools.setdefault(pool_key(weights[name].expert), new()) for name in pooled}
+        self._pool_of = {name: self._pools.setdefault(pool_key(weights[name].expert), new([name])) for name in pooled}
         self._pruners = [pruner for pruner in pruners if not pruner.shares_statistics]
         self._reference = reference
         self._reference_inputs: dict[str, Tensor] = {}  # of the current rows
@@ -201,7 +202,7 @@ class InputCollector:
 
     def _others(self, kind: type[InputStatistic], name: str, X: Tensor) -> list[Tensor]:
         """What a statistic wants of the dense layer. Its router may send other tokens to an expert: there X stands for them."""
-        return [self._reference_inputs.get(name, X)] if kind is CrossProduct else []
+        return [self._reference_inputs.get(name, X)] if kind in (CrossProduct, Means) and self.pairs else []
 
     def _once(self, key: tuple, count: Callable[[], None]) -> None:
         """Call `count` unless it has counted these rows already."""

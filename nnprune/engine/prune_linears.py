@@ -6,6 +6,7 @@ Letters: O output features, I input features.
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from nnprune.allocations.base import Plan
 from nnprune.checks import deferring, finite, read_together
 from nnprune.engine import parallel
+from nnprune.engine.experts import Statistics
 from nnprune.engine.input_collector import InputCollector
 from nnprune.method import Method
 from nnprune.model.decoder import Decoder
@@ -25,7 +27,7 @@ from nnprune.patterns import PatternError, zeros_in, zeros_on_device
 from nnprune.pruners.base import Pruner
 from nnprune.runtime import Runtime
 from nnprune.solvers.layer_error import relative_error, squared_output
-from nnprune.statistics import InputStatistic
+from nnprune.statistics import InputStatistic, Means
 
 log = logging.getLogger(__name__)
 
@@ -58,24 +60,41 @@ def prune_linears(
     with parallel.together():
         own = []
         for names, rank in zip(collector.groups, ranks, strict=True):
-            if rank == parallel.rank():
-                own += _prune_group(method, plan, collector, names, stored_dtype, runtime)
+            prune = partial(_prune_together, method, plan, collector, names[0], stored_dtype=stored_dtype)
+            for part in _parts(method, collector, names) if rank == parallel.rank() else ():
+                own += _prune_group(prune, method, collector.statistics[names[0]], part, runtime)
             if not keep_statistics:
                 collector.statistics[names[0]] = {}
     if not parallel.is_distributed():
         return list(chain(*own))
     for names, rank in zip(collector.groups, ranks, strict=True):
         for name in names:
-            collector.weights[name].write(parallel.broadcast(collector.weights[name].read().contiguous(), rank))
+            for tensor in collector.weights[name].tensors():
+                tensor.copy_(parallel.broadcast(tensor.contiguous(), rank))
     reports = {report["name"]: report for report in chain(*chain(*parallel.gather(own)))}
     return [reports[name] for names in collector.groups for name in names]
 
 
+def _corrects_bias(method: Method, collector: InputCollector, name: str) -> bool:
+    return method.corrects_biases and collector.weights[name].bias is not None
+
+
+def _parts(method: Method, collector: InputCollector, names: list[str]) -> list[list[str]]:
+    """Linears that share an input: those whose bias is corrected, which are pruned from the centred statistics, and the others."""
+    parts: dict[bool, list[str]] = {}
+    for name in names:
+        parts.setdefault(_corrects_bias(method, collector, name), []).append(name)
+    return list(parts.values())
+
+
 def _prune_group(
-    method: Method, plan: Plan, collector: InputCollector, names: list[str], stored_dtype: torch.dtype, runtime: Runtime
+    prune: Callable[[list[str]], list[dict[str, Any]]],
+    method: Method,
+    statistics: Statistics,
+    names: list[str],
+    runtime: Runtime,
 ) -> list[list[dict[str, Any]]]:
-    """Prune linears that share an input, together, or one by one if `runtime` says so or the device runs out of memory."""
-    prune = partial(_prune_together, method, plan, collector, names[0], stored_dtype=stored_dtype)
+    """`prune` linears that share `statistics`, together, or one by one if `runtime` says so or the device runs out of memory."""
     if not runtime.one_by_one and len(names) > 1:
         try:
             return [prune(names)]
@@ -85,7 +104,7 @@ def _prune_group(
         # Out of the except block, where the traceback would keep the failed attempt's tensors alive.
         log.warning("warning: out of device memory, going on with one linear at a time")
         runtime.one_by_one = True
-        for statistic in collector.statistics[names[0]].values():
+        for statistic in statistics.values():
             statistic.forget()
     return [prune([name]) for name in names]
 
@@ -99,13 +118,18 @@ def _cost(collector: InputCollector, names: list[str]) -> int:
 def _prune_together(
     method: Method, plan: Plan, collector: InputCollector, leader: str, names: list[str], *, stored_dtype: torch.dtype
 ) -> list[dict[str, Any]]:
-    """Prune the linears `names`, all or some of the group whose first one is `leader`.
+    """Prune the linears `names`, all or some of the group whose first one is `leader`; the biases of all or of none are corrected.
 
     The host waits for the device once, at the end. Only if a factorisation has failed it is all done again, with a look at each.
     """
     start = time.perf_counter()
     pruner, statistics, sample = method.pruner, collector.statistics[leader], collector.sample([leader])
     weights = {name: collector.weights[name].read().contiguous() for name in names}
+    biases: dict[str, Tensor] = {}
+    if _corrects_bias(method, collector, names[0]):
+        means = statistics[Means]
+        statistics = {kind: statistic.centred(means) for kind, statistic in statistics.items()}
+        biases = {name: collector.weights[name].bias for name in names if plan[name].sparsity}
     if pruner.shares_statistics and pruner.statistic is not None:
         pruner.statistics.update(dict.fromkeys(names, statistics[pruner.statistic]))
     context: AbstractContextManager[list[Tensor]]
@@ -115,12 +139,18 @@ def _prune_together(
             pruned = _prune_weights(method, weights, plan, statistics, found)
         pruned = {name: _fitting(pruner, pruned[name], W, name, stored_dtype) for name, W in weights.items()}
         _measure(pruned, plan, "last", found)
+        corrected = {
+            name: method.corrected_bias(bias, weights[name], pruned[name], means).to(stored_dtype).to(bias)
+            for name, bias in biases.items()
+        }
         notes = {}
         for name, W in weights.items():
             dense_output = collector.squared_output(name, partial(squared_output, W, sample))
-            found["error", name] = relative_error(W, pruned[name], sample, dense_output)
+            shift = corrected[name].float() - biases[name].float() if name in corrected else None
+            found["error", name] = relative_error(W, pruned[name], sample, dense_output, shift)
             found["zeros", name] = zeros_on_device(pruned[name])
-            notes[name] = pruner.notes.pop(name, {}) | method.update.notes.pop(name, {})
+            change = {} if shift is None else {"bias_change": shift.norm()}
+            notes[name] = pruner.notes.pop(name, {}) | method.update.notes.pop(name, {}) | change
             found |= {("note", name, key): value for key, value in notes[name].items() if isinstance(value, Tensor)}
         numbers = read_together(found | {("failed", place): flag for place, flag in enumerate(failures)})
         if not any(numbers["failed", place] for place in range(len(failures))):
@@ -128,6 +158,8 @@ def _prune_together(
         for statistic in statistics.values():
             statistic.forget()
     _judge(method, plan, weights, numbers)
+    for name, bias in corrected.items():
+        biases[name].copy_(bias)
     seconds, size = time.perf_counter() - start, sum(W.numel() for W in weights.values())
     reports = []
     for name, W in pruned.items():

@@ -226,7 +226,7 @@ class PruningPass:
     ) -> list[dict[str, Any]]:
         """Prune the dense layer `index` for one task of a grid after the other. Returns the reports of their linears."""
         weights = self.engine.decoder.weights(index)
-        dense = {name: weight.read().clone() for name, weight in weights.items()}
+        dense = [(tensor, tensor.clone()) for weight in weights.values() for tensor in weight.tensors()]
         reports: list[dict[str, Any]] = []
         for task in tasks:
             try:
@@ -238,8 +238,8 @@ class PruningPass:
             except ValueError as error:
                 log.warning("warning: one cell is dropped from the grid and will run alone (%s)", error)
                 self.tasks.remove(task)
-            for name, weight in dense.items():
-                weights[name].write(weight)
+            for tensor, value in dense:
+                tensor.copy_(value)
         return reports
 
     def _write(

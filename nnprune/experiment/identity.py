@@ -48,6 +48,9 @@ def science(experiment: "Experiment") -> dict[str, Any]:
     recovery = method.distillation or method.recovery
     parts = {"allocation": experiment.allocation, "target": method.target, "update": method.update, "recover": recovery}
     settings["allocation"] = settings["allocation"] | experiment.allocation.identity()
+    update = {key: value for key, value in config["update"].items() if key != "bias"}  # earlier records corrected none
+    corrects = method.corrects_biases and source.has_biases
+    settings["update"] = {**update, "bias": True} if corrects else update
     settings |= {key: settings[key] | _code_entry(type(part)) for key, part in parts.items()}
     return settings | {
         "model": model,

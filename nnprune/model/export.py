@@ -98,9 +98,10 @@ def check_names(checkpoint: Checkpoint, weights: Iterable[str]) -> None:
 
 
 def changed_names(names: Iterable[str], summary: Mapping[str, Any]) -> set[str]:
-    """Of the `names` in memory of tensors of decoder layers, those that the run may have changed: pruned weights, or all if the layers
-    were tuned."""
+    """Of the `names` in memory of tensors of decoder layers, those that the run may have changed: pruned weights and biases that were
+    corrected, or all if the layers were tuned."""
     pruned = {weight_of(linear) for linear in summary["per_linear"] if linear["pattern"] != "dense"}
+    pruned |= {f"{linear['name']}.bias" for linear in summary["per_linear"] if "bias_change" in linear}
     return {name for name in names if summary["recovered"] or name in pruned}
 
 

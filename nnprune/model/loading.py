@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from nnprune.files.hub import Repository
 from nnprune.model.checkpoint import QUANTISED, Checkpoint
+from nnprune.model.decoder import Decoder
 from nnprune.model.dtypes import DTYPES, choose_computing_dtype
 from nnprune.model.model_files import ModelFiles, read_json
 from nnprune.model.skeleton import keep_float32, parameters_on_meta, recompute_buffers
@@ -129,6 +130,13 @@ class ModelSource:
                 "tokenizer that the model was trained with"
             )
         return tokenizer
+
+    @cached_property
+    def has_biases(self) -> bool:
+        """Whether a linear of the decoder layers has a bias. Raises ValueError when the configuration is none of a language model."""
+        decoder = Decoder(self.skeleton(self.config()), self.layers_path)
+        views = (view for index in range(len(decoder.layers)) for view in decoder.all_weights(index).values())
+        return any(view.bias is not None for view in views)
 
     @property
     def stored_dtype(self) -> torch.dtype:

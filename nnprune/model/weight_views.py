@@ -51,6 +51,12 @@ class WeightView:
         """The parameter that holds the weight."""
         return self.module.weight
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (O,), detached, sharing its memory; None where there is none, and for an expert's slice of a 3-D parameter."""
+        bias = self.module.bias
+        return None if bias is None else bias.detach()
+
     def within(self, parameter: Tensor) -> Tensor:
         """The weight (O, I) within a tensor laid out like `self.parameter`, such as one from a file. Shares its memory."""
         return parameter.t() if isinstance(self.module, Conv1D) else parameter
@@ -58,6 +64,10 @@ class WeightView:
     def read(self) -> Tensor:
         """The weight (O, I), detached. Shares the parameter's memory."""
         return self.within(self.parameter.detach())
+
+    def tensors(self) -> list[Tensor]:
+        """What pruning may change: the weight (O, I) and the bias, if there is one. They share the parameters' memory."""
+        return [tensor for tensor in (self.read(), self.bias) if tensor is not None]
 
     def write(self, weight_OI: Tensor) -> None:
         """Overwrite the weight with `weight_OI` (O, I), converted to the parameter's dtype."""
@@ -80,6 +90,10 @@ class ExpertView(WeightView):
     @property
     def parameter(self) -> nn.Parameter:
         return self.module._parameters[self.name]
+
+    @property
+    def bias(self) -> None:
+        return None
 
     def within(self, parameter: Tensor) -> Tensor:
         return self.experts.weights(parameter)[self.expert.number]

@@ -32,6 +32,9 @@ class Pruner(ABC):
     matrix_copies, weight_copies = 1, 4
     """float32 matrices (I, I) and weights (O, I) that it holds at its peak, besides statistics: for estimates of memory."""
 
+    corrects_biases = False
+    """Whether `update.bias=auto` corrects the biases of the linears that it prunes: where it optimises the weights that it keeps."""
+
     # Created on first use, so that a subclass need not call super().__init__().
     @cached_property
     def statistics(self) -> dict[str, InputStatistic]:

@@ -40,6 +40,7 @@ class SparseGPT(StackedPruner):
         damp_inverse: also damp the inverse hessian before it is factorised.
     """
 
+    corrects_biases = False  # as published, and as the tables that it is compared with
     matrix_copies, weight_copies = 2, 2
 
     def __init__(

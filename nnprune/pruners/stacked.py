@@ -17,6 +17,7 @@ class StackedPruner(Pruner):
     """Prunes from the hessian. Subclasses override `prune_stack`, which sees linears that share an input and a pattern as one."""
 
     statistic = Hessian
+    corrects_biases = True
     matrix_copies, weight_copies = 3, 7
 
     @abstractmethod

@@ -9,20 +9,23 @@ from torch import Tensor
 from nnprune.kernels.work_sizes import work_sizes
 
 
-def relative_error(W: Tensor, pruned: Tensor, X: Tensor, dense_output: Tensor | None = None) -> Tensor:
-    """||X (pruned - W)^T||^2 / ||X W^T||^2 for weights (O, I) and inputs X (tokens, I), as reported by ALPS (arXiv:2406.07831).
+def relative_error(
+    W: Tensor, pruned: Tensor, X: Tensor, dense_output: Tensor | None = None, shift: Tensor | None = None
+) -> Tensor:
+    """||X (pruned - W)^T + shift||^2 / ||X W^T||^2 for weights (O, I) and inputs X (tokens, I), as reported by ALPS (arXiv:2406.07831).
 
     A scalar in float64 on the device: who reads it waits for the device.
 
     Args:
         dense_output: ||X W^T||^2 if it is known.
+        shift: (O,), float32, by which the bias has changed.
     """
     total = squared_output(W, X) if dense_output is None else dense_output
-    return squared_output(pruned, X, W).double() / total.double().clamp(min=torch.finfo(torch.float32).tiny)
+    return squared_output(pruned, X, W, shift).double() / total.double().clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def squared_output(W: Tensor, X: Tensor, minus: Tensor | None = None) -> Tensor:
-    """||X (W - minus)^T||^2 for weights (O, I) and inputs X (tokens, I): a scalar in float32.
+def squared_output(W: Tensor, X: Tensor, minus: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    """||X (W - minus)^T + shift||^2 for weights (O, I), inputs X (tokens, I) and outputs (O,): a scalar in float32.
 
     For a bfloat16 model, difference and outputs are rounded to bfloat16. These errors average out: four digits of the sum are right.
     """
@@ -31,7 +34,8 @@ def squared_output(W: Tensor, X: Tensor, minus: Tensor | None = None) -> Tensor:
     others = (W if minus is None else minus).split(rows_at_once)
     dtype = torch.bfloat16 if W.dtype == torch.bfloat16 else torch.float32
     X = X.to(dtype)
-    for rows, other in zip(W.split(rows_at_once), others, strict=True):
+    shifts = W.new_zeros(len(W), dtype=torch.float32) if shift is None else shift
+    for rows, other, change in zip(W.split(rows_at_once), others, shifts.split(rows_at_once), strict=True):
         difference = rows.to(dtype) if minus is None else rows.to(dtype) - other.to(dtype)
-        total += (X @ difference.t()).float().square().sum()
+        total += (X @ difference.t()).float().add_(change).square().sum()
     return total

@@ -65,11 +65,12 @@ def faults(record: RunRecord, dense: Path, saved: Path, text: Path) -> list[str]
     found = _wrong_counts(record, after)
     views = _views(after)
     is_tuned = bool(record.recovered)
+    corrected = {f"{linear['name']}.bias" for linear in record.per_linear if "bias_change" in linear}
     state = after.state_dict()
     for name, tensor in before.state_dict().items():
         if tensor.dtype != state[name].dtype:
             found.append(f"{name}: saved as {state[name].dtype}")
-        is_pruned = name.removesuffix(".weight") in views
+        is_pruned = name.removesuffix(".weight") in views or name in corrected
         if not is_pruned and not is_tuned and not torch.equal(tensor, state[name]):
             found.append(f"{name}: changed, though it is no linear of a decoder layer")
     ids = Evaluation({}, SEQ_LEN, WINDOWS, str(text)).token_ids(AutoTokenizer.from_pretrained(saved))["text"]
