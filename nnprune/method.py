@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from nnprune.pruners.base import Pruner
 from nnprune.recovery import Recovery
+from nnprune.solvers.quantization import Quantization
 from nnprune.statistics import CrossProduct, InputStatistic
 from nnprune.targets import Target
 from nnprune.updates import Update
@@ -38,6 +39,11 @@ class Method:
     def needs_calibration(self) -> bool:
         """Whether the method uses inputs at all."""
         return self.pruner.needs_calibration or bool(self.statistics) or self.recovery.is_on
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """The grid that all kept weights are on at the end."""
+        return self.update.quantization or self.pruner.quantization
 
     @property
     def is_plain(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nnprune.checks import check_count, check_positive
 from nnprune.solvers.least_squares import ScaledProblem
+from nnprune.solvers.quantization import Quantization
 from nnprune.statistics import Hessian, InputStatistic
 
 MAX_STEPS = 100_000
@@ -25,6 +26,9 @@ class Update:
 
     matrix_copies, weight_copies = 0, 0
     """float32 matrices (I, I) and weights (O, I) that it holds at its peak, besides statistics: for estimates of memory."""
+
+    quantization: Quantization | None = None
+    """The grid that all kept weights are rounded to."""
 
     # Created on first use, so that a subclass need not call super().__init__().
     @cached_property
@@ -86,3 +90,25 @@ class Refit(Update):
         for name, residuals, steps in zip(names, found.residuals.split(sizes), found.steps.split(sizes), strict=True):
             self.notes[name] = {"refit_steps": steps.max(), "refit_residual": residuals.max()}
         return {name: B.t() for name, B in zip(names, problem.unscale_(found.B).split(sizes, 1), strict=True)}
+
+
+class Round(Update):
+    """Each kept weight becomes the nearest value of a grid, whose scales have the least squared error of those tried.
+
+    Args:
+        bits: of the grid.
+        group_size: consecutive inputs that share a scale.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    weight_copies = 2
+
+    def __init__(self, bits: int = 4, group_size: int = 128) -> None:
+        self.quantization = Quantization.checked("update", bits, group_size)
+
+    def update_group(
+        self, pruned: dict[str, Tensor], targets: dict[str, Tensor], statistic: InputStatistic | None
+    ) -> dict[str, Tensor]:
+        return {name: self.quantization.round_all(W.float()) for name, W in pruned.items()}

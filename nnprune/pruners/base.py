@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nnprune.checks import is_set
 from nnprune.patterns import NM, ComparisonGroup, SparsityPattern, Unstructured, keep_where
+from nnprune.solvers.quantization import Quantization
 from nnprune.statistics import InputStatistic
 
 
@@ -31,6 +32,9 @@ class Pruner(ABC):
 
     matrix_copies, weight_copies = 1, 4
     """float32 matrices (I, I) and weights (O, I) that it holds at its peak, besides statistics: for estimates of memory."""
+
+    quantization: Quantization | None = None
+    """The grid that all kept weights are rounded to."""
 
     # Created on first use, so that a subclass need not call super().__init__().
     @cached_property
