@@ -49,3 +49,14 @@ class Method:
     def is_plain(self) -> bool:
         """Whether the pruner gets the dense weights in their own dtype and its result is final."""
         return type(self.target) is Target and type(self.update) is Update
+
+    def check(self) -> None:
+        """Raise ValueError if weights that were rounded to a grid would be changed afterwards."""
+        if self.pruner.quantization and type(self.update) is not Update:
+            changed = f"update._target_={type(self.update).__module__}.{type(self.update).__qualname__}"
+            rounded = f"pruner.bits={self.pruner.quantization.bits}"
+            raise ValueError(f"{changed}: changes what {rounded} has rounded; set update=none, or take a pruner without bits")
+        if self.quantization and self.recovery.epochs_after:
+            rounded = f"{'pruner' if self.pruner.quantization else 'update'}.bits={self.quantization.bits}"
+            remedy = "set recover=none, or recover=next_layer, which tunes before pruning"
+            raise ValueError(f"recover.epochs_after={self.recovery.epochs_after}: changes what {rounded} has rounded; {remedy}")

@@ -144,7 +144,9 @@ class SparseGPT(StackedPruner):
         pruned_CO = weight_CO.clone()
         self._prune_block(pruned_CO, U_CC, pattern, sizes)
         groups = zip(pruned_CO.split(self.group_size), U_CC.diagonal().split(self.group_size), strict=True)
-        return torch.cat([self.quantization.scale(weight_GO, deviation_G).expand_as(weight_GO) for weight_GO, deviation_G in groups])
+        return torch.cat(
+            [self.quantization.scale(weight_GO, deviation_G).expand_as(weight_GO) for weight_GO, deviation_G in groups]
+        )
 
     def _drop(self, weight_CO: Tensor, diagonal_C: Tensor, pattern: SparsityPattern, sizes: list[int]) -> Tensor:
         """The weights (C, O) of a slab to remove: those of lowest cost (w_j / U_jj)^2. Linears are not compared with each other."""

@@ -7,18 +7,20 @@ float32, and levels and scales can be computed from stored weights alone.
 Letters: O output features, I input features, G inputs of a group, N groups of a row.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nnprune.checks import check_count
+from nnprune.patterns import SparsityPattern
 
 SHRINK = tuple(1 - step / 20 for step in range(12))
 """Fractions of the scale that holds the largest weight, tried for each group."""
 
 SCALE_BITS = 16
-"""What a scale is counted as in `bits_per_weight`: it is stored in the checkpoint's dtype."""
+"""What a scale counts in `bits_per_weight`."""
 
 MAX_GROUP_SIZE = 1 << 20  # no linear has so many inputs
 
@@ -76,7 +78,9 @@ class Quantization:
         They need not be those that it was rounded with: where all levels of a group are even, say, twice the scale gives the same
         weights. Raises ValueError if no scale gives the weights of a group.
         """
-        return torch.stack([self._scale_of(group) for group in weight_OI.float().split(self.group_size, 1)], 1).to(weight_OI.dtype)
+        return torch.stack([self._scale_of(group) for group in weight_OI.float().split(self.group_size, 1)], 1).to(
+            weight_OI.dtype
+        )
 
     def _scale_of(self, group_OG: Tensor) -> Tensor:
         """(O,), float32."""
@@ -100,9 +104,22 @@ class Quantization:
         cut = (1 << (15 + self.bits)) - 1  # the last 15 + bits of float32's 24 significant bits
         return ((scale.view(torch.int32) + cut) & ~cut).view(torch.float32).clamp_min(2.0 ** (-16 - self.bits))
 
-    def bits_of(self, shape: tuple[int, int], sparsity: float) -> float:
-        """Bits that a packed weight (O, I) takes: levels of what its pattern keeps, a bit a weight that says which these are, and
-        scales."""
-        num_outputs, num_inputs = shape
-        num_groups = -(-num_inputs // self.group_size)
-        return num_outputs * (num_inputs * ((1 - sparsity) * self.bits + (sparsity > 0)) + num_groups * SCALE_BITS)
+    def levels(self, weight_OI: Tensor, scale_ON: Tensor) -> Tensor:
+        """Levels (O, I), int8, of a weight on the grid and its scales. Raises ValueError for a weight that is no level times its scale."""
+        scale_OI = scale_ON.float().repeat_interleave(self.group_size, 1)[:, : weight_OI.shape[1]]
+        if bool((wrong := self.round(weight_OI.float(), scale_OI) != weight_OI).any()):
+            raise ValueError(f"{int(wrong.sum())} weights are no level of {self.bits} bits times their scale")
+        return (weight_OI.float() / scale_OI).to(torch.int8)
+
+    def summary(self, shapes: Mapping[str, tuple[int, int]], plan: Mapping[str, SparsityPattern]) -> dict[str, float]:
+        """The entry of a record: bits, group_size and bits_per_weight, the mean over the linears of `shapes` that `plan` prunes.
+
+        Counted are the levels of what a pattern keeps, a bit a weight that says which these are, and the scales.
+        """
+        size = total = 0.0
+        for name, (num_outputs, num_inputs) in shapes.items():
+            if sparsity := float(plan[name].sparsity):
+                num_groups = -(-num_inputs // self.group_size)
+                size += num_outputs * num_inputs
+                total += num_outputs * (num_inputs * ((1 - sparsity) * self.bits + 1) + num_groups * SCALE_BITS)
+        return {"bits": self.bits, "group_size": self.group_size, "bits_per_weight": total / size if size else 0.0}
