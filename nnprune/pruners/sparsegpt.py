@@ -41,8 +41,9 @@ class SparseGPT(StackedPruner):
             None: the block (unstructured), or one group of M (N:M).
         damp_inverse: also damp the inverse hessian before it is factorised.
         bits: kept weights are rounded to a grid of so many bits. None: they are not.
-        group_size: inputs that share a scale. It is chosen when the first of them is reached, from the weights that are kept, or would
-            be if the mask were chosen then.
+        group_size: consecutive inputs that share a scale. The scales of a block are chosen when its first column is reached, for what
+            its weights would be if they were only pruned: at 2:4, kept weights grow by what they absorb. No group lies across two
+            blocks, so a block has at least group_size columns.
     """
 
     matrix_copies, weight_copies = 2, 2
@@ -114,12 +115,14 @@ class SparseGPT(StackedPruner):
         num_columns = len(weight_CO)
         slab = self.mask_columns or (pattern.m if isinstance(pattern, NM) else num_columns)
         kernels = sweep_triton if weight_CO.is_cuda else sweep
-        if scale_CO is None and kernels.available() and num_columns <= kernels.MAX_COLUMNS:  # the same in one call
+        grid = () if scale_CO is None else (scale_CO, self.quantization.most)
+        does_round = kernels is sweep or not grid
+        if does_round and kernels.available() and num_columns <= kernels.MAX_COLUMNS:  # the same in one call
             if isinstance(pattern, NM) and slab == pattern.m <= kernels.MAX_M:
-                return kernels.prune_block_nm(weight_CO, U_CC, pattern.n, pattern.m)
+                return kernels.prune_block_nm(weight_CO, U_CC, pattern.n, pattern.m, *grid)
             if slab >= num_columns:
                 drop_CO = self._drop(weight_CO, U_CC.diagonal(), pattern, sizes)
-                return kernels.prune_block_masked(weight_CO, U_CC, drop_CO)
+                return kernels.prune_block_masked(weight_CO, U_CC, drop_CO, *grid)
         width = _sub_block_width(slab, num_columns)
         drop_CO = torch.empty_like(weight_CO, dtype=torch.bool)
         errors_CO = torch.empty_like(weight_CO)

@@ -96,7 +96,7 @@ class Quantization:
             scale_O[places] = tried[is_right]
             missing[places] = False
         if bool(missing.any()):
-            raise ValueError(f"{int(missing.sum())} groups of {self.group_size} weights are on no grid of {self.bits} bits")
+            raise ValueError(f"its weights are on no grid of {self.bits} bits with a scale for {self.group_size} inputs")
         return scale_O
 
     def _upwards(self, scale: Tensor) -> Tensor:
