@@ -243,4 +243,4 @@ def test_a_dead_input_has_no_say(native):
     pruner.statistics["l"] = Hessian()
     pruner.statistics["l"].add(torch.zeros_like(X))
     assert not pruner.prune_linear(W, "l", Unstructured(0.5)).any()
-    assert Wanda.quantization is None
+    assert Wanda().quantization is None

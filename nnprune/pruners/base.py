@@ -33,9 +33,6 @@ class Pruner(ABC):
     matrix_copies, weight_copies = 1, 4
     """float32 matrices (I, I) and weights (O, I) that it holds at its peak, besides statistics: for estimates of memory."""
 
-    quantization: Quantization | None = None
-    """The grid that all kept weights are rounded to."""
-
     # Created on first use, so that a subclass need not call super().__init__().
     @cached_property
     def statistics(self) -> dict[str, InputStatistic]:
@@ -46,6 +43,11 @@ class Pruner(ABC):
     def notes(self) -> dict[str, dict[str, Any]]:
         """Linear name -> entries for its part of the record, such as a damping that had to be raised; a scalar may stay on the device."""
         return {}
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """The grid that all kept weights are rounded to, if they are."""
+        return None
 
     @property
     def needs_calibration(self) -> bool:
