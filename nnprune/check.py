@@ -20,6 +20,7 @@ from nnprune.model.export import SUMMARY, changed_names
 from nnprune.model.loading import ModelSource, quieten_transformers
 from nnprune.model.masks import MaskFile
 from nnprune.model.model_files import SAFETENSORS_INDEX, read_json
+from nnprune.model.scales import SCALES, grid_of, pruned_linears
 from nnprune.patterns import PatternError, parse_pattern, zeros_in
 
 CHUNK = 1 << 22
@@ -50,6 +51,7 @@ class SavedModel:
             self.linear_sparsity = float(self.summary["linear_sparsity"])
             self.is_tuned = bool(self.summary["recovered"])
             layers_path = settings["layers_path"]
+            self.grid = grid_of(quantization) if (quantization := self.summary.get("quantization")) else None
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder}: {SUMMARY} is no record of a saved model ({error!r})") from error
         self.source = ModelSource(str(folder), layers_path=layers_path, trust_remote_code=trust_remote_code)
@@ -77,7 +79,7 @@ class SavedModel:
         used = Counter(header.key for path in self.source.files.weights() for header in read_headers(path, str(self.folder)))
         yield from (f"{key} is in {number} files" for key, number in used.items() if number > 1)
         for path in sorted(self.folder.glob("*.safetensors")):
-            if path.name not in found.values():
+            if path.name not in {*found.values(), *([SCALES] if self.grid else [])}:
                 yield f"{path.name} is no part of the checkpoint"
         if (self.folder / SAFETENSORS_INDEX).is_file():
             index = read_json(self.folder / SAFETENSORS_INDEX, str(self.folder))
@@ -113,6 +115,24 @@ class SavedModel:
                     yield f"{name} has {found} zeros, by the record {counted}"
         if size and zeros / size != self.linear_sparsity:
             yield f"the linears have {zeros / size:.6%} zeros, by the record {self.linear_sparsity:.6%}"
+
+    def faults_of_grid(self) -> Iterator[str]:
+        """Weights that are no level times their scale."""
+        path = self.folder / SCALES
+        if not path.is_file():
+            yield f"{SCALES} is missing"
+            return
+        headers = {header.key: header for header in read_headers(path, str(self.folder))}
+        wanted = pruned_linears(self.summary["per_linear"])
+        yield from (f"{name} is not in {SCALES}" for name in sorted(wanted - headers.keys()))
+        yield from (f"{name} of {SCALES} is no pruned linear" for name in sorted(headers.keys() - wanted))
+        for name in sorted(wanted & headers.keys() & self.views.keys()):
+            view = self.views[name]
+            try:
+                weight_OI = view.within(self.checkpoint.read([view.key])[view.key])
+                self.grid.levels(weight_OI, self.checkpoint.tensor(headers[name]))
+            except (ValueError, RuntimeError) as error:
+                yield f"{name}: {error}"
 
     def write_masks(self, path: Path) -> None:
         """Write the masks of the plan's linears to a file."""
@@ -178,6 +198,9 @@ def _check(args: argparse.Namespace) -> bool:
         ),
         _report("values", f"{num_tensors} tensors are finite", saved.faults_of_values()),
     ]
+    if saved.grid:
+        text = f"kept weights are levels of {saved.grid.bits} bits times the scales in {SCALES}"
+        is_right.append(_report("grid", text, saved.faults_of_grid()))
     if base is None:
         what = f"names and the {num_untouched} tensors that were left alone are not compared with the base model"
         print(f"{'base':10}{'--':7}{what}: {reason}")

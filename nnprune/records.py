@@ -45,7 +45,8 @@ class RunRecord:
     `evaluations` maps the fingerprint of each evaluation to its name, settings, hash of token ids (tokens), figures (metrics,
     dense_metrics) and time (finished); the last one of each metric is in `metrics`. Commits are those on the hub, hashes those of files;
     `code` maps each of nnprune's files that the method uses to a hash; `command` is None if the run was called from Python.
-    `machine` is what `provenance.machine` found: cpu, cores, threads, host_bytes, gpu, device_bytes.
+    `machine` is what `provenance.machine` found: cpu, cores, threads, host_bytes, gpu, device_bytes. `quantization` tells of the grid that
+    kept weights are on, if they are: bits, group_size, and bits_per_weight of the pruned linears if they were packed.
     """
 
     status: str
@@ -60,6 +61,7 @@ class RunRecord:
     selection: dict[str, Any] = field(default_factory=dict)
     per_linear: list[dict[str, Any]] = field(default_factory=list)
     left_alone: dict[str, str] = field(default_factory=dict)
+    quantization: dict[str, Any] = field(default_factory=dict)
     recovered: list[dict[str, Any]] = field(default_factory=list)
     whole_model: bool = False
     seconds: dict[str, float] = field(default_factory=dict)

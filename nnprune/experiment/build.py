@@ -150,6 +150,7 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
         raise ValueError(
             f"propagate=dense: hands on what {key} compares pruned layers with; set propagate=pruned or sequential, or leave {key} out"
         )
+    method.check()
     evaluation = _instantiate("evaluation", config, Evaluation)
     calibration = _instantiate("calibration", config, Calibration)
     _check_objective(config["objective"], evaluation)

@@ -40,6 +40,7 @@ from nnprune.method import Method
 from nnprune.model.checkpoint import Checkpoint
 from nnprune.model.export import check_names, save_model
 from nnprune.model.loading import quieten_transformers
+from nnprune.model.scales import scales_of
 from nnprune.records import RecordError, RunRecord, read_completed
 from nnprune.runtime import peak_device_bytes, peak_host_bytes
 
@@ -192,6 +193,8 @@ class Job:
                 pruned.whole_model = True
                 pruned.recovered.append({"model": reports[0]["distilled"]})
             pruned.left_alone = self.engine.decoder.left_alone
+            if quantization := self.experiment.method.quantization:
+                pruned.quantization = quantization.summary(self.engine.decoder.shapes(), self.plan)
             pruned.linear_sparsity, pruned.model_sparsity = fractions_of_zeros(self.engine.decoder, reports)
             if (num_cells := max(report["num_cells"] for report in reports)) > 1:
                 pruned.notes.append(f"pruned in one pass with {num_cells - 1} other cells; `seconds` leaves that pass out")
@@ -216,7 +219,8 @@ class Job:
     def _save(self, record: RunRecord) -> None:
         target, layer_files = self.experiment.folder / "model", self.engine.store.layer_files
         layers = [layer_files.path(index) for index in layer_files.reports]
-        save_model(self.experiment.source, self.engine.decoder.model, layers, record, target)
+        scales = scales_of(self.engine.decoder, layers, record)
+        save_model(self.experiment.source, self.engine.decoder.model, layers, record, target, scales)
         record.saved_hash = self.experiment.saved_source().digest()
         log.info("model: %s", target)
 

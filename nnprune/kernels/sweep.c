@@ -1,6 +1,8 @@
 /* SparseGPT's sweep of one column block (Frantar & Alistarh 2023, arXiv:2301.00774). For each column j in order
 
-       error_j = where(dropped, w_j, 0) / U_jj,    w_l -= U_jl error_j  for all l > j.
+       error_j = where(dropped, w_j, 0) / U_jj,    w_l -= U_jl error_j  for all l > j,
+
+   or, with scales, error_j = (w_j - q_j) / U_jj with q_j = where(dropped, 0, s_j clamp(round(w_j / s_j), -most, most)).
 
    Output features do not depend on each other: a thread takes a few of them, whose block stays in its nearest cache, through all
    columns. Errors reach the columns of their own sub-block at once, and later ones together.
@@ -15,6 +17,7 @@
 #define OUTPUTS (LANES * VECTORS)
 #define MOST_COLUMNS 512
 #define MOST_M 32               /* inputs of a pattern's group */
+#define WHOLE 12582912.f        /* 1.5 x 2^23: float32 has no fractions there, so adding it rounds to nearest, ties to even */
 
 /* Which of m columns of some output features go: the m - n of lowest cost (w_j / U_jj)^2, of equal ones the later. A cost of NaN
    counts as infinite. */
@@ -37,13 +40,23 @@ static void choose(floats weight[][VECTORS], const float *U, long columns, long 
     }
 }
 
+/* The nearest multiple of a scale with a factor of at most `most`; NaN stays NaN. */
+static inline floats on_grid(floats weight, floats scale, float most)
+{
+    floats level = weight / scale, highest = (floats){0} + most;
+    level = blend(level > highest, highest, level);
+    level = blend(level < -highest, -highest, level);
+    return (level + WHOLE - WHOLE) * scale;
+}
+
 /* Prunes weight (C, O) in place and writes the errors (C, O) that columns after the block have yet to absorb.
 
    U (C, C), upper triangular, H^-1 = U^T U. drop (C, O), 1 = remove; or null: keep n of every m columns, each group chosen when its
-   first column is reached. sub_block: columns, a multiple of m. All contiguous. C is at most MOST_COLUMNS, m at most MOST_M. */
+   first column is reached. scale (C, O), positive, or null: kept weights are not rounded. sub_block: columns, a multiple of m. All
+   contiguous. C is at most MOST_COLUMNS, m at most MOST_M, most below 2^22. */
 void sweep(
-    float *weight_CO, float *errors_CO, const uint8_t *drop_CO, const float *U, long columns, long outputs, int n, int m,
-    long sub_block, int num_threads)
+    float *weight_CO, float *errors_CO, const uint8_t *drop_CO, const float *U, const float *scale_CO, long columns, long outputs,
+    int n, int m, int most, long sub_block, int num_threads)
 {
 #pragma omp parallel for num_threads(num_threads) schedule(dynamic)
     for (long output = 0; output < outputs; output += OUTPUTS) {
@@ -62,8 +75,17 @@ void sweep(
             for (long j = start; j < stop; j++) {
                 if (!drop_CO && j % m == 0)
                     choose(weight, U, columns, j, n, m, drop);
+                floats scale[VECTORS] = {0};
+                if (scale_CO)
+                    memcpy(scale, scale_CO + j * outputs + output, lanes * sizeof(float));
                 for (int part = 0; part < VECTORS; part++) {
-                    error[j][part] = (floats)(drop[j][part] & (ints)weight[j][part]) / U[j * (columns + 1)];
+                    floats lost = (floats)(drop[j][part] & (ints)weight[j][part]);
+                    if (scale_CO) {
+                        floats kept = (floats)(~drop[j][part] & (ints)on_grid(weight[j][part], scale[part], most));
+                        lost = weight[j][part] - kept;
+                        weight[j][part] = kept;
+                    }
+                    error[j][part] = lost / U[j * (columns + 1)];
                     for (long l = j + 1; l < stop; l++)
                         weight[l][part] -= U[j * columns + l] * error[j][part];
                 }

@@ -43,6 +43,11 @@ def model_card(summary: Mapping[str, Any], architectures: Sequence[str], place: 
         "Versions": ", ".join(f"{package} {version}" for package, version in summary["versions"].items()),
         "nnprune's commit": f"{summary['commit']}{' with changes' if summary['dirty'] else ''}",
     }
+    if quantization := summary.get("quantization"):
+        facts["Kept weights"] = (
+            f"{quantization['bits']} bits with a scale for {quantization['group_size']} inputs, {quantization['bits_per_weight']:.2f} bits "
+            "per weight if they were packed; here stored as they are multiplied, with the scales in quantization.safetensors"
+        )
     figures = [f"| {key} | {summary['dense_metrics'].get(key)} | {value} |" for key, value in summary["metrics"].items()]
     trust = ", trust_remote_code=True" if config["model"].get("trust_remote_code") else ""
     lines = [

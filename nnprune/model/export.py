@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nnprune.model.card import model_card
-from nnprune.model.checkpoint import FLOATS, LOADED_BY_TRANSFORMERS, Checkpoint, Header, read_headers
+from nnprune.model.checkpoint import FLOATS, LOADED_BY_TRANSFORMERS, Checkpoint, Header, read_headers, save_atomically
 from nnprune.model.conversions import Conversion
 from nnprune.model.loading import ModelSource
 from nnprune.model.model_files import SAFETENSORS, SAFETENSORS_INDEX, read_json
+from nnprune.model.scales import SCALES
 from nnprune.records import RunRecord, write_atomically
 
 SUMMARY = "pruning.json"
@@ -28,7 +29,14 @@ SUMMARY = "pruning.json"
 MAX_SHARD_BYTES = 5 * 10**9
 
 
-def save_model(source: ModelSource, model: PreTrainedModel, layers: Sequence[Path], record: RunRecord, target: Path) -> None:
+def save_model(
+    source: ModelSource,
+    model: PreTrainedModel,
+    layers: Sequence[Path],
+    record: RunRecord,
+    target: Path,
+    scales: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write weights, configuration, tokenizer, model card and record to `target`, which appears only when complete.
 
     Args:
@@ -36,6 +44,7 @@ def save_model(source: ModelSource, model: PreTrainedModel, layers: Sequence[Pat
         model: tells what the weights are called in memory; its own are not read.
         layers: the files of pruned decoder layers, with the names in memory.
         record: as far as it is known.
+        scales: what `scales_of` found, to be written beside the weights.
 
     Raises:
         OSError: the folder cannot be written.
@@ -55,6 +64,8 @@ def save_model(source: ModelSource, model: PreTrainedModel, layers: Sequence[Pat
             copy.parent.mkdir(exist_ok=True, parents=True)
             shutil.copyfile(path, copy)
         _adapt_config(unfinished / "config.json", source)
+        if scales:
+            save_atomically(dict(scales), unfinished / SCALES)
         describe(unfinished, base, record)
         if target.exists():
             shutil.rmtree(target)

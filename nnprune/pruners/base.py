@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nnprune.checks import is_set
 from nnprune.patterns import NM, ComparisonGroup, SparsityPattern, Unstructured, keep_where
+from nnprune.solvers.quantization import Quantization
 from nnprune.statistics import InputStatistic
 
 
@@ -45,6 +46,11 @@ class Pruner(ABC):
     def notes(self) -> dict[str, dict[str, Any]]:
         """Linear name -> entries for its part of the record, such as a damping that had to be raised; a scalar may stay on the device."""
         return {}
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """The grid that all kept weights are rounded to, if they are."""
+        return None
 
     @property
     def needs_calibration(self) -> bool:

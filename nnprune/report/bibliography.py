@@ -7,7 +7,7 @@ from typing import Any
 from nnprune.report.escaping import visible
 
 GROUPS = ("pruner", "update", "target", "recover", "allocation")
-NO_REFERENCE = ("Update", "Target", "Recovery", "Uniform", "FromFile", "ByName")
+NO_REFERENCE = ("Update", "Round", "Target", "Recovery", "Uniform", "FromFile", "ByName")
 """Classes that change nothing, or do what their user says."""
 
 
