@@ -1,14 +1,18 @@
-"""Tuning when the device runs out of memory."""
+"""What layers are tuned on, and tuning when the device runs out of memory."""
 
 import logging
 
 import pytest
 import torch
-from support.engine import prune_model, recover
+from support.engine import IDS, engine_of, prune, prune_model, recover
+from support.families import FAMILIES
 
 from nnprune.method import Method
+from nnprune.patterns import NM
+from nnprune.pruners.magnitude import Magnitude
 from nnprune.pruners.wanda import Wanda
-from nnprune.recovery import reconstruction
+from nnprune.recovery import Reconstruction, reconstruction
+from nnprune.recovery.tuning import Tuning
 
 
 def tune(folder, monkeypatch, most):
@@ -22,6 +26,35 @@ def tune(folder, monkeypatch, most):
 
     monkeypatch.setattr(reconstruction, "_loss", limited)
     return prune_model(folder, method=Method(Wanda(), recovery=recover(0, 2)))[0].state_dict()
+
+
+@pytest.mark.parametrize(("seq_len", "segment"), [(16, 4), (16, 5), (10, 64)])
+def test_shuffled_segments_are_those_of_the_sequences_that_are_not_held_out(seq_len, segment):
+    tuning = Tuning(lr=0.01, batch_tokens=16, holdout=0.2, num_shuffled=2, segment=segment)
+    ids = torch.arange(10 * seq_len).view(10, seq_len)
+    rows = tuning.with_shuffled(ids)
+    assert rows.shape == (30, seq_len)
+    assert torch.equal(rows[:10], ids)
+    assert tuning.num_held(10) == 2
+    added = rows[10:].reshape(-1)
+    assert set(added.tolist()) == set(ids[:8].reshape(-1).tolist())
+    follows = (added[1:] - added[:-1] == 1).float().mean()
+    length = min(segment, seq_len)
+    assert 1 - 2 / length < follows < 1
+    assert torch.equal(tuning.with_shuffled(ids), rows)
+
+
+def test_what_is_held_out_has_no_part_in_the_tuning(tmp_path):
+    """The tuned weights do not depend on it, but for the epoch that is kept."""
+    found = []
+    for held in (IDS[4:], IDS[4:].flip(1)):
+        recovery = Reconstruction(0, 1, lr=1e-3, batch_tokens=16, holdout=0.2, num_shuffled=1, segment=4)
+        engine = engine_of(FAMILIES["llama"](), tmp_path / str(len(found)))
+        plan = dict.fromkeys(engine.decoder.shapes(), NM(2, 4))
+        report = prune(engine, Method(Magnitude(), recovery=recovery), plan, torch.cat([IDS[:4], held]))[0]
+        assert report["recovered"]["after"]["epoch"] == 1
+        found.append(engine.decoder.layers[0].mlp.up_proj.weight)
+    assert torch.equal(*found)
 
 
 def test_out_of_memory_a_batch_is_tuned_on_in_pieces(tmp_path, monkeypatch, caplog):

@@ -62,7 +62,7 @@ def write_and_die(layer_files, write, finished, index, *args):
 
 
 @pytest.mark.parametrize("propagate", ["pruned", "dense", "sequential"])
-@pytest.mark.parametrize("num_layers", [2, 3])
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, propagate, num_layers):
     wanted, reports = prune_model(tmp_path / "a", method=windows(num_layers), propagate=propagate)
     for finished in range(3):

@@ -238,5 +238,8 @@ def num_sampled_rows(seq_len: int) -> int:
 
 
 def rows_needed(methods: Sequence[Method], ids: Tensor) -> Tensor:
-    """The rows of calibration ids (N, T) that these methods need: all, or, if none uses inputs, enough to measure errors."""
-    return ids if any(method.needs_calibration for method in methods) else ids[: num_sampled_rows(ids.shape[1])]
+    """The rows of ids that these methods calibrate with, from those of the calibration (N, T): if none uses inputs, enough to measure
+    errors; all, and those that the recovery adds, otherwise."""
+    if not any(method.needs_calibration for method in methods):
+        return ids[: num_sampled_rows(ids.shape[1])]
+    return methods[0].recovery.calibration(ids)

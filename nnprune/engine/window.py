@@ -17,9 +17,9 @@ from nnprune.recovery import Recovery
 
 def num_kept_states(recovery: Recovery, propagate: str) -> int:
     """How many hidden states of the calibration a window needs of its own."""
-    if recovery.num_layers == 1:
-        return 0
-    return recovery.num_layers if propagate == "dense" else 1
+    if propagate == "dense" and recovery.is_on:  # where the calibration itself is taken on while inputs are collected
+        return recovery.num_layers
+    return int(recovery.num_layers > 1)
 
 
 class Window:
@@ -30,8 +30,8 @@ class Window:
         recovery: tunes them.
         calibration: at the input of the layer that is pruned next.
         reference: in the dense model, at the output of the layer pruned last; None where no layer is tuned.
-        kept: hidden states of the same rows, to be overwritten. None for windows of one layer; one to be taken through the pruned
-            layers; as many as a window has layers if these get the outputs of dense layers.
+        kept: hidden states of the same rows, to be overwritten: one that passes through the pruned layers, none for
+            windows of one layer; as many as a window has layers if these get the outputs of dense layers.
 
     Attributes:
         reports: layer -> its report so far.

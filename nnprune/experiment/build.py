@@ -145,10 +145,14 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
     target, update, recovery = (_instantiate(key, config, expected) for key, expected in parts)
     distillation = recovery if isinstance(recovery, Distillation) else None
     method = Method(pruner, target, update, distillation.layers if distillation else recovery, distillation)
-    if method.needs_reference and config["propagate"] == "dense":
-        key = "target" if method.pairs_inputs else "recover"
+    if config["propagate"] == "dense" and (method.pairs_inputs or method.recovery.epochs_before):
+        key = "target" if method.pairs_inputs else "recover.epochs_before"
         raise ValueError(
             f"propagate=dense: hands on what {key} compares pruned layers with; set propagate=pruned or sequential, or leave {key} out"
+        )
+    if config["grid"] and method.recovery.is_on:
+        raise ValueError(
+            "grid=true: prunes all cells from the same inputs, and tunes no layers; leave grid=true or recover out"
         )
     method.check()
     evaluation = _instantiate("evaluation", config, Evaluation)

@@ -11,6 +11,7 @@ from statistics import fmean
 
 import torch
 
+from nnprune.engine.input_collector import rows_needed
 from nnprune.engine.memory import fit_device
 from nnprune.engine.stopwatch import Stopwatch
 from nnprune.experiment.build import Experiment
@@ -77,7 +78,7 @@ class CostEstimate:
             mean, of_timed = (fmean(min(index + 1, window) for index in range(num)) for num in (num_layers, num_timed))
             seconds["recover"] *= mean / of_timed
         for stage in {"calibration", "recover"} & set(seconds):
-            seconds[stage] *= self.load.calibration / ids.numel()
+            seconds[stage] *= self.load.calibration / rows_needed([self.first.method], ids).numel()
         forward = seconds["dense_evaluation"] / ids.numel()  # of a token through all layers
         if self.first.allocation.looks_at == "inputs" and self.pruned:
             seconds["allocation"] += forward * self.load.calibration

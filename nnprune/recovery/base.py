@@ -37,6 +37,10 @@ class Recovery:
         """Whether any layer is tuned."""
         return self.epochs_before + self.epochs_after > 0
 
+    def calibration(self, ids: Tensor) -> Tensor:
+        """Token ids (M, T) to calibrate with, from those of the calibration (N, T); `tune` gets the hidden states of these rows."""
+        return ids
+
     def tune(self, index: int, layers: nn.Module, run: Run, inputs: Rows, targets: Rows, num_epochs: int) -> dict[str, Any]:
         """Tune the weights of decoder layer `index`, or of several of which it is the last, in place, zeros excepted: from their `inputs`
         for the calibration towards the dense model's outputs `targets`, in all processes alike. Returns a report for the record."""

@@ -32,16 +32,38 @@ class Tuning:
         lr: learning rate, relative to the root mean square of each tensor's nonzeros; it decays to zero along a cosine.
         batch_tokens: tokens per step; at least one sequence.
         holdout: fraction of the sequences that is held out.
+        num_shuffled: how often the other sequences are added with their segments in another order. Their tokens are the same, but in
+            other contexts, which makes more difference to unseen text than as many more epochs (docs/methods.md).
+        segment: tokens of such a segment.
     """
 
     lr: float
     batch_tokens: int
     holdout: float
+    num_shuffled: int = 0
+    segment: int = 256
 
     def __post_init__(self) -> None:
         check_positive("recover.lr", self.lr)
         check_count("recover.batch_tokens", self.batch_tokens, 1)
         check_positive("recover.holdout", self.holdout, below=1)
+        check_count("recover.num_shuffled", self.num_shuffled, 0, MAX_EPOCHS)
+        check_count("recover.segment", self.segment, 1)
+
+    def num_held(self, num_rows: int) -> int:
+        """Sequences held out, the last ones, of so many, without those that are added behind them."""
+        return min(max(round(self.holdout * num_rows), 1), num_rows - 1)
+
+    def with_shuffled(self, ids: Tensor) -> Tensor:
+        """Token ids (N, T), and as many rows for each of `num_shuffled`, of the segments of those that are not held out."""
+        num_rows, seq_len = ids.shape
+        check_rows(num_rows)
+        tokens = ids[: -self.num_held(num_rows)].reshape(-1)
+        segments = list(tokens.split(min(self.segment, seq_len)))
+        generator, shuffled, wanted = torch.Generator().manual_seed(0), [ids.reshape(-1)], (1 + self.num_shuffled) * ids.numel()
+        while sum(map(len, shuffled)) < wanted:
+            shuffled += [segments[place] for place in torch.randperm(len(segments), generator=generator).tolist()]
+        return torch.cat(shuffled)[:wanted].view(-1, seq_len)
 
     def run(
         self,
@@ -52,17 +74,18 @@ class Tuning:
         seed: int,
         each_epoch: EachEpoch = lambda epoch, held_out: None,
     ) -> dict[str, Any]:
-        """Tune the weights of `module` in place, zeros excepted, for at most so many passes over `rows`.
+        """Tune the weights of `module` in place, zeros excepted, for at most so many passes over `rows`, those of `with_shuffled`.
 
         Kept are the weights of the epoch with the lowest held-out loss, or the initial ones. Raises ValueError for fewer than two rows.
         Returns the held-out loss before and after, and the epoch that was kept.
         """
         num_rows, seq_len = rows.shape[:2]
         check_rows(num_rows)
+        num_own = num_rows // (1 + self.num_shuffled)
+        num_held = self.num_held(num_own)
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(num_rows, generator=generator)
-        num_held = min(max(round(self.holdout * num_rows), 1), num_rows - 1)
-        held, used = order[:num_held].tolist(), order[num_held:]
+        held = range(num_own - num_held, num_own)
+        used = torch.tensor([row for row in range(num_rows) if row not in held])
         batch = max(self.batch_tokens // seq_len, 1)
         tuned = copy.deepcopy(module).float().requires_grad_(True)
         parameters = list(tuned.parameters())
