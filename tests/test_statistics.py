@@ -185,3 +185,25 @@ def test_only_bfloat16_is_multiplied_as_such_and_an_exception_ends_it(monkeypatc
         Hessian().add(X)
     assert seen == [precision]
     assert torch.get_float32_matmul_precision() == before
+
+
+def added(statistic, X):
+    statistic.add(X)
+    return statistic
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_centred_hessian_is_positive_definite_where_inputs_hardly_vary(dtype):
+    X = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0)) * 1e-3 + torch.linspace(1, 50, 64)
+    X[:, 3], X[:, 4] = 0, 7
+    X = X.to(dtype)
+    statistic = added(Hessian(), X)
+    plain = statistic.mean()
+    centred = statistic.centred(added(Means(), X))
+    assert torch.equal(centred.mean(), centred.mean().t())
+    assert centred.mean()[3, 3] == 0  # still a dead input
+    assert torch.linalg.eigvalsh(centred.mean().double() + 1e-9 * torch.eye(64)).min() > 0
+    assert torch.equal(statistic.mean(), plain)
+    assert centred is statistic.centred(added(Means(), X))  # with what was factorised
+    statistic.add(X)
+    assert centred is not statistic.centred(added(Means(), X))

@@ -1,7 +1,6 @@
 """One run after its settings are checked: token ids, model, one pass over the layers, record."""
 
 import logging
-import math
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,8 +13,6 @@ from nnprune.allocations.base import Plan
 from nnprune.calibration import token_hash
 from nnprune.engine import parallel
 from nnprune.engine.consistency_check import check_consistency
-from nnprune.engine.distillation import DistillationPass
-from nnprune.engine.layer_files import LayerFiles
 from nnprune.engine.prune_linears import fractions_of_zeros
 from nnprune.engine.pruning_pass import PruneTask, PruningPass
 from nnprune.engine.stopwatch import Stopwatch
@@ -27,6 +24,7 @@ from nnprune.experiment.preparation import (
     SCRATCH,
     check_shapes,
     chosen_linears,
+    distilling_pass,
     fit_memory,
     log_computing_dtype,
     open_engine,
@@ -155,7 +153,7 @@ class Job:
     def _run_pass(self, pruned: RunRecord | None, dense: RunRecord | None, dense_keys: list[str]) -> tuple[Metrics, Metrics]:
         """One pass over the layers that fills in the sparsities of one or both records. Returns the metrics of the pruned and the
         dense model by fingerprint, those of the latter for `dense_keys`."""
-        tasks, distilling = [], self._distilling() if pruned else None
+        tasks, distilling = [], distilling_pass(self.experiment, self.engine, self.stopwatch) if pruned else None
         by_name = self.experiment.evaluation.evaluators
         evaluators = {key: by_name[name] for name, key in self.experiment.evaluations.items() if key in self.evaluation_ids}
         if pruned and not (distilling and distilling.is_finished):
@@ -199,15 +197,6 @@ class Job:
             if (num_cells := max(report["num_cells"] for report in reports)) > 1:
                 pruned.notes.append(f"pruned in one pass with {num_cells - 1} other cells; `seconds` leaves that pass out")
         return metrics, dense_metrics
-
-    def _distilling(self) -> DistillationPass | None:
-        """What tunes the pruned model as a whole, if anything does. Its layers are written as soon as all are finished, if ever."""
-        experiment, engine = self.experiment, self.engine
-        if experiment.method.distillation is None:
-            return None
-        is_written = experiment.config["save"] or math.isfinite(experiment.runtime.seconds_unsaved)
-        files = LayerFiles(experiment.folder / SCRATCH / "distilled", engine.decoder.path, 0 if is_written else math.inf)
-        return DistillationPass(engine, experiment.method.distillation, files, self.stopwatch)
 
     def _check_that_it_can_be_saved(self) -> None:
         source, decoder = self.experiment.source, self.engine.decoder

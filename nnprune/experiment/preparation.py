@@ -12,6 +12,7 @@ from nnprune.allocations.base import Allocation, Shapes
 from nnprune.allocations.uniform import Uniform
 from nnprune.calibration import Calibration
 from nnprune.engine import parallel
+from nnprune.engine.distillation import DistillationPass
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.experts import Routing, pool_key
 from nnprune.engine.input_collector import rows_needed
@@ -19,6 +20,7 @@ from nnprune.engine.input_groups import PROBE_TOKENS
 from nnprune.engine.layer_files import LayerFiles
 from nnprune.engine.layer_store import LayerStore
 from nnprune.engine.memory import Workload, fit_device, groups_of
+from nnprune.engine.stopwatch import Stopwatch
 from nnprune.experiment.build import Experiment
 from nnprune.method import Method
 from nnprune.model.attention import use_kernel
@@ -184,6 +186,15 @@ def open_engine(experiment: Experiment, decoder: Decoder) -> LayerwiseEngine:
     store = LayerStore(decoder, runtime.torch_device, runtime.layers, layer_files, checkpoint, experiment.computing_dtype)
     scratch = experiment.folder / SCRATCH / f"rank-{parallel.rank()}" if parallel.rank() else experiment.folder
     return LayerwiseEngine(decoder, store, runtime, scratch, routing(experiment.calibration))
+
+
+def distilling_pass(experiment: Experiment, engine: LayerwiseEngine, stopwatch: Stopwatch) -> DistillationPass | None:
+    """What tunes the pruned model as a whole, if anything does. Its layers are written as soon as all are finished, if ever."""
+    if experiment.method.distillation is None:
+        return None
+    is_written = experiment.config["save"] or math.isfinite(experiment.runtime.seconds_unsaved)
+    files = LayerFiles(experiment.folder / SCRATCH / "distilled", engine.decoder.path, 0 if is_written else math.inf)
+    return DistillationPass(engine, experiment.method.distillation, files, stopwatch)
 
 
 def routing(calibration: Calibration) -> Routing:
