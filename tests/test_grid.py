@@ -82,6 +82,11 @@ def test_grid_needs_dense_propagation(pruners, tiny_config):
         run_grid([tiny_config(f"pruner={name}") for name in pruners])
 
 
+def test_a_grid_refuses_to_tune_layers(tiny_config):
+    with pytest.raises(ValueError, match="grid=true: prunes all cells from the same inputs, and tunes no layers"):
+        build(tiny_config("grid=true", "propagate=dense", "recover=layer"))
+
+
 @pytest.mark.parametrize("value", ["grid=yes", "grid=3"])
 def test_another_value_of_grid_is_an_error(value, tiny_config):
     with pytest.raises(ValueError, match=r"grid=(yes|3|True): write grid=true"):
