@@ -90,7 +90,7 @@ def run_grid(cfgs: Sequence[DictConfig]) -> list[RunRecord]:
     from nnprune.engine import parallel
     from nnprune.experiment.build import build
     from nnprune.experiment.folder import locked
-    from nnprune.experiment.grid import check_grid, prune_grid
+    from nnprune.experiment.grid import check_cells, check_grid, prune_grid
     from nnprune.experiment.outcome import one_line
     from nnprune.experiment.reuse import reusable_record
 
@@ -102,6 +102,7 @@ def run_grid(cfgs: Sequence[DictConfig]) -> list[RunRecord]:
                 experiment = build(cfg)
         except ValueError:  # reported and recorded by its own run below
             continue
+        check_cells([experiment])
         with locked(experiment.folder):
             if not experiment.is_dense and reusable_record(experiment) is None:
                 unfinished.append(experiment)
@@ -124,12 +125,14 @@ def show_estimate(cfgs: Sequence[DictConfig]) -> None:
     """Print a cost estimate of a run or a grid, without loading weights. Raises ValueError if it does not fit this machine."""
     from nnprune.experiment.build import build
     from nnprune.experiment.cost_estimate import CostEstimate
-    from nnprune.experiment.grid import check_grid
+    from nnprune.experiment.grid import check_cells, check_grid
 
+    cells = [build(cfg) for cfg in cfgs]
     if len(cfgs) > 1:
         check_grid(cfgs)
+        check_cells(cells)
         log.info("grid: %d cells", len(cfgs))
-    estimate = CostEstimate([build(cfg) for cfg in cfgs])
+    estimate = CostEstimate(cells)
     log.info("%-18s%10s", "stage", "seconds")
     for stage, seconds in {**estimate.seconds, "total": sum(estimate.seconds.values())}.items():
         log.info("%-18s%10.1f", stage, seconds)

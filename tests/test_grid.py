@@ -20,7 +20,7 @@ from nnprune.experiment.job import Job
 from nnprune.method import Method
 from nnprune.patterns import parse_pattern
 from nnprune.records import read_all, read_completed
-from nnprune.run import run, run_grid
+from nnprune.run import run, run_grid, show_estimate
 
 CELLS = [(pruner, sparsity) for pruner in ("magnitude", "wanda", "sparsegpt") for sparsity in ("0.5", "2:4")]
 
@@ -83,8 +83,11 @@ def test_grid_needs_dense_propagation(pruners, tiny_config):
 
 
 def test_a_grid_refuses_to_tune_layers(tiny_config):
-    with pytest.raises(ValueError, match="grid=true: prunes all cells from the same inputs, and tunes no layers"):
-        build(tiny_config("grid=true", "propagate=dense", "recover=layer"))
+    cells = [tiny_config(f"pruner={name}", "propagate=dense", "recover=layer") for name in ("wanda", "magnitude")]
+    with pytest.raises(ValueError, match=r"grid=true: prunes all cells in one pass, and \w+ tunes layers \(recover\)"):
+        run_grid(cells)
+    with pytest.raises(ValueError, match="grid=true: prunes all cells"):
+        show_estimate(cells)
 
 
 @pytest.mark.parametrize("value", ["grid=yes", "grid=3"])

@@ -150,10 +150,6 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
         raise ValueError(
             f"propagate=dense: hands on what {key} compares pruned layers with; set propagate=pruned or sequential, or leave {key} out"
         )
-    if config["grid"] and method.recovery.is_on:
-        raise ValueError(
-            "grid=true: prunes all cells from the same inputs, and tunes no layers; leave grid=true or recover out"
-        )
     method.check()
     evaluation = _instantiate("evaluation", config, Evaluation)
     calibration = _instantiate("calibration", config, Calibration)

@@ -32,6 +32,15 @@ def check_grid(cfgs: Sequence[DictConfig]) -> None:
         )
 
 
+def check_cells(experiments: Sequence[Experiment]) -> None:
+    """Raise ValueError if layers of a cell are to be tuned, each after it is pruned: the pass over all cells does not."""
+    for experiment in experiments:
+        if experiment.method.recovery.is_on:
+            raise ValueError(
+                f"grid=true: prunes all cells in one pass, and {experiment.label} tunes layers (recover); leave one of the two out"
+            )
+
+
 def prune_grid(experiments: Sequence[Experiment]) -> None:
     """Prune the unfinished layers of all cells of a grid in one pass. The cells share model and calibration."""
     first = experiments[0]
