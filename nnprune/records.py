@@ -21,6 +21,9 @@ NOT_SCIENCE = (
 )
 """Settings that are no part of what names a pruned model."""
 
+SINCE = {"calibration.min_tokens_per_expert": 256, "calibration.route": "own"}
+"""Settings that earlier records lack, with what was done before there were any: with these values they are no part of a name either."""
+
 SCHEMA_VERSION = 1
 RESULT_FILE = "result.json"
 

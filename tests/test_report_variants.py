@@ -117,3 +117,19 @@ def test_relative_to_a_pruner_with_variants_takes_the_newest(dampings):
     status, out, err = collect(dampings, "--layout", "methods", "--relative", "sparsegpt", "--sparsities", "0.5")
     assert (status, err) == (0, "")
     assert "| **SparseGPT (damping=1e-05)** | 1.00 ± 0.00 |" in out
+
+
+def test_a_setting_that_an_earlier_record_lacks_makes_no_row_unless_it_changed_something(tmp_path):
+    calibration = {"_target_": "nnprune.calibration.TextCalibration", "num_samples": 8}
+    earlier = config(0, calibration=calibration, update={"_target_": "nnprune.updates.Update"})
+    write_record(tmp_path / "o" / "a", value=20.0, finished="2026-11-20T20:00:00+00:00", **earlier)
+    auto = {"_target_": "nnprune.updates.Update", "bias": "auto"}
+    later = config(0, calibration={**calibration, "min_tokens_per_expert": 256, "route": "own"}, update=auto)
+    write_record(tmp_path / "o" / "b", value=21.0, **later)
+    assert rows_of(tmp_path / "o")[0]["Wanda"] == ["21.00"]
+    linears = [{"name": "fc1", "bias_change": 0.5}, {"name": "fc2"}]
+    write_record(tmp_path / "o" / "c", value=22.0, per_linear=linears, **later)
+    rows = rows_of(tmp_path / "o")[0]
+    assert rows["Wanda (bias=true)"] == ["22.00"] and rows["Wanda (bias=false)"] == ["21.00"]
+    write_record(tmp_path / "o" / "d", value=23.0, **config(0, calibration={**calibration, "route": "all"}, update=auto))
+    assert {"Wanda (route=all, bias=false)", "Wanda (route=own, bias=true)"} < set(rows_of(tmp_path / "o")[0])

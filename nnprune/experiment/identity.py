@@ -18,18 +18,14 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnprune.calibration import MIN_TOKENS_PER_EXPERT
 from nnprune.evaluation import Evaluator
 from nnprune.model.dtypes import name_of
-from nnprune.records import NOT_SCIENCE, fingerprint
+from nnprune.records import NOT_SCIENCE, SINCE, fingerprint
 
 log = logging.getLogger(__name__)
 
 INSTALLED = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib"))
 """Folders of code that changes with its version only."""
-
-SINCE = {"min_tokens_per_expert": MIN_TOKENS_PER_EXPERT, "route": "own"}
-"""Settings of the calibration that earlier records lack, with what has been done for them."""
 
 if TYPE_CHECKING:
     from nnprune.experiment.build import Experiment
@@ -43,7 +39,9 @@ def science(experiment: "Experiment") -> dict[str, Any]:
     if experiment.is_dense:
         return {"model": model}
     text = experiment.calibration.source
-    calibration = {key: value for key, value in config["calibration"].items() if (key, value) not in SINCE.items()}
+    calibration = {
+        key: value for key, value in config["calibration"].items() if (f"calibration.{key}", value) not in SINCE.items()
+    }
     settings = {key: value for key, value in config.items() if key not in NOT_SCIENCE}
     recovery = method.distillation or method.recovery
     parts = {"allocation": experiment.allocation, "target": method.target, "update": method.update, "recover": recovery}

@@ -245,7 +245,7 @@ def _evaluated_as(record: dict[str, Any], metric: str) -> str | None:
 
 def with_setting(rows: pd.DataFrame, key: str) -> tuple[pd.DataFrame, list[str]]:
     """The rows whose config has the setting `key`, with its value as text in the column `by`, and a line about the others."""
-    settings = [settings_of(record["config"]) for record in rows["record"]]
+    settings = [settings_of(record) for record in rows["record"]]
     has = pd.Series([key in one for one in settings], index=rows.index, dtype=bool)
     values = pd.Series([setting_text(one.get(key)) for one in settings], index=rows.index, dtype=object)
     left_out = sorted(set(rows["pruner"][~has & ~is_dense(rows)]))

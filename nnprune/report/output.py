@@ -31,7 +31,7 @@ def write_tables(frame: pd.DataFrame, args: argparse.Namespace, metrics: list[st
         rows = _all_filtered(frame[frame["metric"].isin(metrics)], filters)
         rows = with_methods(rows).drop(columns="method")
         if args.by:
-            settings = [settings_of(record["config"]) for record in rows["record"]]
+            settings = [settings_of(record) for record in rows["record"]]
             rows[args.by] = [setting_text(one[args.by]) if args.by in one else None for one in settings]
         return _emit(exports.FORMATS[style](rows), args.output)
     if args.layout == "tasks":
@@ -128,7 +128,7 @@ def _all_filtered(frame: pd.DataFrame, filters: Filters) -> pd.DataFrame:
 
 
 def _check_setting(frame: pd.DataFrame, key: str) -> None:
-    if not any(key in settings_of(record["config"]) for record in frame["record"]):
+    if not any(key in settings_of(record) for record in frame["record"]):
         known = ", ".join(differing_settings(frame)) or "none"
         raise UsageError(f"--by {key}: no record has this setting; those in which records differ: {known}")
 

@@ -19,10 +19,14 @@ NO_VARIANT = (*records.NOT_SCIENCE, "seed", "calibration.seed", "sparsity", "mod
 LONGEST_VALUE = 40  # characters
 
 
-def settings_of(config: dict[str, Any]) -> dict[str, Any]:
-    """A config as `{"pruner.alpha": 0.7}`, without what makes no method another one."""
+def settings_of(record: dict[str, Any]) -> dict[str, Any]:
+    """A record's config as `{"pruner.alpha": 0.7}`, without what makes no method another one.
+
+    What an earlier record lacks has the value of what was done then. `update.bias` is whether biases were corrected: "auto" leaves that
+    to the method, and some models have none.
+    """
     flat: dict[str, Any] = {}
-    todo = list(config.items())
+    todo = list(record["config"].items())
     while todo:
         key, value = todo.pop()
         if key in NO_VARIANT or key.endswith(".state_hash"):  # a hash may be new each time
@@ -31,6 +35,10 @@ def settings_of(config: dict[str, Any]) -> dict[str, Any]:
             todo += [(f"{key}.{name}", inner) for name, inner in value.items()]
         else:
             flat[key] = value
+    if any(key.startswith("calibration.") for key in flat):
+        flat = records.SINCE | flat
+    if "update._target_" in flat:
+        flat["update.bias"] = any("bias_change" in linear for linear in record.get("per_linear", ()))
     return dict(sorted(flat.items()))
 
 
@@ -44,7 +52,7 @@ def with_methods(rows: pd.DataFrame, ignored: str | None = None) -> pd.DataFrame
 
     Settings count that differ between runs of one pruner, model and sparsity, except for `ignored`.
     """
-    settings = {index: settings_of(record["config"]) for index, record in rows["record"].items()}
+    settings = {index: settings_of(record) for index, record in rows["record"].items()}
     variants = pd.Series("", index=rows.index, dtype=object)
     for _, of_pruner in rows[rows["sparsity"] != DENSE].groupby("pruner"):
         keys = set()
@@ -62,7 +70,7 @@ def with_methods(rows: pd.DataFrame, ignored: str | None = None) -> pd.DataFrame
 
 def differing_settings(rows: pd.DataFrame) -> list[str]:
     """The settings that differ between any two rows of the frame."""
-    return sorted(_differing([settings_of(record["config"]) for record in rows["record"]]))
+    return sorted(_differing([settings_of(record) for record in rows["record"]]))
 
 
 def _differing(settings: list[dict[str, Any]]) -> set[str]:
