@@ -188,3 +188,18 @@ def native(request: pytest.FixtureRequest) -> Iterator[str]:
     enable(request.param == "native")
     yield request.param
     enable(True)
+
+
+SLOWEST = (
+    "test_sweep_command.py",
+    "test_resume.py",
+    "test_robust_numbers.py",
+    "test_examples.py",
+    "test_hub.py",
+    "test_cost_estimate.py",
+)
+"""Files that run first: one that began when the others are done would keep all processes but one waiting."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in SLOWEST)
