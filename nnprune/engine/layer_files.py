@@ -199,8 +199,9 @@ class LayerFiles:
                 if carried is not None:
                     content["carried"] = self._save_carried(index, *carried) if index == last else None
                 write_journal(self._report_path(index), content)
-                for path in set(self.folder.glob("carried-*")) - {self._carried_path(last)} if index == last else ():
-                    path.unlink()
+                if carried is not None and index == last:
+                    for path in set(self.folder.glob("carried-*")) - {self._carried_path(last)}:
+                        path.unlink()
             except OSError as error:
                 raise OSError(
                     error.errno,

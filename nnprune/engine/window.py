@@ -67,7 +67,7 @@ class Window:
         """Add layer `index`, at whose input the calibration is."""
         if self._kept and (len(self._kept) > 1 or not self.reports):
             kept = self._kept[index % len(self._kept)].activations
-            self.calibration.each_batch(lambda rows, hidden: kept.put(rows, hidden))
+            self.calibration.each_batch(kept.put)
             self._place = index
         self.reports[index] = {}
 
