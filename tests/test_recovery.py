@@ -28,27 +28,31 @@ def tune(folder, monkeypatch, most):
     return prune_model(folder, method=Method(Wanda(), recovery=recover(0, 2)))[0].state_dict()
 
 
-@pytest.mark.parametrize(("seq_len", "segment"), [(16, 4), (16, 5), (10, 64)])
-def test_shuffled_segments_are_those_of_the_sequences_that_are_not_held_out(seq_len, segment):
-    tuning = Tuning(lr=0.01, batch_tokens=16, holdout=0.2, num_shuffled=2, segment=segment)
-    ids = torch.arange(10 * seq_len).view(10, seq_len)
-    rows = tuning.with_shuffled(ids)
-    assert rows.shape == (30, seq_len)
+def test_copies_are_of_the_sequences_that_are_not_held_out_with_tokens_of_these():
+    tuning = Tuning(lr=0.01, batch_tokens=16, holdout=0.2, num_copies=3, replaced=0.3)
+    ids = torch.randint(50, (10, 500), generator=torch.Generator().manual_seed(1))
+    ids[:8, :2] = torch.tensor([100, 101])  # occurs in them alone
+    ids[8:] += 200
+    rows = tuning.with_copies(ids)
+    assert rows.shape == (40, 500)
     assert torch.equal(rows[:10], ids)
     assert tuning.num_held(10) == 2
-    added = rows[10:].reshape(-1)
-    assert set(added.tolist()) == set(ids[:8].reshape(-1).tolist())
-    follows = (added[1:] - added[:-1] == 1).float().mean()
-    length = min(segment, seq_len)
-    assert 1 - 2 / length < follows < 1
-    assert torch.equal(tuning.with_shuffled(ids), rows)
+    copies, sources = rows[10:], ids[torch.arange(30) % 8]
+    is_replaced = copies != sources
+    assert float(is_replaced.float().mean()) == pytest.approx(0.3 * 51 / 52, abs=0.015)
+    assert set(copies.unique().tolist()) == set(ids[:8].unique().tolist())
+    by_token = torch.bincount(copies[is_replaced])
+    assert float(by_token[100]) == pytest.approx(
+        float(by_token[:50].float().mean()), rel=0.4
+    )  # rare ones are as likely as others
+    assert torch.equal(tuning.with_copies(ids), rows)
 
 
 def test_what_is_held_out_has_no_part_in_the_tuning(tmp_path):
     """The tuned weights do not depend on it, but for the epoch that is kept."""
     found = []
     for held in (IDS[4:], IDS[4:].flip(1)):
-        recovery = Reconstruction(0, 1, lr=1e-3, batch_tokens=16, holdout=0.2, num_shuffled=1, segment=4)
+        recovery = Reconstruction(0, 1, lr=1e-3, batch_tokens=16, holdout=0.2, num_copies=1)
         engine = engine_of(FAMILIES["llama"](), tmp_path / str(len(found)))
         plan = dict.fromkeys(engine.decoder.shapes(), NM(2, 4))
         report = prune(engine, Method(Magnitude(), recovery=recovery), plan, torch.cat([IDS[:4], held]))[0]

@@ -34,7 +34,7 @@ class Reconstruction(Recovery):
     Args:
         epochs_before, epochs_after: passes over the calibration.
         num_layers: of a window; `epochs_before` tunes single layers.
-        lr, batch_tokens, holdout, num_shuffled, segment: see Tuning.
+        lr, batch_tokens, holdout, num_copies, replaced: see Tuning.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class Reconstruction(Recovery):
         batch_tokens: int = 1024,
         holdout: float = 0.125,
         num_layers: int = 1,
-        num_shuffled: int = 0,
-        segment: int = 256,
+        num_copies: int = 0,
+        replaced: float = 0.3,
     ) -> None:
         self.epochs_before = check_count("recover.epochs_before", epochs_before, 0, MAX_EPOCHS)
         self.epochs_after = check_count("recover.epochs_after", epochs_after, 0, MAX_EPOCHS)
@@ -55,11 +55,11 @@ class Reconstruction(Recovery):
         self.num_layers = check_count("recover.num_layers", num_layers, 1, MAX_LAYERS)
         if num_layers > 1 and not epochs_after:
             raise ValueError(f"recover.num_layers={num_layers}: windows are tuned after pruning; set recover.epochs_after")
-        self.tuning = Tuning(lr, batch_tokens, holdout, num_shuffled, segment)
+        self.tuning = Tuning(lr, batch_tokens, holdout, num_copies, replaced)
         self.batch_tokens = batch_tokens
 
     def calibration(self, ids: Tensor) -> Tensor:
-        return self.tuning.with_shuffled(ids)
+        return self.tuning.with_copies(ids)
 
     def tune(self, index: int, layers: nn.Module, run: Run, inputs: Rows, targets: Rows, num_epochs: int) -> dict[str, Any]:
         return self.tuning.run(layers, partial(_loss, run, inputs, targets), inputs, num_epochs, seed=index)

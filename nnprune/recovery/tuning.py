@@ -32,38 +32,40 @@ class Tuning:
         lr: learning rate, relative to the root mean square of each tensor's nonzeros; it decays to zero along a cosine.
         batch_tokens: tokens per step; at least one sequence.
         holdout: fraction of the sequences that is held out.
-        num_shuffled: how often the other sequences are added with their segments in another order. Their tokens are the same, but in
-            other contexts, which makes more difference to unseen text than as many more epochs (docs/methods.md).
-        segment: tokens of such a segment.
+        num_copies: how often the other sequences are added with some of their tokens replaced by tokens that occur in them, each
+            equally often. That teaches rare tokens and other contexts, which makes more difference to unseen text than as many
+            more epochs (docs/methods.md).
+        replaced: fraction of a copy's tokens that are replaced.
     """
 
     lr: float
     batch_tokens: int
     holdout: float
-    num_shuffled: int = 0
-    segment: int = 256
+    num_copies: int = 0
+    replaced: float = 0.3
 
     def __post_init__(self) -> None:
         check_positive("recover.lr", self.lr)
         check_count("recover.batch_tokens", self.batch_tokens, 1)
         check_positive("recover.holdout", self.holdout, below=1)
-        check_count("recover.num_shuffled", self.num_shuffled, 0, MAX_EPOCHS)
-        check_count("recover.segment", self.segment, 1)
+        check_count("recover.num_copies", self.num_copies, 0, MAX_EPOCHS)
+        check_positive("recover.replaced", self.replaced, below=1)
 
     def num_held(self, num_rows: int) -> int:
         """Sequences held out, the last ones, of so many, without those that are added behind them."""
         return min(max(round(self.holdout * num_rows), 1), num_rows - 1)
 
-    def with_shuffled(self, ids: Tensor) -> Tensor:
-        """Token ids (N, T), and as many rows for each of `num_shuffled`, of the segments of those that are not held out."""
-        num_rows, seq_len = ids.shape
+    def with_copies(self, ids: Tensor) -> Tensor:
+        """Token ids (N, T), and N copies for each of `num_copies` of those that are not held out: ((1 + num_copies) N, T)."""
+        num_rows = len(ids)
         check_rows(num_rows)
-        tokens = ids[: -self.num_held(num_rows)].reshape(-1)
-        segments = list(tokens.split(min(self.segment, seq_len)))
-        generator, shuffled, wanted = torch.Generator().manual_seed(0), [ids.reshape(-1)], (1 + self.num_shuffled) * ids.numel()
-        while sum(map(len, shuffled)) < wanted:
-            shuffled += [segments[place] for place in torch.randperm(len(segments), generator=generator).tolist()]
-        return torch.cat(shuffled)[:wanted].view(-1, seq_len)
+        if not self.num_copies:
+            return ids
+        used = ids[: -self.num_held(num_rows)]
+        copies = used[torch.arange(self.num_copies * num_rows) % len(used)]
+        generator, occurring = torch.Generator().manual_seed(0), used.unique()
+        others = occurring[torch.randint(len(occurring), copies.shape, generator=generator)]
+        return torch.cat([ids, torch.where(torch.rand(copies.shape, generator=generator) < self.replaced, others, copies)])
 
     def run(
         self,
@@ -74,14 +76,14 @@ class Tuning:
         seed: int,
         each_epoch: EachEpoch = lambda epoch, held_out: None,
     ) -> dict[str, Any]:
-        """Tune the weights of `module` in place, zeros excepted, for at most so many passes over `rows`, those of `with_shuffled`.
+        """Tune the weights of `module` in place, zeros excepted, for at most so many passes over `rows`, those of `with_copies`.
 
         Kept are the weights of the epoch with the lowest held-out loss, or the initial ones. Raises ValueError for fewer than two rows.
         Returns the held-out loss before and after, and the epoch that was kept.
         """
         num_rows, seq_len = rows.shape[:2]
         check_rows(num_rows)
-        num_own = num_rows // (1 + self.num_shuffled)
+        num_own = num_rows // (1 + self.num_copies)
         num_held = self.num_held(num_own)
         generator = torch.Generator().manual_seed(seed)
         held = range(num_own - num_held, num_own)

@@ -18,7 +18,7 @@ from nnprune.records import RunRecord
 
 PRUNERS = (
     *("magnitude", "wanda", "ria", "dsnot", "swaps", "sparsegpt", "sparsegpt_nnpruning", "admm", "alps"),
-    *("wanda_refit", "sparsegpt_refit", "admm_refit", "best_fast", "best_medium"),
+    *("wanda_refit", "sparsegpt_refit", "admm_refit", "best_fast"),
 )
 FAMILIES = ("opt", "opt_post_norm_projected", "llama", "qwen2", "gemma2", "gpt2", "bloom", "falcon", "phi", "olmo2")
 SEQ_LEN, WINDOWS = 32, 4
