@@ -48,6 +48,19 @@ def test_layers_are_tuned_together_with_those_before_them(tmp_path, propagate):
         assert after["loss_after"] <= after["loss_before"]
 
 
+def test_layers_that_were_tuned_before_are_tuned_at_another_rate(tmp_path):
+    """With a rate next to nothing, only the first window moves the first layer."""
+    first, last = [], []
+    for earlier_lr in (1e-12, 1.0):
+        for num_layers, found in ((1, first), (2, last)):
+            method = Method(SparseGPT(), recovery=recover(0, 3, num_layers=num_layers, earlier_lr=earlier_lr, lr=3e-3))
+            model, _ = prune_model(tmp_path / f"{earlier_lr}-{num_layers}", method=method)
+            found.append(model.model.layers[0].mlp.up_proj.weight)
+    assert torch.equal(*first)
+    torch.testing.assert_close(last[0], first[0])
+    assert not torch.allclose(last[1], first[1])
+
+
 def layer_output(model, index, hidden):
     rotary = model.model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
     with torch.no_grad():

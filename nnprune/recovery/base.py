@@ -41,7 +41,7 @@ class Recovery:
         """Token ids (M, T) to calibrate with, from those of the calibration (N, T); `tune` gets the hidden states of these rows."""
         return ids
 
-    def tune(self, index: int, layers: nn.Module, run: Run, inputs: Rows, targets: Rows, num_epochs: int) -> dict[str, Any]:
+    def tune(self, index: int, layers: nn.ModuleList, run: Run, inputs: Rows, targets: Rows, num_epochs: int) -> dict[str, Any]:
         """Tune the weights of decoder layer `index`, or of several of which it is the last, in place, zeros excepted: from their `inputs`
         for the calibration towards the dense model's outputs `targets`, in all processes alike. Returns a report for the record."""
         raise NotImplementedError

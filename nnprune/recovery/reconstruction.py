@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnprune.checks import check_count
+from nnprune.checks import check_count, check_positive
 from nnprune.recovery.base import Recovery, Rows, Run
 from nnprune.recovery.tuning import MAX_EPOCHS, Tuning
 
@@ -34,6 +34,7 @@ class Reconstruction(Recovery):
     Args:
         epochs_before, epochs_after: passes over the calibration.
         num_layers: of a window; `epochs_before` tunes single layers.
+        earlier_lr: learning rate of the layers of a window before the last one, which were tuned before, relative to `lr`.
         lr, batch_tokens, holdout, num_copies, replaced: see Tuning.
     """
 
@@ -45,6 +46,7 @@ class Reconstruction(Recovery):
         batch_tokens: int = 1024,
         holdout: float = 0.125,
         num_layers: int = 1,
+        earlier_lr: float = 0.3,
         num_copies: int = 0,
         replaced: float = 0.3,
     ) -> None:
@@ -55,14 +57,18 @@ class Reconstruction(Recovery):
         self.num_layers = check_count("recover.num_layers", num_layers, 1, MAX_LAYERS)
         if num_layers > 1 and not epochs_after:
             raise ValueError(f"recover.num_layers={num_layers}: windows are tuned after pruning; set recover.epochs_after")
+        self.earlier_lr = check_positive("recover.earlier_lr", earlier_lr)
         self.tuning = Tuning(lr, batch_tokens, holdout, num_copies, replaced)
         self.batch_tokens = batch_tokens
 
     def calibration(self, ids: Tensor) -> Tensor:
         return self.tuning.with_copies(ids)
 
-    def tune(self, index: int, layers: nn.Module, run: Run, inputs: Rows, targets: Rows, num_epochs: int) -> dict[str, Any]:
-        return self.tuning.run(layers, partial(_loss, run, inputs, targets), inputs, num_epochs, seed=index)
+    def tune(self, index: int, layers: nn.ModuleList, run: Run, inputs: Rows, targets: Rows, num_epochs: int) -> dict[str, Any]:
+        newest = set(layers[-1].parameters())
+        lr_factors = [1.0 if parameter in newest else self.earlier_lr for parameter in layers.parameters()]
+        loss = partial(_loss, run, inputs, targets)
+        return self.tuning.run(layers, loss, inputs, num_epochs, seed=index, lr_factors=lr_factors)
 
 
 def _loss(run: Run, inputs: Rows, targets: Rows, layers: nn.Module, rows: Sequence[int]) -> Tensor:

@@ -75,10 +75,12 @@ class Tuning:
         num_epochs: int,
         seed: int,
         each_epoch: EachEpoch = lambda epoch, held_out: None,
+        lr_factors: Sequence[float] | None = None,
     ) -> dict[str, Any]:
         """Tune the weights of `module` in place, zeros excepted, for at most so many passes over `rows`, those of `with_copies`.
 
         Kept are the weights of the epoch with the lowest held-out loss, or the initial ones. Raises ValueError for fewer than two rows.
+        `lr_factors`: of the learning rate, for each of the parameters; 1 by default.
         Returns the held-out loss before and after, and the epoch that was kept.
         """
         num_rows, seq_len = rows.shape[:2]
@@ -103,7 +105,11 @@ class Tuning:
         epoch_kept, step, num_steps = 0, 0, num_epochs * -(-len(used) // batch)
         scales = read_together({index: _rms(parameter) for index, parameter in enumerate(parameters)}).values()
         smallest = min(filter(None, scales), default=1.0)  # for tensors of zeros, such as the biases of an untrained model
-        groups = [{"params": [one], "scale": scale or smallest} for one, scale in zip(parameters, scales, strict=True)]
+        factors = lr_factors or [1.0] * len(parameters)
+        groups = [
+            {"params": [one], "scale": (scale or smallest) * factor}
+            for one, scale, factor in zip(parameters, scales, factors, strict=True)
+        ]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
         accumulate = _Gradients(lambda part: loss(tuned, part), optimizer)
         with torch.enable_grad():
