@@ -111,8 +111,8 @@ class Failing(Wanda):
         return super().prune_linear(W, module_name, pattern)
 
 
-def recover(before, after, lr=1e-2, num_layers=1):
-    return Reconstruction(before, after, lr=lr, batch_tokens=32, holdout=0.2, num_layers=num_layers)
+def recover(before, after, lr=1e-2, **settings):
+    return Reconstruction(before, after, lr=lr, batch_tokens=32, holdout=0.2, **settings)
 
 
 class Witness(Pruner):
