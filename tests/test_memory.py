@@ -41,11 +41,13 @@ def load_of(engine, method, propagate, tokens):
 
 
 @pytest.mark.parametrize(
-    "name", ["wanda", "sparsegpt", "alps", "alps one_by_one", "sparsegpt_refit", "best_fast", "best_medium", "best"]
+    "name",
+    ["wanda", "sparsegpt", "alps", "alps one_by_one", "sparsegpt_refit", "best_fast", "best_medium", "best", "alps window"],
 )
 def test_the_estimate_is_near_the_measured_peak(name, engine):
     name, _, how = name.partition(" ")
-    more = ["recover.epochs_after=1"] * (name in ("best_medium", "best"))
+    more = ["recover=window"] * (how == "window")
+    more += ["recover.epochs_after=1"] * (how == "window" or name in ("best_medium", "best"))
     config = compose_config(f"pruner={name}", "sparsity=2:4", *more)
     method, propagate = build(config).method, config.propagate
     ids = torch.randint(3, 64, (16, SEQ_LEN), generator=torch.Generator().manual_seed(0))
