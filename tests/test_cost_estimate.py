@@ -63,6 +63,12 @@ def test_stages(tiny_config):
     assert estimate(tiny_config).seconds["dense_evaluation"] == 0, "the dense model is not measured twice"
 
 
+def test_logits_are_counted(tiny_config, monkeypatch):
+    monkeypatch.setattr(nnprune.experiment.cost_estimate, "EPOCH_FORWARDS", 1e9)
+    without, with_it = (estimate(tiny_config, "recover=window", f"recover.logits={one}").seconds for one in ("false", "true"))
+    assert with_it["recover"] > 1e3 * without["recover"]
+
+
 def test_no_weights_are_read(tiny_config, tiny_model_dir, tmp_path, monkeypatch):
     for name in ("load", "checkpoint"):
         monkeypatch.setattr(ModelSource, name, lambda *_: pytest.fail("weights are asked for"))

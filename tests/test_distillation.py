@@ -8,14 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.engine import IDS, engine_of, prune, through_layers
-from support.families import FAMILIES, HYBRIDS, MIXTURES
+from support.families import FAMILIES, HYBRIDS, MIXTURES, larger
 from support.ranks import on_ranks
 from support.runs import failure, kill, run_until_killed
 from torch.nn.functional import kl_div
 
 import nnprune.experiment.preparation
-from nnprune.engine import distillation as engine_distillation
-from nnprune.engine import parallel
+from nnprune.engine import logits, parallel
 from nnprune.engine.consistency_check import check_consistency
 from nnprune.engine.distillation import DistillationPass, Student
 from nnprune.engine.layer_files import LayerFiles
@@ -26,8 +25,8 @@ from nnprune.experiment.cost_estimate import CostEstimate
 from nnprune.patterns import NM
 from nnprune.pruners.magnitude import Magnitude
 from nnprune.recovery import Distillation
+from nnprune.recovery.divergence import divergence
 from nnprune.recovery.tuning import Tuning
-from nnprune.recovery.whole_model import divergence
 from nnprune.run import run
 
 ALL = FAMILIES | HYBRIDS | MIXTURES
@@ -36,10 +35,7 @@ SETTINGS = ("pruner=wanda", "sparsity=2:4", "recover=model", "recover.epochs=2",
 
 def engines(name, folder):
     """The engines of a dense model, with weights large enough for logits that differ, and of the same model pruned."""
-    model = ALL[name]()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(8 if parameter.ndim > 1 else 1)
+    model = larger(ALL[name]())
     dense, pruned = engine_of(copy.deepcopy(model), folder / "dense"), engine_of(model, folder / "pruned")
     for engine in (dense, pruned):
         check_consistency(engine)
@@ -49,7 +45,7 @@ def engines(name, folder):
 
 @pytest.mark.parametrize("name", ["llama", "opt_post_norm_projected", "gemma2", "mixtral", "gemma4_text"])
 def test_gradients_are_those_of_the_whole_model(name, tmp_path, monkeypatch):
-    monkeypatch.setitem(engine_distillation.LOGITS, "cpu", 264 * 2 * 5)  # parts of five tokens
+    monkeypatch.setitem(logits.LOGITS, "cpu", 264 * 2 * 5)  # parts of five tokens
     dense, pruned = engines(name, tmp_path)
     model, rows = pruned.decoder.model.requires_grad_(True), [3, 1]
     with torch.no_grad():
@@ -65,6 +61,20 @@ def test_gradients_are_those_of_the_whole_model(name, tmp_path, monkeypatch):
     for (name, parameter), wanted in zip(layers.named_parameters(), pruned.decoder.layers.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, wanted.grad, rtol=1e-3, atol=1e-5, msg=name)
     assert all(parameter.grad.any() for parameter in layers.parameters() if parameter.ndim > 1)
+
+
+def test_gradients_of_a_mean_are_not_too_small_for_float16(tmp_path):
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        torch.manual_seed(0)
+        engine = engine_of(larger(ALL["opt_post_norm_projected"]()).to(dtype), tmp_path / str(dtype))
+        with through_layers(engine, IDS) as states, torch.enable_grad():
+            dense = states.pick([3, 1])
+            outputs = (dense + torch.randn(dense.shape)).requires_grad_()
+            (states.compare_logits(divergence, outputs, dense) / 1e7).backward()
+        found[dtype] = outputs.grad
+    assert found[torch.float32].abs().mean() < 1e-8
+    assert (found[torch.float16] - found[torch.float32]).norm() < 0.05 * found[torch.float32].norm()
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +124,9 @@ def test_wherever_layers_are_offloaded(tiny_config, undisturbed, tmp_path):
         assert (record.metrics, record.recovered) == (whole.metrics, whole.recovered)
 
 
-def test_a_16_bit_model(tiny_config):
-    record = run(tiny_config(*SETTINGS, "model.dtype=bfloat16"))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_16_bit_model(dtype, tiny_config):
+    record = run(tiny_config(*SETTINGS, f"model.dtype={dtype}"))
     report = record.recovered[0]["model"]
     assert report["loss_after"] < report["loss_before"]
 

@@ -37,7 +37,7 @@ def engine(tmp_path):
 
 def load_of(engine, method, propagate, tokens):
     shapes = engine.decoder.shapes_by_layer()[0]
-    return Workload(shapes, groups_of(engine), [method], propagate, 4, 256, SEQ_LEN, 0, tokens, 0)
+    return Workload(shapes, groups_of(engine), [method], propagate, 4, 256, SEQ_LEN, 64, tokens, 0)
 
 
 @pytest.mark.parametrize(

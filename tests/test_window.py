@@ -1,21 +1,26 @@
 """Windows of decoder layers that are tuned together."""
 
+import copy
 from functools import partial
 
 import pytest
 import torch
 from support.engine import IDS, engine_of, prune, prune_model, random_ids, recover, through_layers
-from support.families import FAMILIES
+from support.families import FAMILIES, larger
+from support.runs import failure
+from torch.nn.functional import kl_div
 
+from nnprune.engine import logits
 from nnprune.engine.layer_files import LayerFiles
 from nnprune.engine.pruning_pass import PruneTask, PruningPass
 from nnprune.method import Method
 from nnprune.patterns import NM
 from nnprune.pruners.sparsegpt import SparseGPT
+from nnprune.run import run
 
 
 def windows(num_layers):
-    return Method(SparseGPT(), recovery=recover(0, 3, num_layers=num_layers, lr=3e-3))
+    return Method(SparseGPT(), recovery=recover(0, 3, num_layers=num_layers, lr=3e-3, logits=True))
 
 
 @pytest.mark.parametrize("propagate", ["pruned", "dense", "sequential"])
@@ -25,11 +30,11 @@ def test_layers_are_tuned_together_with_those_before_them(tmp_path, propagate):
     method = windows(2)
     tune = method.recovery.tune
 
-    def witness(index, layers, run, inputs, targets, num_epochs):
+    def witness(index, layers, run, inputs, targets, *more):
         with torch.no_grad():
             rows = list(range(len(IDS)))
             before = inputs.pick(rows).clone(), run(layers, inputs.pick(rows)).clone(), targets.pick(rows).clone()
-        report = tune(index, layers, run, inputs, targets, num_epochs)
+        report = tune(index, layers, run, inputs, targets, *more)
         with torch.no_grad():
             seen.append((len(layers), *before, run(layers, inputs.pick(rows)).clone()))
         return report
@@ -59,6 +64,37 @@ def test_layers_that_were_tuned_before_are_tuned_at_another_rate(tmp_path):
     assert torch.equal(*first)
     torch.testing.assert_close(last[0], first[0])
     assert not torch.allclose(last[1], first[1])
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt_post_norm_projected"])
+def test_the_last_layers_are_tuned_towards_the_logits(name, num_layers, tmp_path, monkeypatch):
+    """The loss in the report is the divergence that the saved model has on what was held out, also in parts of five tokens."""
+    monkeypatch.setitem(logits.LOGITS, "cpu", 264 * 5)
+    model = larger(FAMILIES[name]())
+    dense, models = copy.deepcopy(model), {}
+    for towards_logits in (False, True):
+        method = Method(SparseGPT(), recovery=recover(0, 3, num_layers=num_layers, lr=3e-3, logits=towards_logits))
+        models[towards_logits], reports = prune_model(tmp_path / str(towards_logits), method=method, model=copy.deepcopy(model))
+    with torch.no_grad():
+        wanted, found = (one(IDS[4:]).logits.log_softmax(-1) for one in (dense, models[True]))
+    divergence = kl_div(found, wanted, reduction="sum", log_target=True) / found.shape[1]
+    after = reports[-1]["recovered"]["after"]
+    assert after["loss_after"] == pytest.approx(divergence.item(), rel=1e-3)
+    assert after["loss_after"] < after["loss_before"]
+    first = [one.state_dict() for one in (models[True].get_decoder().layers[0], models[False].get_decoder().layers[0])]
+    assert all(torch.equal(tensor, first[1][key]) for key, tensor in first[0].items()), "earlier layers are tuned as before"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_logits_of_16_bit_models(dtype, tiny_config):
+    settings = ("pruner=wanda", "sparsity=2:4", "recover=window", "recover.logits=true", "recover.epochs_after=2")
+    last = run(tiny_config(*settings, f"model.dtype={dtype}")).recovered[-1]["after"]
+    assert 0 < last["loss_after"] < last["loss_before"]
+
+
+def test_logits_is_true_or_false(tiny_config):
+    assert failure(tiny_config("recover=window", "recover.logits=3")).startswith("recover.logits=3: must be true or false")
 
 
 def layer_output(model, index, hidden):

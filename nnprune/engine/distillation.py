@@ -1,13 +1,13 @@
 """Distillation of a pruned model: all of its decoder layers are on the device at once, beside the dense model's last hidden states.
 
-Letters: N samples, B batch, T tokens, D hidden, V vocabulary.
+Letters: N samples, T tokens.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,10 @@ from nnprune.engine.layer_files import LayerFiles
 from nnprune.engine.prune_linears import count_zeros
 from nnprune.engine.stopwatch import Stopwatch
 from nnprune.recovery import Distillation
+from nnprune.recovery.base import Compare
 from nnprune.recovery.tuning import check_rows
-from nnprune.recovery.whole_model import Compare
 
 log = logging.getLogger(__name__)
-
-LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}
-"""Logits of one model that are computed at a time: those of all tokens of a step may take more than the model."""
-
-LOGIT_BYTES = 32
-"""Of one of these: logits and logarithms of probabilities of both models, products of them, and gradients."""
 
 
 @dataclass(eq=False)
@@ -94,7 +88,6 @@ class DistillationPass:
         pruned = store.layer_files
         for index in range(self.engine.num_layers):
             store.fetch(index)
-        decoder.model.requires_grad_(False)  # of what is tuned there is a copy
         student = Student(self.engine, self.dense)
         report = self.distillation.tune_model(decoder.layers, student, self._log_epoch)
         for parameter in decoder.layers.parameters():
@@ -132,20 +125,6 @@ class Student:
         # 16-bit models multiply in bfloat16; the weights stay float32
         with torch.autocast(dense.device.type, dtype=torch.bfloat16, enabled=dense.dtype != torch.float32):
             for index, layer in enumerate(layers):
-                hidden = _checkpointed(self.calibration.run, index, layer, hidden)
-            size = max(LOGITS[dense.device.type] // (decoder.vocab_size * len(ids)), 1)
-            # as in the evaluation, but for float16, which has no room for gradients of a mean
-            dtype = torch.float32 if dense.dtype == torch.float16 else dense.dtype
-            parts = zip(*(one.split(size, dim=1) for one in (ids, hidden.to(dtype), dense.to(dtype))), strict=True)
-            return torch.stack([_checkpointed(self._compare_logits, compare, *part) for part in parts]).sum()
-
-    def _compare_logits(self, compare: Compare, ids: Tensor, hidden: Tensor, dense: Tensor) -> Tensor:
-        logits = self.engine.decoder.logits
-        with torch.no_grad():
-            of_dense = logits(ids, dense)
-        return compare(logits(ids, hidden), of_dense)
-
-
-def _checkpointed(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """What a function returns, whose activations are not kept but computed again for the gradients."""
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+                run = partial(self.calibration.run, index, layer)  # its activations are computed again for the gradients
+                hidden = checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
+            return self.calibration.compare_logits(compare, hidden, dense)

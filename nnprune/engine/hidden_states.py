@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from nnprune.engine import parallel
 from nnprune.engine.hidden_buffer import HiddenBuffer
+from nnprune.engine.logits import compare_logits
 from nnprune.model.decoder import Decoder, LayerCall, run_layer
+from nnprune.recovery.base import Compare
 from nnprune.runtime import Runtime
 
 CPU_LOGITS = 1 << 23
@@ -116,6 +118,11 @@ class HiddenStates:
             for start in range(0, seq_len, step):  # after the layers, tokens are independent
                 tokens = slice(start, min(start + step, seq_len))
                 yield row, tokens, self.decoder.logits(ids[:, tokens], hidden[:, tokens])[0]
+
+    def compare_logits(self, compare: Compare, outputs: Tensor, dense: Tensor) -> Tensor:
+        """The sum of what `compare` finds over the tokens of the rows picked last, for outputs (B, T, D) of the last decoder layer and
+        those of the dense model; float32 ()."""
+        return compare_logits(self.decoder, compare, self.ids[self.rows].to(self.device), outputs, dense)
 
     def _each_batch(self, step: Callable[[slice], None], split: int = 0) -> None:
         num_rows, seq_len = self.ids.shape

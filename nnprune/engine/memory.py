@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from nnprune.engine.distillation import LOGIT_BYTES, LOGITS
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.experts import bytes_of_statistics
 from nnprune.engine.hidden_states import tokens_of_logits
 from nnprune.engine.input_collector import SAMPLED_TOKENS
 from nnprune.engine.input_groups import PROBE_TOKENS, layer_groups
+from nnprune.engine.logits import LOGIT_BYTES, LOGITS
 from nnprune.engine.window import num_kept_states
 from nnprune.method import Method
 from nnprune.runtime import Runtime
@@ -52,7 +52,7 @@ class Workload:
         itemsize: bytes of a number in the computing dtype.
         hidden_size: D.
         seq_len: tokens of the longest sequence.
-        vocab_size: V, or 0 without an evaluation.
+        vocab_size: V.
         calibration: tokens of the calibration.
         windows: tokens of all evaluations, of the dense and of the pruned model.
         experts: linear name -> `pool_key`, of those that are experts', which compute one after the other.
@@ -103,12 +103,13 @@ class Workload:
                 kept += 4 * width * width * matrices * (len(self.methods) > 1)  # a grid keeps them for its other cells
         return most + self._sample_bytes()
 
-    def tune_bytes(self) -> int:
-        """Block-wise reconstruction of the decoder layers of a window, with a step's activations."""
+    def tune_bytes(self, runtime: Runtime) -> int:
+        """Block-wise reconstruction of the decoder layers of a window, with a step's activations, and some logits."""
         recoveries = [method.recovery for method in self.methods if method.recovery.is_on]
         tokens = max((max(one.batch_tokens, self.seq_len) for one in recoveries), default=0)
         activations = (TUNED_ACTIVATIONS + self.itemsize) * tokens * self._num_outputs
-        return bool(recoveries) * self._window * (TUNED_BYTES * self._num_weights + activations)
+        logits = any(one.logits for one in recoveries) * self._logit_bytes(tokens, runtime)
+        return bool(recoveries) * self._window * (TUNED_BYTES * self._num_weights + activations) + logits
 
     def distill_bytes(self, runtime: Runtime) -> int:
         """Distillation: the weights of all decoder layers, what tuning holds of them, and a step's activations, of which the inputs of
@@ -117,16 +118,19 @@ class Workload:
         tokens = max((max(one.batch_tokens, self.seq_len) for one in found), default=0)
         activations = 4 * self.hidden_size * (self.num_layers + 2) + (TUNED_ACTIVATIONS + self.itemsize) * self._num_outputs
         held = (TUNED_BYTES + self.itemsize) * self.num_parameters
-        return bool(found) * (held + tokens * activations + LOGIT_BYTES * LOGITS[runtime.torch_device.type])
+        return bool(found) * (held + tokens * activations + self._logit_bytes(tokens, runtime))
+
+    def _logit_bytes(self, tokens: int, runtime: Runtime) -> int:
+        """Logits that are compared at a time, of a step of so many tokens."""
+        return LOGIT_BYTES * min(LOGITS[runtime.torch_device.type], tokens * self.vocab_size)
 
     def workspace_bytes(self, runtime: Runtime) -> int:
         """What computing takes at most, beside weights and hidden states."""
         tokens = runtime.rows_per_batch(self.seq_len) * self.seq_len
-        logits = (self.itemsize + 8) * self.vocab_size
-        if self.vocab_size:
-            logits *= tokens_of_logits(runtime.torch_device, self.seq_len, self.vocab_size)
+        logits = bool(self.windows) * (self.itemsize + 8) * self.vocab_size
+        logits *= tokens_of_logits(runtime.torch_device, self.seq_len, self.vocab_size)
         pruning = self.prune_bytes(runtime.one_by_one, runtime.statistics_bytes)
-        tuning = max(self.tune_bytes(), self.distill_bytes(runtime))
+        tuning = max(self.tune_bytes(runtime), self.distill_bytes(runtime))
         return max(self.forward_bytes(tokens, runtime.statistics_bytes), pruning, tuning, logits)
 
     def _sample_bytes(self) -> int:

@@ -86,7 +86,8 @@ class Window:
                 hidden = inputs.run(index, layer, hidden)
             return hidden
 
-        report = self.recovery.tune(indices[-1], layers, run, inputs, self.reference, num_epochs)
+        is_last = indices[-1] == len(inputs.decoder.layers) - 1
+        report = self.recovery.tune(indices[-1], layers, run, inputs, self.reference, num_epochs, is_last)
         for parameter in layers.parameters():
             parallel.broadcast(parameter.data)  # rounded otherwise where another device computed it
         for index in indices:

@@ -83,6 +83,9 @@ class CostEstimate:
         if self.first.allocation.looks_at == "inputs" and self.pruned:
             seconds["allocation"] += forward * self.load.calibration
         head = self.decoder.vocab_size * self.decoder.text_config.hidden_size / self.in_layers
+        if self.first.method.recovery.logits and self.pruned:
+            epochs = self.first.method.recovery.epochs_after
+            seconds["recover"] += forward * self.load.calibration * EPOCH_FORWARDS * epochs * head
         if self.distillation:  # the dense outputs, then its epochs
             passes = 1 + EPOCH_FORWARDS * self.distillation.epochs * (1 + head)
             seconds["recover"] = seconds.get("recover", 0) + forward * self.load.calibration * passes

@@ -136,7 +136,7 @@ def workload(
         itemsize=experiment.computing_dtype.itemsize,
         hidden_size=decoder.text_config.hidden_size,
         seq_len=max((rows.shape[1] for rows in (calibration, *windows) if len(rows)), default=PROBE_TOKENS),
-        vocab_size=decoder.vocab_size if windows else 0,
+        vocab_size=decoder.vocab_size,
         calibration=calibration.numel(),
         windows=num_measured * sum(map(torch.numel, windows)),
         experts={name: pool_key(weight.expert) for name, weight in weights.items() if weight.expert},

@@ -44,7 +44,7 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, layers_path: str | None = None) -> None:
-        self.model = model.eval()
+        self.model = model.eval().requires_grad_(False)  # of what is tuned there is a copy
         self._experts = model.get_experts_implementation()
         model.set_experts_implementation("eager")  # one expert after the other, so that what each receives can be seen
         self.text_config = model.config.get_text_config()

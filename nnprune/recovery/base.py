@@ -1,6 +1,6 @@
 """The contract between the layer-wise engine and a recovery.
 
-Letters: N samples, B batch, T tokens, D hidden.
+Letters: N samples, B batch, T tokens, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,6 +9,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 Run = Callable[[nn.Module, Tensor], Tensor]  # runs what is tuned: (module, inputs (B, T, D)) -> outputs (B, T, D)
+
+Compare = Callable[[Tensor, Tensor], Tensor]
+"""(logits (..., V), the dense model's logits (..., V)) of some tokens -> the sum of what is compared over these tokens, float32 ()."""
 
 
 class Rows(Protocol):
@@ -22,6 +25,10 @@ class Rows(Protocol):
     def pick(self, rows: Sequence[int]) -> Tensor:
         """The hidden states (B, T, D) of those of `rows` that this process holds, in that order, on the device."""
 
+    def compare_logits(self, compare: Compare, outputs: Tensor, dense: Tensor) -> Tensor:
+        """The sum of what `compare` finds over the tokens of the rows picked last, for outputs (B, T, D) of the last decoder layer and
+        those of the dense model; float32 ()."""
+
 
 class Recovery:
     """Leaves decoder layers as they are."""
@@ -29,6 +36,8 @@ class Recovery:
     epochs_before: int = 0
     epochs_after: int = 0
     batch_tokens: int = 0
+    logits: bool = False
+    """Whether the last decoder layers are tuned towards the dense model's logits."""
     num_layers: int = 1
     """Consecutive decoder layers that are tuned together once the last of them is pruned."""
 
@@ -41,7 +50,10 @@ class Recovery:
         """Token ids (M, T) to calibrate with, from those of the calibration (N, T); `tune` gets the hidden states of these rows."""
         return ids
 
-    def tune(self, index: int, layers: nn.ModuleList, run: Run, inputs: Rows, targets: Rows, num_epochs: int) -> dict[str, Any]:
+    def tune(
+        self, index: int, layers: nn.ModuleList, run: Run, inputs: Rows, targets: Rows, num_epochs: int, is_last: bool
+    ) -> dict[str, Any]:
         """Tune the weights of decoder layer `index`, or of several of which it is the last, in place, zeros excepted: from their `inputs`
-        for the calibration towards the dense model's outputs `targets`, in all processes alike. Returns a report for the record."""
+        for the calibration towards the dense model's outputs `targets`, in all processes alike. `is_last`: the model's last layer is
+        among them, so that logits can be compared. Returns a report for the record."""
         raise NotImplementedError

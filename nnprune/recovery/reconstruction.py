@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nnprune.checks import check_count, check_positive
 from nnprune.recovery.base import Recovery, Rows, Run
+from nnprune.recovery.divergence import divergence
 from nnprune.recovery.tuning import MAX_EPOCHS, Tuning
 
 MAX_LAYERS = 1000
@@ -31,10 +32,14 @@ class Reconstruction(Recovery):
     thousand times larger, which the next layer's norm undoes. The weights of the epoch with the lowest loss on held-out sequences
     are kept, or the initial ones. Raises ValueError for a setting out of range; in `tune` for fewer than two sequences.
 
+    With `logits` the last layer, or the window that it ends, is tuned towards the dense model's logits instead, by `divergence`: of an
+    error behind the last layer only that part counts which the final norm and the head let through.
+
     Args:
         epochs_before, epochs_after: passes over the calibration.
         num_layers: of a window; `epochs_before` tunes single layers.
         earlier_lr: learning rate of the layers of a window before the last one, which were tuned before, relative to `lr`.
+        logits: whether the last layers are tuned towards the logits.
         lr, batch_tokens, holdout, num_copies, replaced: see Tuning.
     """
 
@@ -47,6 +52,7 @@ class Reconstruction(Recovery):
         holdout: float = 0.125,
         num_layers: int = 1,
         earlier_lr: float = 0.3,
+        logits: bool = False,
         num_copies: int = 0,
         replaced: float = 0.3,
     ) -> None:
@@ -58,25 +64,34 @@ class Reconstruction(Recovery):
         if num_layers > 1 and not epochs_after:
             raise ValueError(f"recover.num_layers={num_layers}: windows are tuned after pruning; set recover.epochs_after")
         self.earlier_lr = check_positive("recover.earlier_lr", earlier_lr)
+        if not isinstance(logits, bool):
+            raise ValueError(f"recover.logits={logits}: must be true or false")
+        self.logits = logits
         self.tuning = Tuning(lr, batch_tokens, holdout, num_copies, replaced)
         self.batch_tokens = batch_tokens
 
     def calibration(self, ids: Tensor) -> Tensor:
         return self.tuning.with_copies(ids)
 
-    def tune(self, index: int, layers: nn.ModuleList, run: Run, inputs: Rows, targets: Rows, num_epochs: int) -> dict[str, Any]:
+    def tune(
+        self, index: int, layers: nn.ModuleList, run: Run, inputs: Rows, targets: Rows, num_epochs: int, is_last: bool
+    ) -> dict[str, Any]:
         newest = set(layers[-1].parameters())
         lr_factors = [1.0 if parameter in newest else self.earlier_lr for parameter in layers.parameters()]
-        loss = partial(_loss, run, inputs, targets)
+        loss = partial(_loss, run, inputs, targets, is_last and self.logits)
         return self.tuning.run(layers, loss, inputs, num_epochs, seed=index, lr_factors=lr_factors)
 
 
-def _loss(run: Run, inputs: Rows, targets: Rows, layers: nn.Module, rows: Sequence[int]) -> Tensor:
-    """The normalised squared error of layers with float32 weights on rows of the calibration: the part of this process."""
-    hidden, target = inputs.pick(rows), targets.pick(rows).float()
+def _loss(run: Run, inputs: Rows, targets: Rows, of_logits: bool, layers: nn.Module, rows: Sequence[int]) -> Tensor:
+    """The normalised squared error of layers with float32 weights on rows of the calibration, or the divergence of the logits: the part
+    of this process."""
+    hidden, target = inputs.pick(rows), targets.pick(rows)
     if not len(hidden):
         return torch.zeros((), requires_grad=True)
     # 16-bit models multiply in bfloat16; the weights stay float32
     with torch.autocast(hidden.device.type, dtype=torch.bfloat16, enabled=hidden.dtype != torch.float32):
         output = run(layers, hidden.float())
+        if of_logits:
+            return targets.compare_logits(divergence, output, target) / (len(rows) * target.shape[1])
+    target = target.float()
     return ((output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean() * (len(hidden) / len(rows))

@@ -1,19 +1,14 @@
-"""Distillation: the tuning of all decoder layers at once towards the dense model's logits.
+"""Distillation: the tuning of all decoder layers at once towards the dense model's logits."""
 
-Letters: V vocabulary.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from nnprune.checks import check_count
-from nnprune.recovery.base import Recovery, Rows
+from nnprune.recovery.base import Compare, Recovery, Rows
+from nnprune.recovery.divergence import divergence
 from nnprune.recovery.tuning import MAX_EPOCHS, EachEpoch, Tuning
-
-Compare = Callable[[Tensor, Tensor], Tensor]
-"""(logits (..., V), the dense model's logits (..., V)) of some tokens -> the sum of what is compared over these tokens, float32 ()."""
 
 
 class Model(Protocol):
@@ -31,7 +26,7 @@ class Model(Protocol):
 class Distillation(Recovery):
     """Tunes the weights of all decoder layers together with Adam, zeros fixed, towards the dense model's logits.
 
-    Loss: the mean over tokens of KL(dense || pruned) over the vocabulary (Hinton et al. 2015, arXiv:1503.02531, at temperature 1).
+    Loss: the mean over tokens of KL(dense || pruned) over the vocabulary (see `divergence`).
     Embeddings, final norm and head stay as they are. The weights of the epoch with the lowest loss on held-out sequences are kept, or
     the initial ones. Raises ValueError for a setting out of range.
 
@@ -69,9 +64,3 @@ class Distillation(Recovery):
             return model.compare(divergence, layers, rows) / (len(rows) * seq_len)
 
         return self.tuning.run(layers, loss, model.calibration, self.epochs, seed=0, each_epoch=each_epoch)
-
-
-def divergence(logits: Tensor, dense_logits: Tensor) -> Tensor:
-    """The sum over tokens of KL(dense || pruned), from logits (..., V) of any dtype; float32 ()."""
-    log_q, log_p = logits.float().log_softmax(-1), dense_logits.float().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum()

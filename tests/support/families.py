@@ -187,3 +187,11 @@ HYBRIDS = {
     "gemma4_text": make_model("Gemma4Text", **PER_LAYER_INPUTS, num_hidden_layers=2, **GROUPED),
 }
 """Dense decoders with layers of several kinds, or whose layers receive more than hidden states."""
+
+
+@torch.no_grad()
+def larger(model):
+    """The model with weights so large that its logits differ when they are pruned."""
+    for parameter in model.parameters():
+        parameter.mul_(8 if parameter.ndim > 1 else 1)
+    return model
