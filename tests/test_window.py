@@ -67,15 +67,17 @@ def test_layers_that_were_tuned_before_are_tuned_at_another_rate(tmp_path):
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("propagate", ["pruned", "sequential"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "opt_post_norm_projected"])
-def test_the_last_layers_are_tuned_towards_the_logits(name, num_layers, tmp_path, monkeypatch):
+def test_the_last_layers_are_tuned_towards_the_logits(name, propagate, num_layers, tmp_path, monkeypatch):
     """The loss in the report is the divergence that the saved model has on what was held out, also in parts of five tokens."""
     monkeypatch.setitem(logits.LOGITS, "cpu", 264 * 5)
     model = larger(FAMILIES[name]())
     dense, models = copy.deepcopy(model), {}
     for towards_logits in (False, True):
         method = Method(SparseGPT(), recovery=recover(0, 3, num_layers=num_layers, lr=3e-3, logits=towards_logits))
-        models[towards_logits], reports = prune_model(tmp_path / str(towards_logits), method=method, model=copy.deepcopy(model))
+        again = {"method": method, "model": copy.deepcopy(model), "propagate": propagate}
+        models[towards_logits], reports = prune_model(tmp_path / str(towards_logits), **again)
     with torch.no_grad():
         wanted, found = (one(IDS[4:]).logits.log_softmax(-1) for one in (dense, models[True]))
     divergence = kl_div(found, wanted, reduction="sum", log_target=True) / found.shape[1]
@@ -88,13 +90,21 @@ def test_the_last_layers_are_tuned_towards_the_logits(name, num_layers, tmp_path
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_logits_of_16_bit_models(dtype, tiny_config):
-    settings = ("pruner=wanda", "sparsity=2:4", "recover=window", "recover.logits=true", "recover.epochs_after=2")
+    settings = ("pruner=wanda", "sparsity=2:4", "recover=window", "recover.epochs_after=2")
     last = run(tiny_config(*settings, f"model.dtype={dtype}")).recovered[-1]["after"]
     assert 0 < last["loss_after"] < last["loss_before"]
 
 
-def test_logits_is_true_or_false(tiny_config):
-    assert failure(tiny_config("recover=window", "recover.logits=3")).startswith("recover.logits=3: must be true or false")
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("recover.logits=3", "recover.logits=3: must be true or false"),
+        ("recover.logits_lr=0", "recover.logits_lr=0: must be a number greater than 0"),
+        ("recover.lr=0", "recover.lr=0: must be a number greater than 0"),
+    ],
+)
+def test_settings_that_cannot_be(setting, reason, tiny_config):
+    assert failure(tiny_config("recover=window", setting)).startswith(reason)
 
 
 def layer_output(model, index, hidden):
