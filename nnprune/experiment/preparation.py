@@ -126,8 +126,9 @@ def workload(
     else:
         chosen = chosen_linears(experiment, decoder, like=decoder)
         groups = [kept for names in groups if (kept := [name for name in names if name in chosen])]
-    if not any(method.distillation for method in methods):
-        calibration = rows_needed(methods, calibration)
+    pruned_on = rows_needed(methods, calibration)
+    if len(pruned_on) > len(calibration) or not any(method.distillation for method in methods):
+        calibration = pruned_on
     return Workload(
         shapes={name: weight.shape for name, weight in weights.items()},
         groups=groups,
