@@ -149,6 +149,7 @@ def test_short_sequences_masks_other_dtypes_and_gradients_are_left_to_pytorch(ca
         (call,) = decoder.record_calls(torch.zeros(1, 256, dtype=torch.int64))
         window = torch.ones(256, 256, dtype=torch.bool).tril().triu(-8)[None, None]
         layer_output(decoder, 256, LayerCall(call.args, {**call.kwargs, "attention_mask": window}))
+    decoder.layers.requires_grad_(True)
     layer_output(decoder, 256).sum().backward()
     assert all(parameter.grad is not None for parameter in decoder.layers[0].parameters())
     with torch.no_grad():

@@ -180,7 +180,7 @@ def test_the_statistics_of_64_experts_stay_within_the_estimate(tmp_path):
         experts = {name: pool_key(view.expert) for name, view in weights.items() if view.expert}
         shapes = {name: view.shape for name, view in weights.items()}
         engine.runtime.statistics_bytes = room
-        load = Workload(shapes, groups_of(engine), [method], False, 4, 64, 64, 0, ids.numel(), 0, experts)
+        load = Workload(shapes, groups_of(engine), [method], False, 4, 64, 64, 264, ids.numel(), 0, experts)
         estimated = sum(load.hidden_bytes()) + load.workspace_bytes(engine.runtime)
         task = PruneTask(method, dict.fromkeys(shapes, NM(2, 4)), engine.store.layer_files)
         measured = peak_bytes(partial(PruningPass(engine, [task], "pruned").run, ids))
