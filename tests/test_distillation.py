@@ -215,6 +215,14 @@ def test_the_cost_estimate_counts_it(tiny_config):
     assert with_it.disk_bytes - without.disk_bytes == 4 * with_it.in_layers, "tuned layers have files of their own"
 
 
+def test_the_estimate_counts_the_copies_that_layers_are_tuned_on(tiny_config):
+    settings = ("pruner=wanda", "sparsity=2:4", "recover=layer_model")
+    without, with_them = (
+        CostEstimate([build(tiny_config(*settings, f"+recover.layers.num_copies={number}"))]).load for number in (0, 2)
+    )
+    assert with_them.calibration == 3 * without.calibration > 0
+
+
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [

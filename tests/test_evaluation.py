@@ -8,7 +8,7 @@ from support.engine import engine_of, through_layers
 from support.families import FAMILIES, VOCAB_SIZE
 from torch.nn.functional import cross_entropy
 
-import nnprune.engine.hidden_states
+import nnprune.engine.logits
 from nnprune.evaluation import Perplexity
 from nnprune.model.decoder import Decoder
 
@@ -53,7 +53,7 @@ def test_few_logits_live_at_a_time(tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(Decoder, "logits", watched)
-    monkeypatch.setattr(nnprune.engine.hidden_states, "CPU_LOGITS", 64 * VOCAB_SIZE)
+    monkeypatch.setitem(nnprune.engine.logits.LOGITS, "cpu", 64 * VOCAB_SIZE)
     model, ids = FAMILIES["llama"](), torch.randint(VOCAB_SIZE, (3, 129), generator=torch.Generator().manual_seed(0))
     assert measured(engine_of(model, tmp_path), ids) == pytest.approx(plain_perplexity(model, ids), rel=1e-5)
     assert shapes == [(1, 64, VOCAB_SIZE), (1, 64, VOCAB_SIZE), (1, 1, VOCAB_SIZE)] * 3

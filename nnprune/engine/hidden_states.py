@@ -11,18 +11,10 @@ from torch import Tensor, nn
 
 from nnprune.engine import parallel
 from nnprune.engine.hidden_buffer import HiddenBuffer
-from nnprune.engine.logits import compare_logits
+from nnprune.engine.logits import compare_logits, tokens_of_logits
 from nnprune.model.decoder import Decoder, LayerCall, run_layer
 from nnprune.recovery.base import Compare
 from nnprune.runtime import Runtime
-
-CPU_LOGITS = 1 << 23
-"""Logits computed at a time on a CPU: few enough for the cache, enough tokens for a fast product."""
-
-
-def tokens_of_logits(device: torch.device, seq_len: int, vocab_size: int) -> int:
-    """Tokens of a row whose logits are computed at once: all on CUDA; on a CPU, 64 for V of 131 072 or more."""
-    return seq_len if device.type == "cuda" else min(max(CPU_LOGITS // vocab_size, 64), seq_len)
 
 
 class HiddenStates:

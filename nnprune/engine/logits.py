@@ -1,6 +1,6 @@
-"""The logits of two models compared, a few tokens at a time: those of all tokens of a step may take more memory than the model.
+"""How many logits are alive at a time, and those of two models compared: those of all tokens of a step may take more memory than the model.
 
-Letters: B batch, T tokens, D hidden.
+Letters: B batch, T tokens, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,15 @@ from nnprune.model.decoder import Decoder
 from nnprune.recovery.base import Compare
 
 LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}
-"""Logits of one model that are compared at a time."""
+"""Logits of one model that are computed at a time; on a CPU few enough for the cache, and enough tokens for a fast product."""
 
 LOGIT_BYTES = 32
-"""Of one of these: logits and logarithms of probabilities of both models, products of them, and gradients."""
+"""Of one of these where two models are compared: logits and logarithms of probabilities of both models, products of them, and gradients."""
+
+
+def tokens_of_logits(device: torch.device, seq_len: int, vocab_size: int) -> int:
+    """Tokens of a row whose logits an evaluation computes at once: all on CUDA; on a CPU, 64 for V of 131 072 or more."""
+    return seq_len if device.type == "cuda" else min(max(LOGITS["cpu"] // vocab_size, 64), seq_len)
 
 
 def compare_logits(decoder: Decoder, compare: Compare, ids: Tensor, outputs: Tensor, dense: Tensor) -> Tensor:

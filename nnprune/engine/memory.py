@@ -13,10 +13,9 @@ import torch
 
 from nnprune.engine.engine import LayerwiseEngine
 from nnprune.engine.experts import bytes_of_statistics
-from nnprune.engine.hidden_states import tokens_of_logits
 from nnprune.engine.input_collector import SAMPLED_TOKENS
 from nnprune.engine.input_groups import PROBE_TOKENS, layer_groups
-from nnprune.engine.logits import LOGIT_BYTES, LOGITS
+from nnprune.engine.logits import LOGIT_BYTES, LOGITS, tokens_of_logits
 from nnprune.engine.window import num_kept_states
 from nnprune.method import Method
 from nnprune.runtime import Runtime

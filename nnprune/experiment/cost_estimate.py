@@ -49,11 +49,11 @@ class CostEstimate:
             self.decoder = skeleton(self.first, config)
             for cell in cells:
                 check_shapes(cell, self.decoder)
-            ids, texts = token_ids(self.first, config, self.first.source.tokenizer())
+            self.ids, texts = token_ids(self.first, config, self.first.source.tokenizer())
         self.windows = list(chain.from_iterable(texts.values()))
         self.measures_dense = self.first.is_dense or read_completed(self.first.dense().folder) is None
         methods, num_measured = [cell.method for cell in self.pruned], self.measures_dense + bool(self.pruned)
-        self.load = workload(self.first, self.decoder, [], methods, ids, self.windows, num_measured)
+        self.load = workload(self.first, self.decoder, [], methods, self.ids, self.windows, num_measured)
         self.free_host, base, peak = available_host_bytes(), resident_host_bytes() + LIBRARIES, peak_host_bytes()
         self.in_layers = sum(map(torch.numel, self.decoder.layers.parameters()))  # parameters; below tied ones once
         model = self.decoder.model
@@ -88,7 +88,7 @@ class CostEstimate:
             seconds["recover"] += forward * self.load.calibration * EPOCH_FORWARDS * epochs * head
         if self.distillation:  # the dense outputs, then its epochs
             passes = 1 + EPOCH_FORWARDS * self.distillation.epochs * (1 + head)
-            seconds["recover"] = seconds.get("recover", 0) + forward * self.load.calibration * passes
+            seconds["recover"] = seconds.get("recover", 0) + forward * self.ids.numel() * passes
         windows = forward * (1 + head) * sum(map(torch.numel, self.windows))
         return seconds | {"dense_evaluation": windows * self.measures_dense, "evaluation": windows * len(self.pruned)}
 

@@ -127,8 +127,8 @@ def workload(
         chosen = chosen_linears(experiment, decoder, like=decoder)
         groups = [kept for names in groups if (kept := [name for name in names if name in chosen])]
     pruned_on = rows_needed(methods, calibration)
-    if len(pruned_on) > len(calibration) or not any(method.distillation for method in methods):
-        calibration = pruned_on
+    distills = any(method.distillation for method in methods)
+    calibration = max(pruned_on, calibration, key=len) if distills else pruned_on
     return Workload(
         shapes={name: weight.shape for name, weight in weights.items()},
         groups=groups,
