@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import nnprune.experiment.cost_estimate
 from nnprune.experiment.build import build
-from nnprune.experiment.cost_estimate import CostEstimate
+from nnprune.experiment.cost_estimate import CostEstimate, mean_passes
 from nnprune.model.loading import ModelSource
+from nnprune.recovery import Reconstruction
 from nnprune.run import run, show_estimate
 
 ROOT = Path(__file__).parent.parent
@@ -65,8 +66,23 @@ def test_stages(tiny_config):
 
 def test_logits_are_counted(tiny_config, monkeypatch):
     monkeypatch.setattr(nnprune.experiment.cost_estimate, "EPOCH_FORWARDS", 1e9)
-    without, with_it = (estimate(tiny_config, "recover=window", f"recover.logits={one}").seconds for one in ("false", "true"))
+    without, with_it = (estimate(tiny_config, "recover=window", f"recover.logits_epochs={n}").seconds for n in (0, 1))
     assert with_it["recover"] > 1e3 * without["recover"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"epochs_before": 0, "epochs_after": 4}, 4),
+        ({"epochs_before": 1, "epochs_after": 2}, 3),
+        ({"epochs_before": 0, "epochs_after": 4, "num_layers": 2}, (4 + 8 + 8 + 8) / 4),
+        ({"epochs_before": 1, "epochs_after": 4, "num_layers": 2}, (5 + 9 + 9 + 9) / 4),
+        ({"epochs_before": 0, "epochs_after": 4, "num_layers": 2, "logits_epochs": 6}, (4 + 8 + 8 + 12) / 4),
+        ({"epochs_before": 1, "epochs_after": 0, "logits_epochs": 6}, (1 + 1 + 1 + 6) / 4),
+    ],
+)
+def test_passes_through_layers_that_are_tuned(settings, wanted):
+    assert mean_passes(Reconstruction(**settings), 4) == wanted
 
 
 def test_no_weights_are_read(tiny_config, tiny_model_dir, tmp_path, monkeypatch):

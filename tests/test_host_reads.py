@@ -20,7 +20,7 @@ GROUPS = 4  # of linears in a layer of Llama: q, k and v; o; gate and up; down
 BEFORE = 9  # the layer, when the calibration and the reference start
 AT_ONCE = 1 + GROUPS + 1  # what is known of all inputs, of each group's weights, and of the layer's zeros
 SEQUENTIAL = 2 * GROUPS + 1
-LOOKS = {"refit": 2 * GROUPS, "swaps": 7 * 2, "best_medium": 3 * 6, "best": 3 * 6 + 1 + BEFORE + 2 * (4 + 5)}
+LOOKS = {"refit": 2 * GROUPS, "swaps": 7 * 2, "best_medium": 3 * 6, "best": 3 * 10 + 1 + BEFORE + 2 * (8 + 9)}
 """Of iterations, every few steps; of tuning, in and after each epoch. Copies: which tokens there are, and twice as many sequences.
 Logits: one of transformers' own in each forward, of either model, in and after each epoch."""
 

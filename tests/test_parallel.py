@@ -95,7 +95,7 @@ def prune_llama(folder):
     witness, model = Witness(), FAMILIES["llama"]()
     engine = engine_of(model, folder / str(rank))
     plan = dict.fromkeys(engine.decoder.shapes(), NM(2, 4))
-    reports = prune(engine, Method(witness, recovery=recover(0, 1, num_layers=2, logits=True)), plan, IDS)
+    reports = prune(engine, Method(witness, recovery=recover(0, 1, num_layers=2, logits_epochs=1)), plan, IDS)
     torch.save((witness.seen, reports, model.state_dict()), folder / f"{rank}.pt")
 
 

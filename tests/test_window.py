@@ -20,7 +20,7 @@ from nnprune.run import run
 
 
 def windows(num_layers):
-    return Method(SparseGPT(), recovery=recover(0, 3, num_layers=num_layers, lr=3e-3, logits=True))
+    return Method(SparseGPT(), recovery=recover(0, 3, num_layers=num_layers, lr=3e-3, logits_epochs=3))
 
 
 @pytest.mark.parametrize("propagate", ["pruned", "dense", "sequential"])
@@ -75,13 +75,14 @@ def test_the_last_layers_are_tuned_towards_the_logits(name, propagate, num_layer
     model = larger(FAMILIES[name]())
     dense, models = copy.deepcopy(model), {}
     for towards_logits in (False, True):
-        method = Method(SparseGPT(), recovery=recover(0, 3, num_layers=num_layers, lr=3e-3, logits=towards_logits))
+        method = Method(SparseGPT(), recovery=recover(0, 3, num_layers=num_layers, lr=3e-3, logits_epochs=4 * towards_logits))
         again = {"method": method, "model": copy.deepcopy(model), "propagate": propagate}
         models[towards_logits], reports = prune_model(tmp_path / str(towards_logits), **again)
     with torch.no_grad():
         wanted, found = (one(IDS[4:]).logits.log_softmax(-1) for one in (dense, models[True]))
     divergence = kl_div(found, wanted, reduction="sum", log_target=True) / found.shape[1]
     after = reports[-1]["recovered"]["after"]
+    assert after["epoch"] == 4, "it has epochs of its own"
     assert after["loss_after"] == pytest.approx(divergence.item(), rel=1e-3)
     assert after["loss_after"] < after["loss_before"]
     first = [one.state_dict() for one in (models[True].get_decoder().layers[0], models[False].get_decoder().layers[0])]
@@ -98,7 +99,7 @@ def test_logits_of_16_bit_models(dtype, tiny_config):
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [
-        ("recover.logits=3", "recover.logits=3: must be true or false"),
+        ("recover.logits_epochs=-1", "recover.logits_epochs=-1: must be a whole number"),
         ("recover.logits_lr=0", "recover.logits_lr=0: must be a number greater than 0"),
         ("recover.lr=0", "recover.lr=0: must be a number greater than 0"),
     ],

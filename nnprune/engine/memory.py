@@ -107,7 +107,7 @@ class Workload:
         recoveries = [method.recovery for method in self.methods if method.recovery.is_on]
         tokens = max((max(one.batch_tokens, self.seq_len) for one in recoveries), default=0)
         activations = (TUNED_ACTIVATIONS + self.itemsize) * tokens * self._num_outputs
-        logits = any(one.logits for one in recoveries) * self._logit_bytes(tokens, runtime)
+        logits = any(one.logits_epochs for one in recoveries) * self._logit_bytes(tokens, runtime)
         return bool(recoveries) * self._window * (TUNED_BYTES * self._num_weights + activations) + logits
 
     def distill_bytes(self, runtime: Runtime) -> int:

@@ -19,12 +19,23 @@ from nnprune.experiment.preparation import check_shapes, skeleton, token_ids, wo
 from nnprune.experiment.timed_layers import VOCABULARY, time_layers
 from nnprune.model.loading import quieten_transformers
 from nnprune.records import read_completed
+from nnprune.recovery.base import Recovery
 from nnprune.runtime import available_host_bytes, peak_host_bytes, resident_host_bytes
 
 GIB = 1 << 30
 LIBRARIES = 80 << 20  # bytes of code, buffers of libraries and threads that a run touches before it loads weights
 EPOCH_FORWARDS = 6  # as long as an epoch of distillation takes: a forward, another for the gradients, these, and Adam's steps
 TIMED_TOKENS = {"cpu": 1024, "cuda": 16384}
+
+
+def mean_passes(recovery: Recovery, num_layers: int) -> float:
+    """Passes of the calibration through a decoder layer that a recovery tunes, mean over the layers: the first windows are smaller, and
+    the last one has epochs of its own."""
+    before, after, of_last = recovery.epochs_before, recovery.epochs_after, recovery.logits_epochs
+    epochs = [(before, after)] * (num_layers - 1) + [
+        (bool(before) * of_last, bool(after) * of_last) if of_last else (before, after)
+    ]
+    return fmean(single + window * min(index + 1, recovery.num_layers) for index, (single, window) in enumerate(epochs))
 
 
 class CostEstimate:
@@ -72,20 +83,18 @@ class CostEstimate:
             timed, self.load.groups, num_parameters = time_layers(self.pruned or self.cells, ids, self.decoder)
         seconds = {stage: value * self.in_layers / num_parameters for stage, value in timed.items()}
         seconds["load"] *= self.outside / self.in_layers + (self.runtime.layers != "disk")
-        if "recover" in seconds:  # the first windows are smaller
-            num_layers, window = len(self.decoder.layers), self.first.method.recovery.num_layers
+        recovery, num_layers = self.first.method.recovery, len(self.decoder.layers)
+        if "recover" in seconds:
             num_timed = max(round(num_layers * num_parameters / self.in_layers), 1)
-            mean, of_timed = (fmean(min(index + 1, window) for index in range(num)) for num in (num_layers, num_timed))
-            seconds["recover"] *= mean / of_timed
+            seconds["recover"] *= mean_passes(recovery, num_layers) / mean_passes(recovery, num_timed)
         for stage in {"calibration", "recover"} & set(seconds):
             seconds[stage] *= self.load.calibration / rows_needed([self.first.method], ids).numel()
         forward = seconds["dense_evaluation"] / ids.numel()  # of a token through all layers
         if self.first.allocation.looks_at == "inputs" and self.pruned:
             seconds["allocation"] += forward * self.load.calibration
         head = self.decoder.vocab_size * self.decoder.text_config.hidden_size / self.in_layers
-        if self.first.method.recovery.logits and self.pruned:
-            epochs = self.first.method.recovery.epochs_after
-            seconds["recover"] += forward * self.load.calibration * EPOCH_FORWARDS * epochs * head
+        if recovery.logits_epochs and self.pruned:
+            seconds["recover"] += forward * self.load.calibration * EPOCH_FORWARDS * recovery.logits_epochs * head
         if self.distillation:  # the dense outputs, then its epochs
             passes = 1 + EPOCH_FORWARDS * self.distillation.epochs * (1 + head)
             seconds["recover"] = seconds.get("recover", 0) + forward * self.ids.numel() * passes

@@ -36,8 +36,8 @@ class Recovery:
     epochs_before: int = 0
     epochs_after: int = 0
     batch_tokens: int = 0
-    logits: bool = False
-    """Whether the last decoder layers are tuned towards the dense model's logits."""
+    logits_epochs: int = 0
+    """Passes that tune the last decoder layers towards the dense model's logits, instead of `num_epochs`; 0 for none."""
     num_layers: int = 1
     """Consecutive decoder layers that are tuned together once the last of them is pruned."""
 

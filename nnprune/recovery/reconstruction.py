@@ -32,15 +32,15 @@ class Reconstruction(Recovery):
     thousand times larger, which the next layer's norm undoes. The weights of the epoch with the lowest loss on held-out sequences
     are kept, or the initial ones. Raises ValueError for a setting out of range; in `tune` for fewer than two sequences.
 
-    With `logits` the last layer, or the window that it ends, is tuned towards the dense model's logits instead, by `divergence`: behind
-    the last layer an error counts only as far as the final norm and the head let it through.
+    With `logits_epochs` the last layer, or the window that it ends, is tuned towards the dense model's logits instead, by `divergence`:
+    behind the last layer an error counts only as far as the final norm and the head let it through.
 
     Args:
         epochs_before, epochs_after: passes over the calibration.
         num_layers: of a window; `epochs_before` tunes single layers.
         earlier_lr: learning rate of the layers of a window before the last one, which were tuned before, relative to `lr`.
-        logits: whether the last layer or window is tuned towards the logits.
-        logits_lr: its learning rate, as `lr`.
+        logits_epochs: passes that tune the last layer or window towards the logits; 0 tunes it as all others.
+        logits_lr: their learning rate, as `lr`.
         lr, batch_tokens, holdout, num_copies, replaced: see Tuning.
     """
 
@@ -53,7 +53,7 @@ class Reconstruction(Recovery):
         holdout: float = 0.125,
         num_layers: int = 1,
         earlier_lr: float = 0.3,
-        logits: bool = False,
+        logits_epochs: int = 0,
         logits_lr: float = 0.003,
         num_copies: int = 0,
         replaced: float = 0.3,
@@ -67,9 +67,7 @@ class Reconstruction(Recovery):
             raise ValueError(f"recover.num_layers={num_layers}: windows are tuned after pruning; set recover.epochs_after")
         self.earlier_lr = check_positive("recover.earlier_lr", earlier_lr)
         self.tuning = Tuning(lr, batch_tokens, holdout, num_copies, replaced)
-        if not isinstance(logits, bool):
-            raise ValueError(f"recover.logits={logits}: must be true or false")
-        self.logits = logits
+        self.logits_epochs = check_count("recover.logits_epochs", logits_epochs, 0, MAX_EPOCHS)
         self.logits_factor = check_positive("recover.logits_lr", logits_lr) / lr
         self.batch_tokens = batch_tokens
 
@@ -79,8 +77,8 @@ class Reconstruction(Recovery):
     def tune(
         self, index: int, layers: nn.ModuleList, run: Run, inputs: Rows, targets: Rows, num_epochs: int, is_last: bool
     ) -> dict[str, Any]:
-        of_logits, newest = is_last and self.logits, set(layers[-1].parameters())
-        factor = self.logits_factor if of_logits else 1.0
+        of_logits, newest = is_last and self.logits_epochs > 0, set(layers[-1].parameters())
+        factor, num_epochs = (self.logits_factor, self.logits_epochs) if of_logits else (1.0, num_epochs)
         lr_factors = [factor * (1.0 if parameter in newest else self.earlier_lr) for parameter in layers.parameters()]
         loss = partial(_loss, run, inputs, targets, of_logits)
         return self.tuning.run(layers, loss, inputs, num_epochs, seed=index, lr_factors=lr_factors)
