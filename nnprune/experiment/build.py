@@ -1,6 +1,5 @@
 """Builds the objects of an experiment from a resolved config, checked, before any weights are loaded."""
 
-import re
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, reduce
 from pathlib import Path
@@ -19,6 +18,7 @@ from nnprune.checks import check_count, nearest, one_of, quoted
 from nnprune.engine import parallel
 from nnprune.engine.propagation import PROPAGATE
 from nnprune.evaluation import Evaluation, Perplexity
+from nnprune.experiment.folder import run_folder
 from nnprune.experiment.identity import evaluation_fingerprints, science
 from nnprune.method import Method
 from nnprune.model.loading import ModelSource
@@ -141,8 +141,7 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
     config |= {"prune": selection.settings} if selection.settings else {}  # the default is no part of a fingerprint
     pruner = pruner or _instantiate("pruner", config, Pruner)
     pruner.validate(pattern)
-    parts = (("target", Target), ("update", Update), ("recover", Recovery))
-    target, update, recovery = (_instantiate(key, config, expected) for key, expected in parts)
+    target, update, recovery = _instantiate("target", config, Target), _instantiate("update", config, Update), _recovery(config)
     distillation = recovery if isinstance(recovery, Distillation) else None
     method = Method(pruner, target, update, distillation.layers if distillation else recovery, distillation)
     if config["propagate"] == "dense" and (method.pairs_inputs or method.recovery.epochs_before):
@@ -185,12 +184,6 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
     return experiment
 
 
-def run_folder(outputs: str, model: str, pattern: str, label: str, name: str) -> Path:
-    """outputs/<model>/<pattern>/<label>-<name>, with characters that every file system accepts."""
-    parts = [re.sub(r"^\.|[^\w.+-]", "_", part) for part in (model, pattern.replace(":", "of"), f"{label}-{name}")]
-    return Path(str(outputs)).joinpath(*parts)
-
-
 def _check_settings(config: dict[str, Any]) -> None:
     """Raise ValueError for a missing group, an unknown key, or an invalid setting outside the groups."""
     for key in GROUPS:
@@ -221,6 +214,17 @@ def _check_objective(objective: Any, evaluation: Evaluation) -> None:
     known = [f"{one.name}_perplexity" for one in evaluators if isinstance(one, Perplexity)]
     if objective is not None and len(known) == len(evaluators) and objective not in known:
         raise ValueError(f"objective={quoted(objective)}: is not measured by evaluation; {nearest(str(objective), known)}")
+
+
+def _recovery(config: dict[str, Any]) -> Recovery:
+    """That of group `recover`. The errors of one in `recover.layers`, which can't know where it is, name that key."""
+    layers = config["recover"].get("layers")
+    if isinstance(layers, dict) and "_target_" in layers:
+        try:
+            _instantiate("recover", {"recover": layers}, object)
+        except ValueError as error:
+            raise ValueError(str(error).replace("recover.", "recover.layers.")) from None
+    return _instantiate("recover", config, Recovery)
 
 
 def _make(key: str, kind: type, config: dict[str, Any]) -> Any:

@@ -1,6 +1,7 @@
-"""The folder of a run: locked against other processes, and logged into."""
+"""The folder of a run: named, locked against other processes, and logged into."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,12 @@ from filelock import FileLock, Timeout
 from nnprune.engine import parallel
 
 log = logging.getLogger(__name__)
+
+
+def run_folder(outputs: str, model: str, pattern: str, label: str, name: str) -> Path:
+    """outputs/<model>/<pattern>/<label>-<name>, with characters that every file system accepts."""
+    parts = [re.sub(r"^\.|[^\w.+-]", "_", part) for part in (model, pattern.replace(":", "of"), f"{label}-{name}")]
+    return Path(str(outputs)).joinpath(*parts)
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nnprune.experiment.build import Experiment, run_folder
+from nnprune.experiment.build import Experiment
+from nnprune.experiment.folder import run_folder
 from nnprune.records import RecordError, RunRecord, fingerprint, read, with_stderr
 
 log = logging.getLogger(__name__)
