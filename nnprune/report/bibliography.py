@@ -12,7 +12,7 @@ NO_REFERENCE = ("Update", "Round", "Target", "Recovery", "Uniform", "FromFile", 
 
 
 def entries() -> dict[str, str]:
-    """Class name -> the BibTeX entry of the method."""
+    """Class name, or class name and a setting's bound -> the BibTeX entry of the method."""
     text = files("nnprune.report").joinpath("methods.bib").read_text(encoding="utf-8")
     found = {}
     for entry in re.findall(r"^@.*?^}", text, re.MULTILINE | re.DOTALL):
@@ -21,13 +21,23 @@ def entries() -> dict[str, str]:
     return found
 
 
+def _names(settings: dict[str, Any]) -> set[str]:
+    """The keys of `entries` that an object of these settings may have."""
+    target = f"{settings.get('_target_', '')}"
+    if not target.startswith("nnprune."):
+        return set()
+    name = target.rpartition(".")[2]
+    numbers = ((key, value) for key, value in settings.items() if type(value) is int)
+    return {name, *(f"{name} {key}>{bound}" for key, value in numbers for bound in (0, 1) if value > bound)}
+
+
 def bibliography(found: list[dict[str, Any]]) -> tuple[str, list[str]]:
     """The entries of all methods in some records, each once and in the order of methods.bib, and a line for each class without one."""
     known = entries()
     chosen = [r["config"][group] for r in found for group in GROUPS if isinstance(r["config"].get(group), dict)]
     chosen += [settings["layers"] for settings in chosen if isinstance(settings.get("layers"), dict)]  # before distillation
     targets = {f"{settings.get('_target_', '')}" for settings in chosen}
-    names = {target.rpartition(".")[2] for target in targets if target.startswith("nnprune.")}
+    names = set().union(*map(_names, chosen))
     lines = [
         f"--bibtex: {visible(target)} has no reference here; cite its own"
         for target in sorted(targets)
