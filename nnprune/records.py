@@ -43,8 +43,8 @@ class RunRecord:
     sparsity, relative_error, seconds; the norm of its bias_change where that was corrected; of an expert also its tokens and the tensor
     that it is a part of. `left_alone` maps what the decoder layers hold beside these linears, of more than one dimension, to why it was
     not pruned; `*` in a name stands for all layers that have it. `recovered` holds a dict per tuned decoder layer: the reports of
-    `Recovery.tune`, `before` and `after` pruning; where the whole model was tuned (`whole_model`), which tables keep apart, another
-    with that report, `model`.
+    `Recovery.tune`, `before` and `after` pruning, with losses relative to the dense outputs, or in nats where they are of logits; where
+    the whole model was tuned (`whole_model`), which tables keep apart, another with that report, `model`.
     `evaluations` maps the fingerprint of each evaluation to its name, settings, hash of token ids (tokens), figures (metrics,
     dense_metrics) and time (finished); the last one of each metric is in `metrics`. Commits are those on the hub, hashes those of files;
     `code` maps each of nnprune's files that the method uses to a hash; `command` is None if the run was called from Python.

@@ -21,6 +21,20 @@ def test_the_code_of_a_method_is_what_its_classes_use(tiny_config):
     assert not {"pruners/wanda.py", "run.py", "experiment/job.py", "engine/pruning_pass.py"} & files
 
 
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        (("recover=layer",), set()),
+        (("recover=window", "recover.logits_epochs=0"), {"window.py"}),
+        (("recover=window",), {"window.py", "logits.py"}),
+        (("recover=layer_model",), {"distillation.py", "logits.py"}),
+    ],
+)
+def test_the_code_of_what_tunes_several_layers(settings, wanted, tiny_config):
+    files = identity.own_code(build(tiny_config(*settings)))
+    assert {name.removeprefix("engine/") for name in files if name.startswith("engine/")} == wanted
+
+
 OWN = """
 from nnprune.pruners.base import ScorePruner
 from {helper} import SIGN
@@ -48,6 +62,19 @@ def mine(tmp_path, monkeypatch):
         return importlib.import_module("own_of_reuse").Mine
 
     return make
+
+
+def test_an_own_recovery_before_distillation_is_part_of_it(tmp_path, monkeypatch, tiny_config):
+    monkeypatch.syspath_prepend(tmp_path)
+    found = set()
+    for docstring in ("one", "another"):
+        code = f"from nnprune.recovery import Reconstruction\nclass Mine(Reconstruction):\n    '''{docstring}'''\n"
+        (tmp_path / "own_recovery.py").write_text(code)
+        sys.modules.pop("own_recovery", None)
+        importlib.invalidate_caches()
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        found.add(build(tiny_config("recover=layer_model", "recover.layers._target_=own_recovery.Mine")).fingerprint)
+    assert len(found) == 2
 
 
 def test_a_module_that_an_own_pruner_uses_is_part_of_it(mine, tiny_config):

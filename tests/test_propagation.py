@@ -195,8 +195,12 @@ def test_one_sequence_cannot_be_tuned_on_and_held_out(tiny_config):
 
 def test_labels_tell_what_goes_with_a_pruner():
     from nnprune.experiment.command_line import label_of
+    from nnprune.report.labels import pretty_pruner
 
     cfg = compose_config("pruner=wanda", "update=refit")
     choices = {"pruner": "wanda", "allocation": "uniform", "target": "dense", "update": "refit", "recover": "none"}
     assert label_of(cfg, choices, ["pruner=wanda", "update=refit"]) == "wanda+refit"
     assert label_of(cfg, choices | {"pruner": "best"}, ["pruner=best"]) == "best"  # best.yaml's own choice
+    for bits, wanted in (("4", "SparseGPT, 4 bits"), ("3", "SparseGPT, 3 bits"), ("null", "SparseGPT")):
+        cfg = compose_config("pruner=sparsegpt_int4", f"pruner.bits={bits}")
+        assert pretty_pruner(label_of(cfg, choices | {"pruner": "sparsegpt_int4"}, [])) == wanted

@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -25,8 +26,8 @@ def windows(num_layers):
 
 @pytest.mark.parametrize("propagate", ["pruned", "dense", "sequential"])
 def test_layers_are_tuned_together_with_those_before_them(tmp_path, propagate):
-    """Each window's first loss is that of the layers as the windows before left them."""
-    seen = []
+    """Each window begins with the layers as the window before left them, and its report has its own losses."""
+    seen, weights = [], []
     method = windows(2)
     tune = method.recovery.tune
 
@@ -34,7 +35,9 @@ def test_layers_are_tuned_together_with_those_before_them(tmp_path, propagate):
         with torch.no_grad():
             rows = list(range(len(IDS)))
             before = inputs.pick(rows).clone(), run(layers, inputs.pick(rows)).clone(), targets.pick(rows).clone()
+        began = copy.deepcopy(layers).state_dict()
         report = tune(index, layers, run, inputs, targets, *more)
+        weights.append((began, copy.deepcopy(layers).state_dict()))
         with torch.no_grad():
             seen.append((len(layers), *before, run(layers, inputs.pick(rows)).clone()))
         return report
@@ -48,9 +51,28 @@ def test_layers_are_tuned_together_with_those_before_them(tmp_path, propagate):
         torch.testing.assert_close(seen[2][1], layer_output(model, 0, embedded), rtol=1e-4, atol=1e-5)
     else:
         torch.testing.assert_close(seen[2][1], first_target)
-    for report in reports:
-        after = report["recovered"]["after"]
-        assert after["loss_after"] <= after["loss_before"]
+    for (_, left), (began, _) in pairwise(weights):
+        newest = f"{max(left)[0]}."
+        before = {key.removeprefix(newest): tensor for key, tensor in left.items() if key.startswith(newest)}
+        assert before and all(torch.equal(began[f"0.{key}"], tensor) for key, tensor in before.items())
+    for report, (_, _, *outputs) in zip(reports[:-1], seen, strict=False):
+        before, target, after = (one[-1] for one in outputs)  # one sequence is held out
+        wanted = [((one - target).square().sum(-1) / target.square().sum(-1)).mean().item() for one in (before, after)]
+        found = report["recovered"]["after"]
+        assert [found["loss_before"], found["loss_after"]] == pytest.approx(wanted, rel=1e-3)
+        assert found["loss_after"] < found["loss_before"]
+
+
+@pytest.mark.parametrize("propagate", ["pruned", "dense", "sequential"])
+def test_where_layers_are_changes_nothing(propagate, tiny_config, tmp_path):
+    settings = ("pruner=alps", "sparsity=2:4", "recover=window", "recover.epochs_after=2", f"propagate={propagate}")
+    places = (("host", "host"), ("disk", "disk"), ("device", "device"))
+    runs = [
+        run(tiny_config(*settings, f"outputs={tmp_path / layers}", f"runtime.layers={layers}", f"runtime.activations={states}"))
+        for layers, states in places
+    ]
+    assert runs[0].recovered == runs[1].recovered == runs[2].recovered
+    assert runs[0].metrics == runs[1].metrics == runs[2].metrics
 
 
 def test_layers_that_were_tuned_before_are_tuned_at_another_rate(tmp_path):
@@ -102,6 +124,7 @@ def test_logits_of_16_bit_models(dtype, tiny_config):
         ("recover.logits_epochs=-1", "recover.logits_epochs=-1: must be a whole number"),
         ("recover.logits_lr=0", "recover.logits_lr=0: must be a number greater than 0"),
         ("recover.lr=0", "recover.lr=0: must be a number greater than 0"),
+        ("recover.num_layers=9", "recover.num_layers=9: tiny-opt has 2 decoder layers; set no more"),
     ],
 )
 def test_settings_that_cannot_be(setting, reason, tiny_config):

@@ -29,6 +29,7 @@ INSTALLED = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib",
 
 if TYPE_CHECKING:
     from nnprune.experiment.build import Experiment
+    from nnprune.method import Method
 
 
 def science(experiment: "Experiment") -> dict[str, Any]:
@@ -50,6 +51,8 @@ def science(experiment: "Experiment") -> dict[str, Any]:
     corrects = method.corrects_biases and source.has_biases
     settings["update"] = {**update, "bias": True} if corrects else update
     settings |= {key: settings[key] | _code_entry(type(part)) for key, part in parts.items()}
+    if method.distillation and (layers := settings["recover"].get("layers")):
+        settings["recover"]["layers"] = layers | _code_entry(type(method.recovery))
     return settings | {
         "model": model,
         "calibration": {
@@ -105,7 +108,15 @@ def own_code(experiment: "Experiment") -> dict[str, str]:
     parts = (method.pruner, method.target, method.update, *recoveries, experiment.allocation)
     root = Path(__file__).parent.parent
     files = _own_files(frozenset(kind.__module__ for part in parts for kind in type(part).__mro__))
+    files += [root / "engine" / name for name, is_used in _tuning_files(method) if is_used]
     return {file.relative_to(root).as_posix(): _hash(file) for file in files}
+
+
+def _tuning_files(method: "Method") -> Iterator[tuple[str, bool]]:
+    """The files of the engine that decide what several decoder layers are tuned towards, and whether a method uses them."""
+    yield "window.py", method.recovery.num_layers > 1
+    yield "distillation.py", method.distillation is not None
+    yield "logits.py", method.recovery.logits_epochs > 0 or method.distillation is not None
 
 
 @cache  # what is imported does not change, and each record of a sweep asks

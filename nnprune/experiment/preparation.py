@@ -62,13 +62,17 @@ def skeleton(experiment: Experiment, config: Any) -> Decoder:
 
 
 def check_shapes(experiment: Experiment, decoder: Decoder) -> None:
-    """Raise ValueError for sequences longer than the model's positions, and for patterns that do not fit its linears or the pruner."""
+    """Raise ValueError for sequences longer than the model's positions, windows of more layers than it has, and patterns that do not
+    fit its linears or the pruner."""
     positions = getattr(decoder.text_config, "max_position_embeddings", None)
     lengths = [("calibration.seq_len", 0 if experiment.is_dense else experiment.calibration.seq_len)]
     lengths += [(one.length_key, one.seq_len or 0) for one in experiment.evaluation.evaluators.values()]
     for key, length in lengths:
         if positions and length > positions:
             raise ValueError(f"{key}={length}: {experiment.source.name} has {positions} positions; lower {key}")
+    window, num_layers = experiment.method.recovery.num_layers, len(decoder.layers)
+    if window > num_layers and not experiment.is_dense:
+        raise ValueError(f"recover.num_layers={window}: {experiment.source.name} has {num_layers} decoder layers; set no more")
     allocation: Allocation = Uniform()
     shapes: Shapes = decoder.shapes_by_layer()
     if not experiment.is_dense:

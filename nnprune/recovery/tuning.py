@@ -133,6 +133,8 @@ class Tuning:
                     best, epoch_kept = mean, epoch
                     for parameter, value in zip(module.parameters(), parameters, strict=True):
                         parameter.data.copy_(value.detach())
+        if not math.isfinite(first):
+            log.warning("warning: the loss on held-out sequences is not finite, so that tuning can't tell what is better")
         log.debug("held-out loss %.3e -> %.3e at epoch %d of %d", first, best, epoch_kept, num_epochs)
         return {"loss_before": first, "loss_after": best, "epoch": epoch_kept}
 

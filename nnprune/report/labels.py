@@ -14,14 +14,16 @@ PRETTY = {
     "sparsegpt": "SparseGPT",
     "admm": "ADMM",
     "alps": "ALPS",
-    "sparsegpt_int4": "SparseGPT, 4 bits",
+    **{f"sparsegpt_int{bits}": f"SparseGPT, {bits} bits" for bits in range(8, 1, -1)},
     "sparsegpt_nnpruning": "SparseGPT (nn-pruning)",
 }
 ADDITIONS = {"model": "distillation", "layer_model": "layer + distillation"}
 """What is added to a pruner, where a name says more than the option."""
 
 FIRST_PRUNERS = [
-    *(DENSE, "magnitude", "wanda", "ria", "dsnot", "swaps", "sparsegpt", "sparsegpt_int4", "admm", "alps"),
+    *(DENSE, "magnitude", "wanda", "ria", "dsnot", "swaps", "sparsegpt"),
+    *(name for name in PRETTY if name.startswith("sparsegpt_int")),
+    *("admm", "alps"),
     *("best_fast", "best_medium", "best"),  # by cost
 ]
 UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}

@@ -18,7 +18,7 @@ from nnprune.records import RunRecord
 
 PRUNERS = (
     *("magnitude", "wanda", "ria", "dsnot", "swaps", "sparsegpt", "sparsegpt_nnpruning", "admm", "alps"),
-    *("wanda_refit", "sparsegpt_refit", "admm_refit", "best_fast"),
+    *("wanda_refit", "sparsegpt_refit", "admm_refit", "best_fast", "best"),
 )
 FAMILIES = ("opt", "opt_post_norm_projected", "llama", "qwen2", "gemma2", "gpt2", "bloom", "falcon", "phi", "olmo2")
 SEQ_LEN, WINDOWS = 32, 4
@@ -44,11 +44,15 @@ def draw(seed: int) -> Combination:
         overrides.append(f"update={rng.choice(('none', 'refit'))}")
         if propagate != "dense":
             overrides.append(f"target={rng.choice(('dense', 'asymmetric'))}")
-            overrides += rng.choice(([], ["recover=layer"], ["recover=next_layer"], ["recover=model", "recover.epochs=1"]))
+            overrides += rng.choice(([], ["recover=next_layer"], ["recover=model", "recover.epochs=1"]))
+        overrides += rng.choice(([], [], ["recover=layer"], ["recover=window"])) if "recover" not in overrides[-1] else []
     if "recover=layer" in overrides:
         overrides.append("recover.epochs_after=1")
+    if pruner == "best" or "recover=window" in overrides:
+        overrides += ["recover.epochs_after=1", "recover.logits_epochs=1"]
     if "recover=next_layer" in overrides:
         overrides.append("recover.epochs_before=1")
+    overrides.append(f"update.bias={rng.choice(('auto', 'auto', 'true', 'false'))}")
     overrides.append(f"allocation={rng.choice(('uniform', 'uniform', 'owl', 'dlp', 'by_error'))}")
     overrides.append(f"runtime.layers={rng.choice(('host', 'disk'))}")
     overrides.append(f"runtime.activations={rng.choice(('auto', 'host', 'disk'))}")
