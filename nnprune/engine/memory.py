@@ -149,8 +149,8 @@ class Workload:
 
     @property
     def fetched_layers(self) -> int:
-        """Layers on the device where they come and go; those of a window stay until they are final."""
-        return FETCHED + self._window - 1
+        """Layers on the device where they come and go; those of a window stay until they are final, with copies for the layer files."""
+        return FETCHED + 2 * (self._window - 1)
 
     @property
     def _window(self) -> int:
