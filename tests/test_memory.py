@@ -11,6 +11,7 @@ from support.families import FAMILIES
 from support.memory import peak_bytes
 
 from nnprune.engine.hidden_buffer import _fits
+from nnprune.engine.logits import LOGITS
 from nnprune.engine.memory import Workload, fit_device, groups_of
 from nnprune.engine.pruning_pass import PruneTask, PruningPass
 from nnprune.experiment.build import build
@@ -103,7 +104,8 @@ def chosen(name, memory, width=14336):
 @pytest.mark.parametrize(
     ("name", "memory"), [("sparsegpt", 12), ("alps", 12), ("best_fast", 16), ("best_medium", 16), ("best", 16)]
 )
-def test_llama_3_8b_fits_small_devices_at_full_batches(name, memory):
+def test_llama_3_8b_fits_small_devices_at_full_batches(name, memory, monkeypatch):
+    monkeypatch.setitem(LOGITS, "cpu", LOGITS["cuda"])
     runtime, fits = chosen(name, memory)
     assert fits and runtime.activations == "host" and runtime.batch_tokens == 16384 and not runtime.one_by_one
 

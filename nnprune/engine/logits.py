@@ -12,7 +12,7 @@ from torch import Tensor
 from nnprune.model.decoder import Decoder
 from nnprune.recovery.base import Compare
 
-LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}
+LOGITS = {"cpu": 1 << 23, "cuda": 1 << 25}
 """Logits of one model that are computed at a time; on a CPU few enough for the cache, and enough tokens for a fast product."""
 
 LOGIT_BYTES = 32
