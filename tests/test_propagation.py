@@ -204,3 +204,5 @@ def test_labels_tell_what_goes_with_a_pruner():
     for bits, wanted in (("4", "SparseGPT, 4 bits"), ("3", "SparseGPT, 3 bits"), ("null", "SparseGPT")):
         cfg = compose_config("pruner=sparsegpt_int4", f"pruner.bits={bits}")
         assert pretty_pruner(label_of(cfg, choices | {"pruner": "sparsegpt_int4"}, [])) == wanted
+    cfg = compose_config("pruner=custom", "pruner._target_=mine.Own_int4")
+    assert label_of(cfg, choices | {"pruner": "custom"}, []) == "Own_int4"

@@ -77,9 +77,8 @@ def label_of(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[st
     name = choices["pruner"]
     if name == "custom":
         name = str(OmegaConf.select(cfg, "pruner._target_", default=name)).split(".")[-1]
-    if name.endswith("_int4"):
-        bits = OmegaConf.select(cfg, "pruner.bits")
-        name = name.removesuffix("_int4") + (f"_int{bits}" if bits else "")
+    if name == "sparsegpt_int4":
+        name = f"sparsegpt_int{cfg.pruner.bits}" if cfg.pruner.bits else "sparsegpt"
     overridden = {entry.partition("=")[0] for entry in overrides}
     options = (choices[key] for key, plain in PLAIN_OPTIONS.items() if key in overridden and choices[key] != plain)
     return "+".join([name, *options])

@@ -31,11 +31,11 @@ TIMED_TOKENS = {"cpu": 1024, "cuda": 16384}
 def mean_passes(recovery: Recovery, num_layers: int) -> float:
     """Passes of the calibration through a decoder layer that a recovery tunes, mean over the layers: the first windows are smaller, and
     the last one has epochs of its own."""
-    before, after, of_last = recovery.epochs_before, recovery.epochs_after, recovery.logits_epochs
-    epochs = [(before, after)] * (num_layers - 1) + [
-        (bool(before) * of_last, bool(after) * of_last) if of_last else (before, after)
-    ]
-    return fmean(single + window * min(index + 1, recovery.num_layers) for index, (single, window) in enumerate(epochs))
+    before, after, window = recovery.epochs_before, recovery.epochs_after, recovery.num_layers
+    passes = [before + after * min(index + 1, window) for index in range(num_layers)]
+    if recovery.logits_epochs:
+        passes[-1] = recovery.logits_epochs * (bool(before) + bool(after) * min(num_layers, window))
+    return fmean(passes)
 
 
 class CostEstimate:

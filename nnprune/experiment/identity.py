@@ -108,8 +108,8 @@ def own_code(experiment: "Experiment") -> dict[str, str]:
     parts = (method.pruner, method.target, method.update, *recoveries, experiment.allocation)
     root = Path(__file__).parent.parent
     files = _own_files(frozenset(kind.__module__ for part in parts for kind in type(part).__mro__))
-    files += [root / "engine" / name for name, is_used in _tuning_files(method) if is_used]
-    return {file.relative_to(root).as_posix(): _hash(file) for file in files}
+    tuning = [root / "engine" / name for name, is_used in _tuning_files(method) if is_used]
+    return {file.relative_to(root).as_posix(): _hash(file) for file in (*files, *tuning)}
 
 
 def _tuning_files(method: "Method") -> Iterator[tuple[str, bool]]:
