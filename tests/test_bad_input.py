@@ -104,6 +104,7 @@ SETTINGS = [
     ("pruner.block_size=-1", "pruner.block_size=-1: ", "at least 1"),
     ("pruner=dsnot pruner.threshold=1e308", "pruner.threshold=1e+308: ", "at most 1e+30"),
     ("recover=layer_model recover.layers.lr=0", "recover.layers.lr=0: ", "greater than 0"),
+    ("recover=layer_model +recover.layers.num_layers=9", "recover.layers.num_layers=9: ", "set no more"),
     ("recover=layer recover.epochs_after=100000000000", "recover.epochs_after=100000000000: ", "at most 100000"),
     (f"pruner._target_={'x' * 5000}", f"pruner._target_={'x' * 190}", "check its spelling"),
 ]

@@ -73,3 +73,14 @@ def test_out_of_memory_a_batch_is_tuned_on_in_pieces(tmp_path, monkeypatch, capl
 def test_one_row_for_which_there_is_no_memory_ends_the_run(tmp_path, monkeypatch):
     with pytest.raises(torch.OutOfMemoryError):
         tune(tmp_path, monkeypatch, 0)
+
+
+def test_a_loss_that_is_not_finite_is_told_and_leaves_the_weights(tmp_path, monkeypatch, caplog):
+    wanted = prune_model(tmp_path / "a", method=Wanda())[0].state_dict()
+    monkeypatch.setattr(reconstruction, "_loss", lambda *args: torch.tensor(float("nan"), requires_grad=True))
+    with caplog.at_level(logging.WARNING):
+        model, reports = prune_model(tmp_path / "b", method=Method(Wanda(), recovery=recover(0, 2)))
+    assert any("not finite" in message for message in caplog.messages)
+    assert {report["recovered"]["after"]["epoch"] for report in reports} == {0}
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, wanted[name])

@@ -219,12 +219,13 @@ def _check_objective(objective: Any, evaluation: Evaluation) -> None:
 def _recovery(config: dict[str, Any]) -> Recovery:
     """That of group `recover`. The errors of one in `recover.layers`, which can't know where it is, name that key."""
     layers = config["recover"].get("layers")
-    if isinstance(layers, dict) and "_target_" in layers:
-        try:
-            _instantiate("recover", {"recover": layers}, object)
-        except ValueError as error:
-            raise ValueError(str(error).replace("recover.", "recover.layers.")) from None
-    return _instantiate("recover", config, Recovery)
+    if not isinstance(layers, dict) or "_target_" not in layers:
+        return _instantiate("recover", config, Recovery)
+    try:
+        built = _instantiate("recover", {"recover": layers}, object)
+    except ValueError as error:
+        raise ValueError(str(error).replace("recover.", "recover.layers.")) from None
+    return _instantiate("recover", config, Recovery, layers=built)
 
 
 def _make(key: str, kind: type, config: dict[str, Any]) -> Any:
@@ -239,11 +240,12 @@ def _make(key: str, kind: type, config: dict[str, Any]) -> Any:
         raise ValueError(f"{key}: a setting is of the wrong kind ({error}); see conf/{key}/") from error
 
 
-def _instantiate(key: str, config: dict[str, Any], expected: type) -> Any:
-    """The object that group `key` names by `_target_`. Raises ValueError if it cannot be created or is not of type `expected`."""
+def _instantiate(key: str, config: dict[str, Any], expected: type, **parts: Any) -> Any:
+    """The object that group `key` names by `_target_`, with `parts` in place of these settings. Raises ValueError if it cannot be created
+    or is not of type `expected`."""
     target = quoted(config[key].get("_target_"))
     try:
-        built = instantiate(config[key], _convert_="all")
+        built = instantiate(config[key], _convert_="all", **parts)
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, ValueError):

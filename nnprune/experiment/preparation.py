@@ -72,7 +72,8 @@ def check_shapes(experiment: Experiment, decoder: Decoder) -> None:
             raise ValueError(f"{key}={length}: {experiment.source.name} has {positions} positions; lower {key}")
     window, num_layers = experiment.method.recovery.num_layers, len(decoder.layers)
     if window > num_layers and not experiment.is_dense:
-        raise ValueError(f"recover.num_layers={window}: {experiment.source.name} has {num_layers} decoder layers; set no more")
+        key = "recover.layers.num_layers" if experiment.method.distillation else "recover.num_layers"
+        raise ValueError(f"{key}={window}: {experiment.source.name} has {num_layers} decoder layers; set no more")
     allocation: Allocation = Uniform()
     shapes: Shapes = decoder.shapes_by_layer()
     if not experiment.is_dense:
