@@ -110,7 +110,7 @@ def test_without_a_better_epoch_the_weights_stay(tiny_config, undisturbed):
     assert record.metrics == run(tiny_config(*PLAIN, undisturbed)).metrics
 
 
-def test_it_follows_reconstruction(tiny_config):
+def test_it_follows_reconstruction(tiny_config, device):
     record = run(tiny_config("pruner=wanda", "sparsity=2:4", "recover=layer_model", "recover.layers.epochs_after=1"))
     first, second, model = record.recovered
     assert first["after"]["epoch"] in (0, 1) and second.keys() == {"after"} and model.keys() == {"model"}
@@ -125,7 +125,7 @@ def test_wherever_layers_are_offloaded(tiny_config, undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_16_bit_model(dtype, tiny_config):
+def test_a_16_bit_model(dtype, tiny_config, device):
     record = run(tiny_config(*SETTINGS, f"model.dtype={dtype}"))
     report = record.recovered[0]["model"]
     assert report["loss_after"] < report["loss_before"]

@@ -58,6 +58,23 @@ def test_layers_are_read_when_they_are_first_fetched(layers, dtype, stays, tiny_
     assert len(reads) == 3 - stays
 
 
+def test_a_prefetch_for_which_there_was_no_memory_is_done_again(tiny_config, monkeypatch):
+    experiment = build(tiny_config())
+    store = open_engine(experiment, skeleton(experiment, experiment.source.config())).store
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "read", out_of_memory)
+        store.prefetch(0)
+        store._prefetched[1].exception()
+    assert not any(parameter.is_meta for parameter in store.fetch(0).parameters())
+    monkeypatch.setattr(Checkpoint, "read", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        store.fetch(1)
+
+
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError
+
+
 def test_a_checkpoint_that_cannot_be_read_in_parts_is_loaded_whole(tiny_config, tiny_model_dir, tmp_path, monkeypatch):
     expected = run(tiny_config(f"outputs={tmp_path / 'parts'}"))
     loaded, load = [], ModelSource.load

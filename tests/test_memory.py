@@ -1,5 +1,6 @@
 """Device memory: the arithmetic against measured peaks, and what is chosen where it is short."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from nnprune.engine.memory import Workload, fit_device, groups_of
 from nnprune.engine.pruning_pass import PruneTask, PruningPass
 from nnprune.experiment.build import build
 from nnprune.experiment.job import Job
+from nnprune.experiment.preparation import open_engine, skeleton, workload
 from nnprune.kernels import library
 from nnprune.patterns import NM
 from nnprune.pruners.sparsegpt import SparseGPT
@@ -121,6 +123,23 @@ def test_what_is_short_is_made_smaller_in_turn(name, memory, width, tokens, one_
     assert f"batches of {tokens} tokens, hidden states in host memory" in caplog.text
     assert ("one linear at a time" in caplog.text) == one_by_one
     assert not chosen(name, 3.5, width)[1]
+
+
+@pytest.mark.parametrize(("layers", "absent", "fits"), [("device", 7e9, False), ("device", 0, True), ("host", 7e9, True)])
+def test_layers_that_are_to_stay_on_the_device_are_counted(layers, absent, fits):
+    config = compose_config("pruner=sparsegpt", "sparsity=2:4")
+    load = replace(llama([build(config).method], config.propagate, 14336), absent_parameters=int(absent))
+    assert fit_device(Runtime(device="cpu", layers=layers), load, 16 * GIB - EMBEDDINGS) == fits
+
+
+def test_layers_are_absent_until_they_are_fetched(tiny_config):
+    experiment = build(tiny_config("runtime.layers=device"))
+    engine = open_engine(experiment, skeleton(experiment, experiment.source.config()))
+    nothing = (engine.decoder, [], [], torch.empty(0, 8, dtype=torch.int64), [])
+    before = workload(experiment, *nothing)
+    assert before.absent_parameters == before.num_parameters > 0
+    engine.store.fetch(0)
+    assert workload(experiment, *nothing).absent_parameters == before.num_parameters // 2
 
 
 def test_where_memory_is_plenty_nothing_is_chosen_or_said(caplog):

@@ -64,15 +64,19 @@ def test_layers_are_tuned_together_with_those_before_them(tmp_path, propagate):
 
 
 @pytest.mark.parametrize("propagate", ["pruned", "dense", "sequential"])
-def test_where_layers_are_changes_nothing(propagate, tiny_config, tmp_path):
+def test_where_layers_are_changes_nothing(propagate, tiny_config, tmp_path, device):
     settings = ("pruner=alps", "sparsity=2:4", "recover=window", "recover.epochs_after=2", f"propagate={propagate}")
     places = (("host", "host"), ("disk", "disk"), ("device", "device"))
     runs = [
         run(tiny_config(*settings, f"outputs={tmp_path / layers}", f"runtime.layers={layers}", f"runtime.activations={states}"))
         for layers, states in places
     ]
-    assert runs[0].recovered == runs[1].recovered == runs[2].recovered
-    assert runs[0].metrics == runs[1].metrics == runs[2].metrics
+    for other in runs[1:]:
+        if device == "cuda":  # gradients of attention are summed in any order there
+            assert other.metrics == pytest.approx(runs[0].metrics, rel=1e-2)
+            continue
+        assert other.recovered == runs[0].recovered
+        assert other.metrics == runs[0].metrics
 
 
 def test_layers_that_were_tuned_before_are_tuned_at_another_rate(tmp_path):
@@ -91,14 +95,14 @@ def test_layers_that_were_tuned_before_are_tuned_at_another_rate(tmp_path):
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("propagate", ["pruned", "sequential"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "opt_post_norm_projected"])
-def test_the_last_layers_are_tuned_towards_the_logits(name, propagate, num_layers, tmp_path, monkeypatch):
+def test_the_last_layers_are_tuned_towards_the_logits(name, propagate, num_layers, tmp_path, monkeypatch, device):
     """The loss in the report is the divergence that the saved model has on what was held out, also in parts of five tokens."""
-    monkeypatch.setitem(logits.LOGITS, "cpu", 264 * 5)
+    monkeypatch.setitem(logits.LOGITS, device, 264 * 5)
     model = larger(FAMILIES[name]())
     dense, models = copy.deepcopy(model), {}
     for towards_logits in (False, True):
         method = Method(SparseGPT(), recovery=recover(0, 3, num_layers=num_layers, lr=3e-3, logits_epochs=4 * towards_logits))
-        again = {"method": method, "model": copy.deepcopy(model), "propagate": propagate}
+        again = {"method": method, "model": copy.deepcopy(model), "propagate": propagate, "device": device}
         models[towards_logits], reports = prune_model(tmp_path / str(towards_logits), **again)
     with torch.no_grad():
         wanted, found = (one(IDS[4:]).logits.log_softmax(-1) for one in (dense, models[True]))
@@ -108,11 +112,13 @@ def test_the_last_layers_are_tuned_towards_the_logits(name, propagate, num_layer
     assert after["loss_after"] == pytest.approx(divergence.item(), rel=1e-3)
     assert after["loss_after"] < after["loss_before"]
     first = [one.state_dict() for one in (models[True].get_decoder().layers[0], models[False].get_decoder().layers[0])]
-    assert all(torch.equal(tensor, first[1][key]) for key, tensor in first[0].items()), "earlier layers are tuned as before"
+    tolerance = {"rtol": 1e-3, "atol": 1e-4} if device == "cuda" else {"rtol": 0, "atol": 0}
+    for key, tensor in first[0].items():
+        torch.testing.assert_close(tensor, first[1][key], msg="earlier layers are tuned as before", **tolerance)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_logits_of_16_bit_models(dtype, tiny_config):
+def test_logits_of_16_bit_models(dtype, tiny_config, device):
     settings = ("pruner=wanda", "sparsity=2:4", "recover=window", "recover.epochs_after=2")
     last = run(tiny_config(*settings, f"model.dtype={dtype}")).recovered[-1]["after"]
     assert 0 < last["loss_after"] < last["loss_before"]

@@ -6,6 +6,7 @@ while another computes: a thread reads it, and a separate CUDA stream copies it 
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -146,10 +147,10 @@ class LayerStore:
         """The weights of a layer on the device, from the prefetch if it was for them. A prefetch that nobody used is dropped."""
         loaded = None
         if self._prefetched is not None and self._prefetched[0] <= index:
-            is_wanted = self._prefetched[0] == index and not pruned
-            loaded = self._prefetched[1].result()
-            self._prefetched = None
-            if not is_wanted:
+            (wanted, future), self._prefetched = self._prefetched, None
+            with suppress(torch.OutOfMemoryError):  # alongside what takes most memory; there is room by now
+                loaded = future.result()
+            if wanted != index or pruned:
                 loaded = None
         state, event = loaded or self._load(index, pruned)
         if event is not None:

@@ -29,9 +29,11 @@ def compare_logits(decoder: Decoder, compare: Compare, ids: Tensor, outputs: Ten
     model, in whose dtype logits are computed; float32 (), with a gradient for `outputs`."""
 
     def compare_part(tokens: slice, part: Tensor) -> Tensor:
-        with torch.no_grad():
-            of_dense = decoder.logits(ids[:, tokens], dense[:, tokens])
-        return compare(decoder.logits(ids[:, tokens], part.to(dense.dtype)), of_dense)
+        # where tuning multiplies in bfloat16, a float16 head would be converted for every part
+        with torch.autocast(dense.device.type, dtype=torch.bfloat16, enabled=dense.dtype == torch.bfloat16):
+            with torch.no_grad():
+                of_dense = decoder.logits(ids[:, tokens], dense[:, tokens])
+            return compare(decoder.logits(ids[:, tokens], part.to(dense.dtype)), of_dense)
 
     return _SumOfParts.apply(outputs, compare_part, max(LOGITS[dense.device.type] // (decoder.vocab_size * len(ids)), 1))
 

@@ -56,6 +56,7 @@ class Workload:
         windows: tokens of all evaluations, of the dense and of the pruned model.
         experts: linear name -> `pool_key`, of those that are experts', which compute one after the other.
         num_layers, num_parameters: of all decoder layers, which distillation holds together.
+        absent_parameters: of decoder layers that are in no memory yet.
     """
 
     shapes: dict[str, tuple[int, int]]
@@ -71,6 +72,7 @@ class Workload:
     experts: dict[str, tuple[str, str]] = field(default_factory=dict)
     num_layers: int = 1
     num_parameters: int = 0
+    absent_parameters: int = 0
 
     def hidden_bytes(self, is_cached: bool = True) -> tuple[int, int]:
         """Hidden states of the calibration, and of the windows. In a sequential run the outputs of linears may be cached beside."""
@@ -143,8 +145,10 @@ class Workload:
         kept = [int(width * tokens.get(self.experts.get(name), SAMPLED_TOKENS)) for name, width in widths.items()]
         return self.itemsize * (max(kept) if self.is_sequential else sum(kept)) + 4 * max(kept)
 
-    def fetched_bytes(self) -> int:
-        """Weights of the layers on the device where they come and go."""
+    def fetched_bytes(self, runtime: Runtime) -> int:
+        """Weights of decoder layers that come to those on the device."""
+        if runtime.layers == "device":
+            return self.itemsize * (self.absent_parameters + (self._window - 1) * self._num_weights)
         return self.fetched_layers * self.itemsize * self._num_weights
 
     @property
@@ -202,7 +206,7 @@ def fit_device(runtime: Runtime, load: Workload, free: float) -> bool:
     """
     before, usable = (runtime.activations, runtime.batch_tokens), USABLE * free
     hidden = sum(load.hidden_bytes())
-    base = load.fetched_bytes() * (runtime.layers != "device")
+    base = load.fetched_bytes(runtime)
     if runtime.activations == "auto" and base + hidden + load.workspace_bytes(runtime) > usable:
         runtime.activations = "host"
     room = usable - base - hidden * (runtime.activations == "device")

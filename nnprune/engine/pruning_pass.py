@@ -1,7 +1,6 @@
 """The pass over the decoder layers: collect the inputs of each linear, prune it, hand the outputs on.
 
-All rows pass through the layers together, so that each layer is loaded once per run: the calibration, the windows that measure
-the dense model, and those that measure the pruned one.
+All rows pass through the layers together, those of the calibration and of evaluations: a run loads each layer once.
 
 Letters: N samples, T tokens, D hidden.
 """
@@ -196,15 +195,8 @@ class PruningPass:
                 propagation.advance_reference(index, layer)
             with self.stopwatch.stage("recover"):
                 recovered["before"] = window.tune_dense(index, layer)
-        reports: list[dict[str, Any]] = []
-        for collector in propagation.collectors(index, layer, [task.method for task in tasks], hand_on=index < last):
-            self.store.prefetch(index + 1)
-            if self.num_tasks > 1:
-                reports += self._prune_tasks(index, layer, collector, tasks, start)
-                continue
-            with self.stopwatch.stage("prune"):
-                how = (self.store.stored_dtype, self.engine.runtime)
-                reports += prune_linears(tasks[0].method, tasks[0].plan, collector, *how)
+        collectors = propagation.collectors(index, layer, [task.method for task in tasks], hand_on=index < last)
+        reports = self._prune_groups(index, layer, collectors, tasks, start)
         if self.num_tasks == 1:
             if recovery.epochs_after:
                 propagation.invalidate()
@@ -212,6 +204,22 @@ class PruningPass:
                     recovered["after"] = window.tune()
             report = {"linears": reports, "seconds": time.perf_counter() - start}
             self._add(index, last, report | ({"recovered": recovered} if recovered else {}), window, tasks[0])
+        return reports
+
+    def _prune_groups(
+        self, index: int, layer: nn.Module, collectors: Iterator[InputCollector], tasks: list[PruneTask], start: float
+    ) -> list[dict[str, Any]]:
+        """Prune the linears of each collector, and let go of all. Returns the reports of the linears."""
+        reports: list[dict[str, Any]] = []
+        for collector in collectors:
+            self.store.prefetch(index + 1)
+            if self.num_tasks > 1:
+                reports += self._prune_tasks(index, layer, collector, tasks, start)
+                continue
+            with self.stopwatch.stage("prune"):
+                reports += prune_linears(
+                    tasks[0].method, tasks[0].plan, collector, self.store.stored_dtype, self.engine.runtime
+                )
         return reports
 
     def _add(self, index: int, last: int, report: dict[str, Any], window: Window, task: PruneTask) -> None:

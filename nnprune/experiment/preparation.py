@@ -148,6 +148,7 @@ def workload(
         experts={name: pool_key(weight.expert) for name, weight in weights.items() if weight.expert},
         num_layers=len(decoder.layers),
         num_parameters=sum(map(torch.numel, decoder.layers.parameters())),
+        absent_parameters=sum(one.numel() for one in decoder.layers.parameters() if one.is_meta),
     )
 
 
@@ -171,7 +172,7 @@ def fit_memory(
                 "decoder layer at a time, or use a larger machine"
             )
     if not is_host and not fit_device(runtime, load, free):
-        needed = (load.fetched_bytes() * (runtime.layers != "device") + load.workspace_bytes(runtime)) / 2**30
+        needed = (load.fetched_bytes(runtime) + load.workspace_bytes(runtime)) / 2**30
         limit = "null" if runtime.device_memory is None else runtime.device_memory
         raise ValueError(
             f"runtime.device_memory={limit}: needs {needed:.1f} GiB beside embeddings and head, there are {free / 2**30:.1f}; "
