@@ -70,6 +70,7 @@ RUNS: dict[str, tuple[str, str, tuple[str, ...], float]] = {  # row -> method, p
     "sparsegpt 2:4, sequential": ("sparsegpt", "2:4", ("propagate=sequential",), 10),
     "sparsegpt 2:4, activations=host": ("sparsegpt", "2:4", ("runtime.activations=host",), 10),
     "sparsegpt 2:4, layers=device": ("sparsegpt", "2:4", ("runtime.layers=device",), 10),
+    "best 2:4": ("best", "2:4", (), 150),
 }
 ASKED = 6
 """The first rows of RUNS: those that goals compare."""
