@@ -12,7 +12,7 @@ from nnprune.patterns import NM
 from nnprune.pruners.magnitude import Magnitude
 from nnprune.pruners.wanda import Wanda
 from nnprune.recovery import Reconstruction, reconstruction
-from nnprune.recovery.tuning import Tuning
+from nnprune.recovery.tuning import LOWER, Tuning
 
 
 def tune(folder, monkeypatch, most):
@@ -84,3 +84,15 @@ def test_a_loss_that_is_not_finite_is_told_and_leaves_the_weights(tmp_path, monk
     assert {report["recovered"]["after"]["epoch"] for report in reports} == {0}
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, wanted[name])
+
+
+def test_a_rate_that_is_too_high_is_lowered_once(tmp_path):
+    """The second attempt is what the first one would have been at that rate."""
+    found = []
+    for lr in (0.2, LOWER * 0.2):
+        model, reports = prune_model(tmp_path / str(lr), method=Method(Wanda(), recovery=recover(0, 2, lr=lr)))
+        found.append((model.model.layers[0].mlp.up_proj.weight, reports[0]["recovered"]["after"]))
+    (weight, second), (wanted, first) = found
+    assert (second.pop("attempts"), first.pop("attempts")) == (2, 1)
+    assert second == first and first["epoch"] > 0
+    assert torch.equal(weight, wanted)

@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from nnprune.recovery.base import Rows
 log = logging.getLogger(__name__)
 
 MAX_EPOCHS = 100_000
+LOWER = 0.3  # ours: learning rate of a second attempt, relative to the first (docs/methods.md)
 
 Loss = Callable[[nn.Module, Sequence[int]], Tensor]
 """(module with float32 weights, rows) -> their mean loss, float32 (): of several processes each one's part of it."""
@@ -77,12 +78,30 @@ class Tuning:
         each_epoch: EachEpoch = lambda epoch, held_out: None,
         lr_factors: Sequence[float] | None = None,
     ) -> dict[str, Any]:
-        """Tune the weights of `module` in place, zeros excepted, for at most so many passes over `rows`, those of `with_copies`.
+        """Tune the weights of `module` in place, zeros excepted, for so many passes over `rows`, those of `with_copies`.
 
-        Kept are the weights of the epoch with the lowest held-out loss, or the initial ones. Raises ValueError for fewer than two rows.
+        Kept are the weights of the epoch with the lowest held-out loss. If none is better than the initial weights, there is a second
+        attempt at `LOWER` of the learning rate; after that the initial ones stay. Raises ValueError for fewer than two rows.
         `lr_factors`: of the learning rate, for each of the parameters; 1 by default.
-        Returns the held-out loss before and after, and the epoch that was kept.
+        Returns the held-out loss before and after, the epoch that was kept, and the number of attempts.
         """
+        what = (module, loss, rows, num_epochs, seed, each_epoch, lr_factors)
+        report = self._attempt(*what)
+        if report["epoch"] or not 0 < report["loss_before"] < math.inf:
+            return {**report, "attempts": 1}
+        return {**replace(self, lr=LOWER * self.lr)._attempt(*what), "attempts": 2}
+
+    def _attempt(
+        self,
+        module: nn.Module,
+        loss: Loss,
+        rows: Rows,
+        num_epochs: int,
+        seed: int,
+        each_epoch: EachEpoch,
+        lr_factors: Sequence[float] | None,
+    ) -> dict[str, Any]:
+        """As `run`, once, at `lr`."""
         num_rows, seq_len = rows.shape[:2]
         check_rows(num_rows)
         num_own = num_rows // (1 + self.num_copies)
