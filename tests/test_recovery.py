@@ -86,7 +86,7 @@ def test_a_loss_that_is_not_finite_is_told_and_leaves_the_weights(tmp_path, monk
         assert torch.equal(weight, wanted[name])
 
 
-def test_a_rate_that_is_too_high_is_lowered_once(tmp_path):
+def test_a_rate_that_is_too_high_is_lowered(tmp_path):
     """The second attempt is what the first one would have been at that rate."""
     found = []
     for lr in (0.2, LOWER * 0.2):
