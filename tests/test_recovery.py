@@ -86,13 +86,16 @@ def test_a_loss_that_is_not_finite_is_told_and_leaves_the_weights(tmp_path, monk
         assert torch.equal(weight, wanted[name])
 
 
-def test_a_rate_that_is_too_high_is_lowered(tmp_path):
+def test_a_rate_that_is_too_high_is_lowered_after_one_epoch(tmp_path, caplog):
     """The second attempt is what the first one would have been at that rate."""
     found = []
     for lr in (0.2, LOWER * 0.2):
-        model, reports = prune_model(tmp_path / str(lr), method=Method(Wanda(), recovery=recover(0, 2, lr=lr)))
+        with caplog.at_level(logging.DEBUG, "nnprune.recovery.tuning"):
+            model, reports = prune_model(tmp_path / str(lr), method=Method(Wanda(), recovery=recover(0, 2, lr=lr)))
         found.append((model.model.layers[0].mlp.up_proj.weight, reports[0]["recovered"]["after"]))
     (weight, second), (wanted, first) = found
     assert (second.pop("attempts"), first.pop("attempts")) == (2, 1)
     assert second == first and first["epoch"] > 0
     assert torch.equal(weight, wanted)
+    epochs = [message.split(":")[0] for message in caplog.messages if message.startswith("rate ")]
+    assert epochs[:3] == ["rate 0.2, epoch 1 of 2", "rate 0.06, epoch 1 of 2", "rate 0.06, epoch 2 of 2"]
