@@ -4,6 +4,7 @@ Letters: B batch, T tokens, D hidden.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -68,7 +69,7 @@ class Reconstruction(Recovery):
         self.earlier_lr = check_positive("recover.earlier_lr", earlier_lr)
         self.tuning = Tuning(lr, batch_tokens, holdout, num_copies, replaced)
         self.logits_epochs = check_count("recover.logits_epochs", logits_epochs, 0, MAX_EPOCHS)
-        self.logits_factor = check_positive("recover.logits_lr", logits_lr) / lr
+        self.tuning_of_logits = replace(self.tuning, lr=check_positive("recover.logits_lr", logits_lr))
         self.batch_tokens = batch_tokens
 
     def calibration(self, ids: Tensor) -> Tensor:
@@ -78,10 +79,10 @@ class Reconstruction(Recovery):
         self, index: int, layers: nn.ModuleList, run: Run, inputs: Rows, targets: Rows, num_epochs: int, is_last: bool
     ) -> dict[str, Any]:
         of_logits, newest = is_last and self.logits_epochs > 0, set(layers[-1].parameters())
-        factor, num_epochs = (self.logits_factor, self.logits_epochs) if of_logits else (1.0, num_epochs)
-        lr_factors = [factor * (1.0 if parameter in newest else self.earlier_lr) for parameter in layers.parameters()]
+        tuning, num_epochs = (self.tuning_of_logits, self.logits_epochs) if of_logits else (self.tuning, num_epochs)
+        lr_factors = [1.0 if parameter in newest else self.earlier_lr for parameter in layers.parameters()]
         loss = partial(_loss, run, inputs, targets, of_logits)
-        return self.tuning.run(layers, loss, inputs, num_epochs, seed=index, lr_factors=lr_factors)
+        return tuning.run(layers, loss, inputs, num_epochs, seed=index, lr_factors=lr_factors)
 
 
 def _loss(run: Run, inputs: Rows, targets: Rows, of_logits: bool, layers: nn.Module, rows: Sequence[int]) -> Tensor:
