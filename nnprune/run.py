@@ -19,14 +19,11 @@ from omegaconf.errors import OmegaConfBaseException
 from nnprune import __version__
 from nnprune.experiment import command_line, sparsity_options, sweep_table
 from nnprune.experiment.command_errors import explain, where_raised
-from nnprune.experiment.command_line import grid_cells, is_grid, label_of, rewrite
+from nnprune.experiment.command_line import CONF, grid_cells, is_grid, label_of, rewrite
 from nnprune.records import RESULT_FILE, RunRecord
 
 log = logging.getLogger("nnprune")
 sparsity_options.register()
-
-PACKAGE = Path(__file__).parent
-CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""

@@ -34,6 +34,8 @@ COMMANDS = [
     ("+prunner=wanda", "prunner=wanda: no such setting", "did you mean pruner or prune?"),
     ("calibration.num_sample=3", "calibration.num_sample=3: no such setting", "did you mean num_samples?"),
     ("calibraton.num_samples=3", "calibraton.num_samples=3: no such setting", "did you mean calibration.num_samples"),
+    ("recover.epochs=4", "recover.epochs=4: no such setting", "this option of recover has none"),
+    ("-m pruner=wanda,best recover.lr=1", "recover.lr=1: not all options of this sweep have it", "write ++recover.lr=1"),
     ("pruner.dampnig=1", "pruner.dampnig=1: no such setting", "did you mean damping?"),
     ("pruner=custom pruner.alpha=1", "pruner.alpha=1: no such setting", "added as +pruner.alpha="),
     ("+pruner.damping=1", "+pruner.damping=1: exists already", "leave out the +"),

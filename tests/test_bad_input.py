@@ -36,7 +36,7 @@ SETTINGS = [
         "pruner._target_=collections.Counter: ",
         "derive it from nnprune's Pruner",
     ),
-    ("+pruner.dampening=0.1", "pruner._target_=nnprune.pruners.sparsegpt.SparseGPT: ", "dampening"),
+    ("+pruner.dampening=0.1", "pruner.dampening=0.1: no such setting", "did you mean damping?"),
     ("pruner.damping=0", "pruner.damping=0: ", "greater than 0"),
     ("propagate=later", "propagate=later: ", "pruned, dense or sequential"),
     ("calibration.num_samples=0", "calibration.num_samples=0: ", "at least 1"),

@@ -202,6 +202,8 @@ def test_labels_tell_what_goes_with_a_pruner():
     choices = {"pruner": "wanda", "allocation": "uniform", "target": "dense", "update": "refit", "recover": "none"}
     assert label_of(cfg, choices, ["pruner=wanda", "update=refit"]) == "wanda+refit"
     assert label_of(cfg, choices | {"pruner": "best"}, ["pruner=best"]) == "best"  # best.yaml's own choice
+    assert label_of(cfg, choices | {"pruner": "best"}, ["pruner=best", "recover=none"]) == "best+recover=none"
+    assert label_of(cfg, choices, ["pruner=wanda", "update=refit", "recover=none"]) == "wanda+refit"
     for bits, wanted in (("4", "SparseGPT, 4 bits"), ("3", "SparseGPT, 3 bits"), ("null", "SparseGPT")):
         cfg = compose_config("pruner=sparsegpt_int4", f"pruner.bits={bits}")
         assert pretty_pruner(label_of(cfg, choices | {"pruner": "sparsegpt_int4"}, [])) == wanted

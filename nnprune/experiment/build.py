@@ -1,13 +1,11 @@
 """Builds the objects of an experiment from a resolved config, checked, before any weights are loaded."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from nnprune.allocations.base import Allocation
@@ -18,6 +16,7 @@ from nnprune.checks import check_count, nearest, one_of, quoted
 from nnprune.engine import parallel
 from nnprune.engine.propagation import PROPAGATE
 from nnprune.evaluation import Evaluation, Perplexity
+from nnprune.experiment.create import create, make, recovery_of
 from nnprune.experiment.folder import run_folder
 from nnprune.experiment.identity import evaluation_fingerprints, science
 from nnprune.method import Method
@@ -26,7 +25,7 @@ from nnprune.model.push import check_destination
 from nnprune.patterns import SparsityPattern, Unstructured, parse_pattern
 from nnprune.pruners.base import Pruner
 from nnprune.records import RunRecord, fingerprint
-from nnprune.recovery import Distillation, Recovery
+from nnprune.recovery import Distillation
 from nnprune.runtime import Runtime
 from nnprune.targets import Target
 from nnprune.tracking.base import Tracker
@@ -136,12 +135,12 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
         raise ValueError(f"propagate={quoted(config['propagate'])}: must be {one_of(PROPAGATE)}")
     pattern = parse_pattern(config["sparsity"])
     config["sparsity"] = {"pattern": str(config["sparsity"])}  # as in every record
-    runtime = _make("runtime", Runtime, config)
-    selection = _make("prune", Selection, {"prune": config.pop("prune")})
+    runtime = make("runtime", Runtime, config)
+    selection = make("prune", Selection, {"prune": config.pop("prune")})
     config |= {"prune": selection.settings} if selection.settings else {}  # the default is no part of a fingerprint
-    pruner = pruner or _instantiate("pruner", config, Pruner)
+    pruner = pruner or create("pruner", config, Pruner)
     pruner.validate(pattern)
-    target, update, recovery = _instantiate("target", config, Target), _instantiate("update", config, Update), _recovery(config)
+    target, update, recovery = create("target", config, Target), create("update", config, Update), recovery_of(config)
     distillation = recovery if isinstance(recovery, Distillation) else None
     method = Method(pruner, target, update, distillation.layers if distillation else recovery, distillation)
     if config["propagate"] == "dense" and (method.pairs_inputs or method.recovery.epochs_before):
@@ -150,16 +149,16 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
             f"propagate=dense: hands on what {key} compares pruned layers with; set propagate=pruned or sequential, or leave {key} out"
         )
     method.check()
-    evaluation = _instantiate("evaluation", config, Evaluation)
-    calibration = _instantiate("calibration", config, Calibration)
+    evaluation = create("evaluation", config, Evaluation)
+    calibration = create("calibration", config, Calibration)
     _check_objective(config["objective"], evaluation)
-    tracker = _instantiate("tracking", config, Tracker)
+    tracker = create("tracking", config, Tracker)
     if parallel.is_distributed() and any(one.loads_model for one in evaluation.evaluators.values()):
         raise ValueError("evaluation.backend=hf: measures in one process; add it to the saved model's record without torchrun")
     for part in (*evaluation.evaluators.values(), calibration.source, tracker):
         if part:
             part.check()
-    allocation = _instantiate("allocation", config, Allocation)
+    allocation = create("allocation", config, Allocation)
     experiment = Experiment(
         config=config,
         pattern=pattern,
@@ -168,7 +167,7 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
         allocation=allocation,
         calibration=calibration,
         evaluation=evaluation,
-        source=_make("model", ModelSource, config),
+        source=make("model", ModelSource, config),
         runtime=runtime,
         label="dense" if allocation.is_dense(pattern) else str(config["label"] or type(pruner).__name__),
         evaluations=evaluation_fingerprints(evaluation.evaluators),
@@ -214,45 +213,3 @@ def _check_objective(objective: Any, evaluation: Evaluation) -> None:
     known = [f"{one.name}_perplexity" for one in evaluators if isinstance(one, Perplexity)]
     if objective is not None and len(known) == len(evaluators) and objective not in known:
         raise ValueError(f"objective={quoted(objective)}: is not measured by evaluation; {nearest(str(objective), known)}")
-
-
-def _recovery(config: dict[str, Any]) -> Recovery:
-    """That of group `recover`. The errors of one in `recover.layers`, which can't know where it is, name that key."""
-    layers = config["recover"].get("layers")
-    if not isinstance(layers, dict) or "_target_" not in layers:
-        return _instantiate("recover", config, Recovery)
-    try:
-        built = _instantiate("recover", {"recover": layers}, object)
-    except ValueError as error:
-        raise ValueError(str(error).replace("recover.", "recover.layers.")) from None
-    return _instantiate("recover", config, Recovery, layers=built)
-
-
-def _make(key: str, kind: type, config: dict[str, Any]) -> Any:
-    """An instance of the dataclass `kind` from the settings of group `key`."""
-    known = [setting.name for setting in fields(kind) if setting.init]
-    for name, value in config[key].items():
-        if name not in known:
-            raise ValueError(f"{key}.{name}={quoted(value)}: no such setting; {nearest(name, known)}")
-    try:
-        return kind(**config[key])
-    except TypeError as error:
-        raise ValueError(f"{key}: a setting is of the wrong kind ({error}); see conf/{key}/") from error
-
-
-def _instantiate(key: str, config: dict[str, Any], expected: type, **parts: Any) -> Any:
-    """The object that group `key` names by `_target_`, with `parts` in place of these settings. Raises ValueError if it cannot be created
-    or is not of type `expected`."""
-    target = quoted(config[key].get("_target_"))
-    try:
-        built = instantiate(config[key], _convert_="all", **parts)
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, ValueError):
-            raise cause from None
-        reason = quoted(str(cause or error))
-        remedy = "check its spelling, its folder and its options"
-        raise ValueError(f"{key}._target_={target}: cannot be created ({reason}); {remedy}") from error
-    if not isinstance(built, expected):
-        raise ValueError(f"{key}._target_={target}: is no {expected.__name__}; derive it from nnprune's {expected.__name__}")
-    return built

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nnprune.checks import nearest, quoted
-from nnprune.experiment.command_line import choices_of, rewrite
+from nnprune.experiment.command_line import PLAIN_OPTIONS, choices_of, rewrite
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -50,7 +50,13 @@ def explain(error: Exception, arguments: Sequence[str], conf: Path) -> str:
         key = match[1]
         parent, _, name = key.rpartition(".")
         known = _keys(arguments, conf)
+        if key in known:  # Hydra looks for it among the defaults first, without what is swept over
+            return (
+                f"{quoted(typed.get(key, key))}: not all options of this sweep have it; write ++{quoted(typed.get(key, key))}"
+            )
         siblings = sorted(one.rpartition(".")[2] for one in known if one.rpartition(".")[0] == parent)
+        if not siblings and parent in PLAIN_OPTIONS:
+            return f"{quoted(typed.get(key, key))}: no such setting; this option of {parent} has none"
         meant = nearest(name, siblings) if siblings else nearest(key, known)
         own = f"; an option of your own class is added as +{key}=" if "pruner=custom" in arguments else ""
         return f"{quoted(typed.get(key, key))}: no such setting; {meant}{own}"
@@ -79,14 +85,17 @@ def where_raised(error: Exception) -> tuple[str, bool]:
 
 
 def _keys(arguments: Sequence[str], conf: Path) -> list[str]:
-    """The keys, with dots, that the options of a command line have."""
-    groups = [a for a in arguments if "=" in a and (conf / a.partition("=")[0]).is_dir()]
+    """The keys, with dots, that the options of a command line have; of a sweep, any of its options."""
+    groups = {a.partition("=")[0]: choices_of(a) for a in arguments if "=" in a and (conf / a.partition("=")[0]).is_dir()}
+    found: dict[str, None] = {}
     with initialize_config_dir(str(conf), version_base="1.3"):
-        try:
-            cfg = compose("config", rewrite([f"{a.partition('=')[0]}={choices_of(a)[0]}" for a in groups]))
-        except HydraException:  # another mistake
-            cfg = compose("config")
-    return _flat(OmegaConf.to_container(cfg))
+        for place in range(max(map(len, groups.values()), default=1)):
+            try:
+                cfg = compose("config", rewrite([f"{key}={some[min(place, len(some) - 1)]}" for key, some in groups.items()]))
+            except HydraException:  # another mistake
+                cfg = compose("config")
+            found |= dict.fromkeys(_flat(OmegaConf.to_container(cfg)))
+    return list(found)
 
 
 def _flat(config: Any, prefix: str = "") -> list[str]:

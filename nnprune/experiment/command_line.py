@@ -7,6 +7,7 @@ Hydra would see a sweep.
 import re
 from collections.abc import Mapping, Sequence
 from itertools import product
+from pathlib import Path
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
@@ -17,6 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from nnprune.checks import quoted
 
+PACKAGE = Path(__file__).parent.parent
+CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 SWEEP = ("-m", "--multirun")
 GRID = ("pruner", "sparsity")
 PLAIN_OPTIONS = {"allocation": "uniform", "target": "dense", "update": "none", "recover": "none"}
@@ -73,15 +76,26 @@ def is_grid(cfg: DictConfig) -> bool:
 
 def label_of(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str]) -> str:
     """The default label of a method, such as wanda+refit: its `pruner` option, or the class of a user's own pruner, and the options
-    of the groups in `PLAIN_OPTIONS` that the overrides set."""
+    of the groups in `PLAIN_OPTIONS` that the overrides set; where they switch off what a preset has, best+recover=none."""
     name = choices["pruner"]
     if name == "custom":
         name = str(OmegaConf.select(cfg, "pruner._target_", default=name)).split(".")[-1]
     if name == "sparsegpt_int4":
         name = f"sparsegpt_int{cfg.pruner.bits}" if cfg.pruner.bits else "sparsegpt"
-    overridden = {entry.partition("=")[0] for entry in overrides}
-    options = (choices[key] for key, plain in PLAIN_OPTIONS.items() if key in overridden and choices[key] != plain)
-    return "+".join([name, *options])
+    overridden = PLAIN_OPTIONS.keys() & {entry.partition("=")[0] for entry in overrides}
+    for key in filter(overridden.__contains__, PLAIN_OPTIONS):
+        if choices[key] != PLAIN_OPTIONS[key]:
+            name += f"+{choices[key]}"
+        elif key in _groups_of(choices["pruner"]):
+            name += f"+{key}={choices[key]}"
+    return name
+
+
+def _groups_of(preset: str) -> set[str]:
+    """The groups of `PLAIN_OPTIONS` whose option one of our `pruner` options chooses."""
+    path = CONF / "pruner" / f"{preset}.yaml"
+    chosen = OmegaConf.select(OmegaConf.load(path), "defaults", default=[]) if path.is_file() else []
+    return {key for key in PLAIN_OPTIONS if any(f"override /{key}" in entry for entry in chosen)}
 
 
 def grid_cells(cfg: DictConfig) -> list[DictConfig]:
