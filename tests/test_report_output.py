@@ -48,11 +48,13 @@ def test_costs_of_different_machines_are_named(tmp_path):
     write_record(tmp_path / "o" / "b", pruner="ria")
     found = read_all(tmp_path / "o")[0]
     for record, gpu in zip(found, ("A", "B"), strict=True):
-        record["machine"] = {"gpu": gpu}
+        record["machine"] = {"gpu": gpu, "host_bytes": 7}
     frame, _ = to_frame(found)
     warnings = build_methods_table(frame, "demo_perplexity", "demo", costs=True).warnings
     assert warnings == ["costs: the runs are of 2 different machines, so their seconds and memory do not compare"]
     assert build_methods_table(frame, "demo_perplexity", "demo").warnings == []
+    found[1]["machine"] = {"gpu": "A", "host_bytes": 8}  # after another start of it
+    assert build_methods_table(to_frame(found)[0], "demo_perplexity", "demo", costs=True).warnings == []
 
 
 @pytest.mark.parametrize("kind", ["sparsity", "pareto"])

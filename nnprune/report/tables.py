@@ -11,6 +11,7 @@ all others, in blocks of their own.
 import json
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 
@@ -182,9 +183,14 @@ def sparsity_names(pruned: pd.DataFrame) -> dict[str, str]:
     return distinct_names(sparsities, pretty_sparsity)
 
 
+def _speed_class(machine: dict[str, Any]) -> str:
+    """What of a record's machine its seconds depend on: all but the size of the memory, which differs by the boot."""
+    return json.dumps({key: value for key, value in machine.items() if key != "host_bytes"}, sort_keys=True)
+
+
 def _append_costs(blocks: list[list[Row]], pruned: pd.DataFrame, warnings: list[str]) -> list[str]:
     """Add the seconds and GiB of its runs to each row, and a warning where they do not compare; returns the names of the new columns."""
-    machines = {json.dumps(record.get("machine"), sort_keys=True) for record in pruned["record"]}
+    machines = {_speed_class(record.get("machine") or {}) for record in pruned["record"]}
     if len(machines) > 1:
         warnings.append(
             f"costs: the runs are of {len(machines)} different machines, so their seconds and memory do not compare"
