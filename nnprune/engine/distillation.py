@@ -43,6 +43,7 @@ class DistillationPass:
     stopwatch: Stopwatch
     dense: HiddenStates | None = field(default=None, init=False)
     is_finished: bool = field(init=False)  # in an earlier run
+    _has_begun: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.is_finished = len(self.layer_files.reports) == self.engine.num_layers
@@ -100,6 +101,9 @@ class DistillationPass:
 
     def _log_epoch(self, epoch: int, held_out: float) -> None:
         num_epochs = self.distillation.epochs
+        if epoch == 0 and self._has_begun:
+            log.info("distillation  no better: second attempt, at a lower learning rate")
+        self._has_begun = True
         log.info("distillation  epoch %d/%d  held-out KL divergence %.4g", epoch, num_epochs, held_out)
 
 

@@ -16,8 +16,8 @@ from nnprune.recovery.base import Rows
 log = logging.getLogger(__name__)
 
 MAX_EPOCHS = 100_000
-LOWER = 0.3  # ours: learning rate of an attempt, relative to the one before (docs/methods.md)
-MAX_ATTEMPTS = 3
+LOWER = 0.3  # ours: learning rate of a second attempt, relative to the first (docs/methods.md)
+TOO_HIGH = 1.15  # ours: held-out loss after the first epoch, relative to the initial one, that ends the first attempt
 
 Loss = Callable[[nn.Module, Sequence[int]], Tensor]
 """(module with float32 weights, rows) -> their mean loss, float32 (): of several processes each one's part of it."""
@@ -81,17 +81,17 @@ class Tuning:
     ) -> dict[str, Any]:
         """Tune the weights of `module` in place, zeros excepted, for so many passes over `rows`, those of `with_copies`.
 
-        Kept are the weights of the epoch with the lowest held-out loss, or the initial ones. If the first epoch is not better than
-        these, the learning rate is too high, and tuning starts again at `LOWER` of it. Raises ValueError for fewer than two rows.
+        Kept are the weights of the epoch with the lowest held-out loss. If none is better than the initial weights, or the first one is
+        so bad that the learning rate must be too high, there is a second attempt at `LOWER` of it; after that the initial ones stay.
+        Raises ValueError for fewer than two rows.
         `lr_factors`: of the learning rate, for each of the parameters; 1 by default.
         Returns the held-out loss before and after, the epoch that was kept, and the number of attempts.
         """
-        for attempt in range(1, MAX_ATTEMPTS + 1):
-            tuning, is_last = replace(self, lr=LOWER ** (attempt - 1) * self.lr), attempt == MAX_ATTEMPTS
-            report = tuning._attempt(module, loss, rows, num_epochs, seed, each_epoch, lr_factors, is_last)
-            if report["epoch"] or not 0 < report["loss_before"] < math.inf:
-                break
-        return {**report, "attempts": attempt}
+        what = (module, loss, rows, num_epochs, seed, each_epoch, lr_factors)
+        report = self._attempt(*what, limit=TOO_HIGH)
+        if report["epoch"] or not 0 < report["loss_before"] < math.inf:
+            return {**report, "attempts": 1}
+        return {**replace(self, lr=LOWER * self.lr)._attempt(*what), "attempts": 2}
 
     def _attempt(
         self,
@@ -102,9 +102,9 @@ class Tuning:
         seed: int,
         each_epoch: EachEpoch,
         lr_factors: Sequence[float] | None,
-        is_last: bool,
+        limit: float = math.inf,
     ) -> dict[str, Any]:
-        """As `run`, once, at `lr`; ended by a first epoch that is not better, except in the last attempt."""
+        """As `run`, once, at `lr`; ended by a first epoch with more than `limit` times the initial held-out loss."""
         num_rows, seq_len = rows.shape[:2]
         check_rows(num_rows)
         num_own = num_rows // (1 + self.num_copies)
@@ -156,7 +156,7 @@ class Tuning:
                     best, epoch_kept = mean, epoch
                     for parameter, value in zip(module.parameters(), parameters, strict=True):
                         parameter.data.copy_(value.detach())
-                elif epoch == 1 and not is_last:
+                elif epoch == 1 and mean > limit * first:
                     break
         if not math.isfinite(first):
             log.warning("warning: the loss on held-out sequences is not finite, so that tuning can't tell what is better")
