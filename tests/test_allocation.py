@@ -181,7 +181,7 @@ BAD_SETTINGS = [
     ("allocation=dlp allocation.strength=1", "allocation.strength=1: ", "less than 1"),
     ("allocation=alphapruning allocation.strength=true", "allocation.strength=True: ", "must be a number"),
     ("allocation=by_error allocation.strength=null", "allocation.strength=None: ", "must be a number"),
-    ("allocation=owl +allocation.power=2", "allocation._target_=nnprune.allocations.owl.OWL: ", "argument 'power'"),
+    ("allocation=owl +allocation.power=2", "allocation.power=2: no such setting", "threshold, strength"),
     ("allocation=owl allocation._target_=nnprune.pruners.wanda.Wanda ~allocation.threshold ~allocation.strength",
      "allocation._target_=nnprune.pruners.wanda.Wanda: ", "is no Allocation"),
     ("allocation=owl sparsity=1:2", "sparsity=1:2: OWL cannot vary it", "use allocation=uniform or a larger M"),
