@@ -13,9 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nnprune.checks import nearest, quoted
-from nnprune.experiment.command_line import PLAIN_OPTIONS, choices_of, rewrite
-
-PACKAGE = Path(__file__).parent.parent
+from nnprune.experiment.command_line import PACKAGE, PLAIN_OPTIONS, choices_of, rewrite
 
 EXTRAS = {
     "hydra/launcher": {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm"},
@@ -47,19 +45,17 @@ def explain(error: Exception, arguments: Sequence[str], conf: Path) -> str:
             f"{quoted(error.override)}: is no setting; write key=value, and a value with special characters as key='\"a(b)\"'"
         )
     if match := re.match(r"Could not override '([^']+)'", text):
-        key = match[1]
+        key, written = match[1], quoted(typed.get(match[1], match[1]))
         parent, _, name = key.rpartition(".")
         known = _keys(arguments, conf)
         if key in known:  # Hydra looks for it among the defaults first, without what is swept over
-            return (
-                f"{quoted(typed.get(key, key))}: not all options of this sweep have it; write ++{quoted(typed.get(key, key))}"
-            )
+            return f"{written}: not all options of this sweep have it; write ++{written}"
         siblings = sorted(one.rpartition(".")[2] for one in known if one.rpartition(".")[0] == parent)
         if not siblings and parent in PLAIN_OPTIONS:
-            return f"{quoted(typed.get(key, key))}: no such setting; this option of {parent} has none"
+            return f"{written}: no such setting; this option of {parent} has none"
         meant = nearest(name, siblings) if siblings else nearest(key, known)
         own = f"; an option of your own class is added as +{key}=" if "pruner=custom" in arguments else ""
-        return f"{quoted(typed.get(key, key))}: no such setting; {meant}{own}"
+        return f"{written}: no such setting; {meant}{own}"
     if match := re.match(r"Ambiguous value for argument '([^=]+)", text):
         key, _, value = typed.get(match[1], f"{match[1]}=A,B").partition("=")
         a_list = f", or write {key}=[{quoted(value)}] for a list" if key == "evaluation" or "." in key else ""

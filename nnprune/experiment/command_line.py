@@ -82,9 +82,11 @@ def label_of(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[st
         name = str(OmegaConf.select(cfg, "pruner._target_", default=name)).split(".")[-1]
     if name == "sparsegpt_int4":
         name = f"sparsegpt_int{cfg.pruner.bits}" if cfg.pruner.bits else "sparsegpt"
-    overridden = PLAIN_OPTIONS.keys() & {entry.partition("=")[0] for entry in overrides}
-    for key in filter(overridden.__contains__, PLAIN_OPTIONS):
-        if choices[key] != PLAIN_OPTIONS[key]:
+    overridden = {entry.partition("=")[0] for entry in overrides}
+    for key, plain in PLAIN_OPTIONS.items():
+        if key not in overridden:
+            continue
+        if choices[key] != plain:
             name += f"+{choices[key]}"
         elif key in _groups_of(choices["pruner"]):
             name += f"+{key}={choices[key]}"

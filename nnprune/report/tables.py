@@ -184,7 +184,7 @@ def sparsity_names(pruned: pd.DataFrame) -> dict[str, str]:
 
 
 def _speed_class(machine: dict[str, Any]) -> str:
-    """What of a record's machine its seconds depend on: all but the size of the memory, which differs by the boot."""
+    """What of a record's machine its seconds depend on: all but the size of the memory, which differs a little from boot to boot."""
     return json.dumps({key: value for key, value in machine.items() if key != "host_bytes"}, sort_keys=True)
 
 
