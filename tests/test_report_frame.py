@@ -109,6 +109,17 @@ def test_nothing_is_relative_to_a_method_that_beats_the_dense_model(tmp_path):
     assert "| **SparseGPT** | -- |" in out and "| **Wanda** | -- |" in out
 
 
+def test_methods_calibrated_on_other_tokens_than_the_one_they_are_relative_to_are_named(tmp_path):
+    relative = ["--layout", "methods", "--models", "demo", "--relative", "sparsegpt"]
+    for pruner, tokens in (("sparsegpt", "a"), ("wanda", "a"), ("magnitude", None)):
+        write_record(tmp_path / "o" / pruner, pruner=pruner, value=20.0, calibration_hash=tokens)
+    assert "calibrated" not in collect(tmp_path / "o", *relative)[2]
+    write_record(tmp_path / "o" / "ria", pruner="ria", value=20.0, calibration_hash="b")
+    err = collect(tmp_path / "o", *relative)[2]
+    assert err.count("calibrated") == 1
+    assert "demo / ria / 0.5: calibrated on other tokens than sparsegpt, so they do not compare" in err
+
+
 def test_dense_comes_from_pruned_runs_too_and_disagreement_is_named(tmp_path):
     write_record(tmp_path / "o" / "a", value=20.0, dense=15.0)
     assert "| **Dense** | 0% | 15.00 |" in collect(tmp_path / "o", "--metric", "demo_perplexity")[1]

@@ -190,7 +190,9 @@ def test_a_damaged_file_of_carried_layers_is_not_read(tmp_path, caplog):
     assert found.carried == {2: {"linears": []}}
     torch.testing.assert_close(found.read_carried(2), {"weight": torch.ones(2)})
     path.write_bytes(path.read_bytes()[:-1] + b"x")
+    caplog.clear()
     assert list(LayerFiles(files.folder, files.prefix).reports) == []
+    assert caplog.messages == [f"warning: {path} is missing or damaged: layer 0 and later ones are pruned again"]
 
 
 def test_evaluations_see_the_final_layers(tmp_path):

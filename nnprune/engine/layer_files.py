@@ -112,9 +112,13 @@ class LayerFiles:
                 break
             reports[index] = found["report"]
             carried.append(found.get("carried", {"reports": {}}))
+        num_finished, is_damaged = len(reports), False
         while carried and not self._has_carried(len(carried) - 1, carried[-1]):
-            carried.pop()
+            is_damaged |= carried.pop() is not None
             reports.pop(len(carried))
+        if is_damaged:
+            path = self._carried_path(num_finished - 1)
+            log.warning("warning: %s is missing or damaged: layer %d and later ones are pruned again", path, len(reports))
         return reports, {int(index): report for index, report in carried[-1]["reports"].items()} if carried else {}
 
     def _has_carried(self, index: int, carried: dict[str, Any] | None) -> bool:

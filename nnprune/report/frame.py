@@ -3,8 +3,7 @@
 A *cell* is one (model, method, sparsity) of one metric; runs of one pruner that differ in a setting are of several methods
 (variants.py). An *experiment* is all records of a cell whose configs differ in nothing but the seed, the newest record of each
 seed. Where experiments compete for a cell, the one with the newest `finished` is shown: the mean over its seeds and their
-sample standard deviation. That, the mean accuracy over a record's tasks, and on demand a perplexity relative to another pruner's,
-is all that is computed here.
+sample standard deviation. That and the mean accuracy over a record's tasks are all that is computed here.
 """
 
 import json
@@ -56,7 +55,7 @@ def to_frame(found: list[dict[str, Any]]) -> tuple[pd.DataFrame, list[str]]:
     )
     age = frame.groupby([*NAMES, "metric", "experiment", "seed"]).cumcount(ascending=False)
     frame["experiment"] = frame["experiment"].where(age == 0, frame["experiment"] + "-" + age.astype(str))
-    return _with_seed_statistics(frame), problems + replaced
+    return with_seed_statistics(frame), problems + replaced
 
 
 def _instant(finished: str | None) -> float:
@@ -98,7 +97,7 @@ def _names(record: dict[str, Any]) -> str:
     return " / ".join([record["model"], record["pruner"], normal_sparsity(record["sparsity"])])
 
 
-def _with_seed_statistics(frame: pd.DataFrame) -> pd.DataFrame:
+def with_seed_statistics(frame: pd.DataFrame) -> pd.DataFrame:
     """The frame with the number of seeds, the mean and the standard deviation of the experiment of each row."""
     values = frame.groupby([*NAMES, "metric", "experiment"])["value"]
     num_seeds = values.transform("size").astype(int)
@@ -193,21 +192,6 @@ def newest_experiments(rows: pd.DataFrame, by: str | None = None) -> tuple[pd.Da
                 f"shown is the newest, {last['fingerprint']}{seeds}: {last['path']}"
             )
     return rows[rows["experiment"] == rows.groupby(cell)["experiment"].transform("last")], warnings
-
-
-def relative_to(rows: pd.DataFrame, pruner: str) -> pd.DataFrame:
-    """Rows of one perplexity with each value x divided by the x of `pruner` at the same model, sparsity and seed.
-
-    x = ln(perplexity / dense perplexity). The result is 0 for the dense model, 1 for `pruner` itself, and NaN where `pruner`
-    has no record, or is no worse than the dense model. `rows` are those of `newest_experiments`.
-    """
-    ratios = rows["value"] / rows["dense_value"]
-    x = ratios.map(lambda ratio: math.log(ratio) if ratio > 0 else math.nan)
-    key = pd.MultiIndex.from_frame(rows[["model", "sparsity", "seed"]])
-    reference = x.set_axis(key)[(rows["pruner"] == pruner).to_numpy()]
-    reference = reference[~reference.index.duplicated(keep="last")].reindex(key)  # the newest of its variants
-    reference = reference.where(reference > 0)
-    return _with_seed_statistics(rows.assign(value=x / reference.to_numpy(), dense_value=rows["dense_value"] * 0))
 
 
 def dense_values(rows: pd.DataFrame) -> tuple[dict[str, float], set[str]]:

@@ -22,12 +22,12 @@ from nnprune.report.frame import (
     dense_values,
     is_dense,
     newest_experiments,
-    relative_to,
     shown,
     with_setting,
 )
 from nnprune.report.labels import DENSE, model_key, natural_key, pretty_pruner, pretty_sparsity, sparsity_key
 from nnprune.report.metrics import describe, higher_is_better
+from nnprune.report.relative import other_tokens, relative_to
 from nnprune.report.variants import method_key, plain_method, pretty_method
 
 MISSING = "--"
@@ -127,7 +127,7 @@ def build_methods_table(
 
     The dense figure is repeated in each column. `costs` adds columns: mean seconds of the runs in a row, evaluation included,
     and their peak memory in GiB, that of a device only where one was used. `relative` names a pruner: values are then
-    ln(perplexity / dense perplexity) relative to that pruner's (`frame.relative_to`), whose row is there whatever `pruners` says.
+    ln(perplexity / dense perplexity) relative to that pruner's (`relative.relative_to`), whose row is there whatever `pruners` says.
     """
     if relative and filters.get("pruners"):
         filters["pruners"] = [*filters["pruners"], relative]
@@ -135,6 +135,7 @@ def build_methods_table(
     names = method_names(rows[~is_dense(rows)])
     caption, title = f"{metric}, {model}", f"{describe(metric)}: {model}"
     if relative:
+        warnings += other_tokens(rows, relative)
         rows = relative_to(rows, relative)
         reference = f", ln(value / dense) relative to {visible(pretty_pruner(relative))}'s"
         caption, title = caption + reference, title + reference
