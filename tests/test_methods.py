@@ -46,6 +46,21 @@ def test_with_one_rho_alps_takes_the_paper_s_steps():
     assert torch.equal((pruned != 0).t(), NM(2, 4).mask((B + U).t().abs()).t())
 
 
+def test_shrinkage_is_a_calibration_on_one_more_token_for_each_input():
+    _, X, statistic = problem(16, 32, 500)
+    longer = Hessian()
+    longer.add(torch.cat([X, (0.3 * len(X) * statistic.mean().diagonal().mean()).sqrt() * torch.eye(32)]))
+    shrunk, expected = ScaledProblem(statistic, 0.01, "l", shrinkage=0.3), ScaledProblem(longer, 0.01, "l")
+    torch.testing.assert_close(shrunk.A, expected.A)
+
+
+def test_shrinkage_protects_the_weights_of_an_input_that_is_hardly_active():
+    W, X, _ = problem(48, 64, 1000)
+    X[:, 0] *= 0.01
+    without, shrunk = ((prune(pruner, W, X, "0.5")[:, 0] != 0).sum() for pruner in (ALPS(), ALPS(shrinkage=1.0)))
+    assert without < 5 < 10 < shrunk
+
+
 def test_gradual_masks_beat_wandas():
     W, X, _ = problem(48, 64, 1000)
     for spec in ("0.6", "2:4", "4:8"):
@@ -122,6 +137,7 @@ def test_without_upstream_errors_the_target_is_the_dense_weight():
         (lambda: ALPS(first_rho=2.0), "pruner.last_rho=0.7: must lie between pruner.first_rho=2.0 and four times that"),
         (lambda: ALPS(first_rho=0.1), "pruner.last_rho=0.7: must lie between pruner.first_rho=0.1 and four times that"),
         (lambda: ALPS(num_iterations=0), "pruner.num_iterations=0: must be a whole number"),
+        (lambda: ALPS(shrinkage=-0.1), "pruner.shrinkage=-0.1: must be a number, at least 0"),
     ],
 )
 def test_settings_out_of_range(make, message):

@@ -12,7 +12,7 @@ Letters: O output features, I input features.
 
 from torch import Tensor
 
-from nnprune.checks import check_count, check_positive
+from nnprune.checks import check_count, check_number, check_positive
 from nnprune.kernels.matmul import FastFactor
 from nnprune.patterns import SparsityPattern
 from nnprune.pruners.stacked import StackedPruner
@@ -33,6 +33,7 @@ class ALPS(StackedPruner):
         num_iterations: of ADMM; rho grows geometrically from one to the next.
         num_refit_steps: of conjugate gradients.
         damping: lambda, a fraction of the scaled hessian's diagonal.
+        shrinkage: of the hessian towards its mean diagonal, for text unlike the calibration (ScaledProblem). Ours; the authors have none.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class ALPS(StackedPruner):
         num_iterations: int = 12,
         num_refit_steps: int = 4,
         damping: float = 0.01,
+        shrinkage: float = 0.0,
     ) -> None:
         check_count("pruner.num_iterations", num_iterations, 1, MAX_ITERATIONS)
         check_positive("pruner.first_rho", first_rho)
@@ -56,11 +58,14 @@ class ALPS(StackedPruner):
         self.alpha = (first_rho * last_rho) ** 0.5
         self.num_refit_steps = check_count("pruner.num_refit_steps", num_refit_steps, 1, MAX_ITERATIONS)
         self.damping = check_positive("pruner.damping", damping)
+        self.shrinkage = check_number("pruner.shrinkage", shrinkage, 0)
 
     def prune_stack(self, weight_IO: Tensor, sizes: list[int], pattern: SparsityPattern, names: list[str]) -> Tensor:
         statistic = self.statistics[names[0]]
-        problem = ScaledProblem.of(statistic, self.damping, names[0])
-        inverse = statistic.memo((ALPS, self.damping, self.alpha), lambda: FastFactor(problem.inverse(self.alpha)))
+        problem = ScaledProblem.of(statistic, self.damping, names[0], self.shrinkage)
+        inverse = statistic.memo(
+            (ALPS, self.damping, self.shrinkage, self.alpha), lambda: FastFactor(problem.inverse(self.alpha))
+        )
         projection = Projection(pattern, sizes)
         search = ADMMIterations(problem.scale_(weight_IO), inverse, self.alpha, projection)
         for rho in self.rhos:

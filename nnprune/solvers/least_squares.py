@@ -5,6 +5,10 @@ hessian H = E[x x^T]. Scale the inputs to unit norm, a_i = sqrt(H_ii), and let B
 then tr((B - B0)^T A (B - B0)). A has a constant diagonal, so magnitudes of B can be compared, and conjugate gradients need no other
 preconditioner. The ridge lambda pulls towards W0, not towards zero.
 
+Lambda is relative to each input, so it does not protect the weights of inputs that calibration hardly activates. Shrinkage does:
+with H + s m 1 in place of H, m the mean of its diagonal, the loss is an estimate for text that activates them more (the target of
+Ledoit and Wolf 2004, doi:10.1016/S0047-259X(03)00096-4; SparseGPT's damping has the same form).
+
 Letters: O output features (of several linears side by side), I input features. Float32 throughout.
 """
 
@@ -27,16 +31,18 @@ class ScaledProblem:
         statistic: their hessian.
         damping: lambda, a fraction of the diagonal of the scaled hessian, which is 1.
         name: one of the linears, for error messages.
+        shrinkage: s.
 
     Attributes:
         A: (I, I), symmetric, diagonal 1 + lambda.
         scale: a (I,).
     """
 
-    def __init__(self, statistic: InputStatistic, damping: float, name: str) -> None:
+    def __init__(self, statistic: InputStatistic, damping: float, name: str, shrinkage: float = 0.0) -> None:
         self.name = name
         self.num_tokens = statistic.num_tokens
         self.A = statistic.mean()
+        self.A.diagonal().add_(shrinkage * self.A.diagonal().mean())
         norms = self.A.diagonal().clone()
         mean = norms.mean()
         least = (mean.double() * MIN_SQUARED_NORM).float()
@@ -46,9 +52,9 @@ class ScaledProblem:
         self.A.diagonal().add_(damping)
 
     @classmethod
-    def of(cls, statistic: InputStatistic, damping: float, name: str) -> "ScaledProblem":
-        """The problem, built once for each statistic and damping."""
-        return statistic.memo((cls, damping), lambda: cls(statistic, damping, name))
+    def of(cls, statistic: InputStatistic, damping: float, name: str, shrinkage: float = 0.0) -> "ScaledProblem":
+        """The problem, built once for each statistic, damping and shrinkage."""
+        return statistic.memo((cls, damping, shrinkage), lambda: cls(statistic, damping, name, shrinkage))
 
     def scale_(self, weight_IO: Tensor) -> Tensor:
         """B (I, O) of a weight (I, O), float32, in place."""
