@@ -2,7 +2,10 @@
 
 import copy
 import logging
+from functools import partial
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from support.ranks import on_ranks
 from support.runs import failure, kill, run_until_killed
 from torch.nn.functional import kl_div
 
+import nnprune.engine.stopwatch
 import nnprune.experiment.preparation
 from nnprune.engine import logits, parallel
 from nnprune.engine.consistency_check import check_consistency
@@ -162,6 +166,7 @@ def test_a_killed_run_ends_with_the_bytes_of_another(moment, tiny_config, undist
     cfg = tiny_config(*SETTINGS, "save=true")
     with monkeypatch.context() as patch:
         moment(patch)
+        patch.setattr(nnprune.engine.stopwatch, "time", SimpleNamespace(perf_counter=partial(next, count(step=3600))))
         run_until_killed(cfg)
     assert len(list(Path(cfg.outputs).rglob("unfinished/layer-*.json"))) == 2
     caplog.clear()
@@ -170,6 +175,8 @@ def test_a_killed_run_ends_with_the_bytes_of_another(moment, tiny_config, undist
     assert not any(message.startswith("layer ") for message in caplog.messages), "pruned layers are not pruned again"
     assert any("epoch 1/2" in message for message in caplog.messages) == (moment is not in_the_evaluation)
     assert (resumed.metrics, resumed.recovered) == (whole.metrics, whole.recovered)
+    stages = ("prune", "recover") if moment is in_the_evaluation else ("prune",)
+    assert all(resumed.seconds[stage] > 3600 for stage in stages), "those of the killed process count"
     name = f"*{whole.fingerprint}/model/model.safetensors"
     files = [next(Path(root).rglob(name)) for root in (cfg.outputs, undisturbed.partition("=")[2])]
     assert files[0].read_bytes() == files[1].read_bytes()

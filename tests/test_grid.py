@@ -42,6 +42,7 @@ def test_cells_equal_separate_runs(tiny_config, tmp_path):
             assert first == second | {"relative_error": pytest.approx(second["relative_error"])}  # other batches of rows
         assert not one.notes
         assert "5 other cells" in other.notes[0]
+        assert "total" in one.seconds and "total" not in other.seconds
 
 
 def test_the_calibration_goes_through_the_layers_once(tiny_config, monkeypatch):

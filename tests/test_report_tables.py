@@ -23,7 +23,13 @@ def methods(tmp_path):
             peak_host_bytes=(seed + 1) * 2**30,
             **config(seed),
         )
-    write_record(folder / "w", value=25.0, seconds={"total": 2.0}, peak_host_bytes=2**29, peak_device_bytes=3 * 2**30)
+    write_record(
+        folder / "w",
+        value=25.0,
+        seconds={"total": 11.0, "dense_evaluation": 9.0},
+        peak_host_bytes=2**29,
+        peak_device_bytes=3 * 2**30,
+    )
     write_record(folder / "w24", sparsity="2:4", value=50.0, seconds={"total": 3.0}, peak_host_bytes=None)
     write_record(folder / "own", pruner="mine+layer", sparsity="2:4", value=40.0, seconds={"total": 1234.5})
     write_record(folder / "b", pruner="best", sparsity="0.7", value=21.0, seconds={}, peak_host_bytes=None)

@@ -6,6 +6,7 @@ import os
 import shutil
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from conftest import compose_config
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from support.damages import cut, flip, remove, swap
 from support.runs import kill, run_until_killed, stripped, watch_measurements
 
+import nnprune.engine.stopwatch
 import nnprune.experiment.job
 import nnprune.experiment.preparation
 import nnprune.model.checkpoint
@@ -92,6 +94,18 @@ def test_kill_9_loses_nothing_that_was_finished(moment, tiny_config, undisturbed
     seconds = {linear["name"]: linear["seconds"] for linear in resumed.per_linear}
     assert len(seconds) == 12
     assert finished or moment not in (at_second_layer, in_evaluation, half_a_record)
+
+
+def test_the_seconds_are_those_of_all_processes(tiny_config, monkeypatch):
+    cfg = tiny_config("pruner=sparsegpt", "runtime.resume=true")
+    with monkeypatch.context() as patch:
+        at_second_layer(patch)
+        hours = SimpleNamespace(perf_counter=partial(next, itertools.count(step=3600)))
+        patch.setattr(nnprune.engine.stopwatch, "time", hours)
+        run_until_killed(cfg)
+    seconds = run(cfg).seconds
+    assert seconds["prune"] > 3600 and seconds["total"] > seconds["prune"] + seconds["calibration"]
+    assert seconds["evaluation"] + seconds["dense_evaluation"] < 3600, "what was lost does not count"
 
 
 def test_texts_measured_before_a_kill_are_not_measured_again(tiny_config, small_text, monkeypatch):

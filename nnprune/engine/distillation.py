@@ -96,7 +96,8 @@ class DistillationPass:
         for index, layer in enumerate(decoder.layers):
             store.round(index)
             counts = count_zeros(layer, decoder.weights(index))
-            self.layer_files.write(index, store.stored_state(index), {**pruned.reports[index], **counts, "distilled": report})
+            whole = {**pruned.reports[index], **counts, "distilled": report, "run_seconds": self.stopwatch.total()}
+            self.layer_files.write(index, store.stored_state(index), whole)
         self.layer_files.finish()
 
     def _log_epoch(self, epoch: int, held_out: float) -> None:

@@ -259,4 +259,7 @@ class PruningPass:
             counts = count_zeros(layer, self.engine.decoder.weights(index))
         with self.stopwatch.stage("write"):
             state = self.store.stored_state(index, copy=self.num_tasks > 1)  # the next task's layer is made of the same tensors
-            task.layer_files.write(index, state, {**report, **counts, "num_cells": self.num_tasks}, carried)
+            report = {**report, **counts, "num_cells": self.num_tasks}
+            if self.num_tasks == 1:  # the time of a grid is not that of a cell
+                report["run_seconds"] = self.stopwatch.total()
+            task.layer_files.write(index, state, report, carried)

@@ -1,7 +1,7 @@
 """Measures the seconds that each stage of a run takes."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -31,8 +31,19 @@ class Stopwatch:
             self._stages.pop()
 
     def total(self) -> dict[str, float]:
-        """Seconds by stage, and under "total" the seconds since this object was created."""
-        return {**self.seconds, "total": time.perf_counter() - self._start}
+        """Seconds by stage, and under "total" the seconds since this object was created, with those of `resume`."""
+        self._switch()
+        return {**self.seconds, "total": self._since - self._start}
+
+    def resume(self, earlier: Mapping[str, float]) -> None:
+        """Add the `total()` of an earlier process whose work this one continues, evaluations excepted: they begin anew."""
+        for stage, seconds in earlier.items():
+            if stage == "total":
+                self._start -= seconds
+            elif stage.endswith("evaluation"):
+                self._start += seconds
+            else:
+                self.seconds[stage] = self.seconds.get(stage, 0) + seconds
 
     def _switch(self) -> None:
         """Add the time since the last change of stage to the stage that ends or is suspended now."""

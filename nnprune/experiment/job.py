@@ -156,6 +156,8 @@ class Job:
         tasks, distilling = [], distilling_pass(self.experiment, self.engine, self.stopwatch) if pruned else None
         by_name = self.experiment.evaluation.evaluators
         evaluators = {key: by_name[name] for name, key in self.experiment.evaluations.items() if key in self.evaluation_ids}
+        if pruned:
+            self._count_earlier_processes()
         if pruned and not (distilling and distilling.is_finished):
             tasks.append(PruneTask(self.experiment.method, self.plan, self.engine.store.layer_files))
         with ExitStack() as stack:
@@ -194,9 +196,22 @@ class Job:
             if quantization := self.experiment.method.quantization:
                 pruned.quantization = quantization.summary(self.engine.decoder.shapes(), self.plan)
             pruned.linear_sparsity, pruned.model_sparsity = fractions_of_zeros(self.engine.decoder, reports)
-            if (num_cells := max(report["num_cells"] for report in reports)) > 1:
-                pruned.notes.append(f"pruned in one pass with {num_cells - 1} other cells; `seconds` leaves that pass out")
+            if self._num_cells > 1:
+                pruned.notes.append(
+                    f"pruned in one pass with {self._num_cells - 1} other cells; `seconds` leaves that pass out"
+                )
         return metrics, dense_metrics
+
+    @property
+    def _num_cells(self) -> int:
+        """How many cells of a grid were pruned in the same pass, this one included."""
+        return max((report["num_cells"] for report in self.engine.store.layer_files.reports.values()), default=1)
+
+    def _count_earlier_processes(self) -> None:
+        """Add the seconds that an interrupted run took for the layers which are finished."""
+        reports = self.engine.store.layer_files.reports
+        if reports:
+            self.stopwatch.resume(reports[max(reports)].get("run_seconds", {}))  # a layer of a grid has none
 
     def _check_that_it_can_be_saved(self) -> None:
         source, decoder = self.experiment.source, self.engine.decoder
@@ -219,6 +234,8 @@ class Job:
         runtime = self.experiment.runtime
         if experiment is self.experiment:
             record.seconds = self.stopwatch.total()
+            if self._num_cells > 1:
+                del record.seconds["total"]
         else:  # the dense model, measured in the same pass
             record.seconds = dict.fromkeys(("dense_evaluation", "total"), self.stopwatch.seconds["dense_evaluation"])
         record.peak_host_bytes = peak_host_bytes()

@@ -59,12 +59,14 @@ def one_line(error: Exception) -> str:
 
 
 def summary(record: RunRecord) -> str:
-    """One line with model, pruner, sparsity, metrics and time."""
+    """One line with model, pruner, sparsity, metrics and, but for a cell of a grid, time."""
     figures = [
         f"{name} {float(value):.4g}"
         + (f" ± {float(stderr):.2g}" if stderr is not None else "")
         + (f" (dense {float(record.dense_metrics[name]):.4g})" if record.pruner != "dense" else "")
         for name, (value, stderr) in with_stderr(record.metrics).items()
     ]
-    seconds = record.seconds.get("total", 0)
-    return f"{record.model}  {record.pruner}  {record.sparsity}  {', '.join(figures) or 'not evaluated'}  {seconds:.1f} s"
+    parts = [record.model, record.pruner, record.sparsity, ", ".join(figures) or "not evaluated"]
+    if "total" in record.seconds:
+        parts.append(f"{record.seconds['total']:.1f} s")
+    return "  ".join(parts)

@@ -20,7 +20,7 @@ from nnprune.report.variants import plain_method, setting_text, settings_of, wit
 
 CELL = ["model", "method", "sparsity"]
 NAMES = ["model", "pruner", "sparsity"]
-FIGURES = ["value", "stderr", "dense_value", "linear_sparsity", "seconds_total"]
+FIGURES = ["value", "stderr", "dense_value", "linear_sparsity", "seconds"]
 PEAKS = ["peak_host_bytes", "peak_device_bytes"]
 COLUMNS = [*NAMES, "metric", *FIGURES, *PEAKS, "whole_model", "fingerprint", "finished", "path", "experiment", "seed"]
 OBJECTS = ["record"]  # columns that are no plain values: the record itself, a dict
@@ -138,7 +138,7 @@ def _record_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
             "stderr": stderr,
             "dense_value": dense.get(metric),
             "linear_sparsity": record["linear_sparsity"],
-            "seconds_total": record["seconds"].get("total"),
+            "seconds": _seconds(record),
             **{name: record[name] for name in (*PEAKS, "whole_model")},
             "fingerprint": record["fingerprint"],
             "finished": record["finished"] or "",
@@ -148,6 +148,14 @@ def _record_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
         }
         for metric, (value, stderr) in records.with_stderr(metrics).items()
     ]
+
+
+def _seconds(record: dict[str, Any]) -> float | None:
+    """The seconds of a run. Those in which it measured the dense model count for the dense record alone: it did so for all later runs."""
+    total = record["seconds"].get("total")
+    if total is None or record["pruner"] == DENSE:
+        return total
+    return total - record["seconds"].get("dense_evaluation", 0)
 
 
 def _experiment_and_seed(record: dict[str, Any], metric: str) -> dict[str, str]:

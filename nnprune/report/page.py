@@ -119,7 +119,7 @@ def _runs(rows: pd.DataFrame) -> _Runs:
         figures = [_cell(values.get(metric, math.nan), format_value) for metric in metrics]
         costs = [
             _cell(first["linear_sparsity"], "{:.3f}".format),
-            _cell(first["seconds_total"], "{:.1f}".format),
+            _cell(first["seconds"], "{:.1f}".format),
             _cell(gib, "{:.2f}".format),
         ]
         runs.rows.append([*name, seed, *figures, *costs, visible(first["finished"])])

@@ -57,7 +57,7 @@ def plot(
     if by:
         rows, warnings = with_setting(rows, by)
     rows, more = select(rows, metric, filters, by)
-    rows["seconds"] = rows.groupby([*CELL, *(["by"] if by else [])])["seconds_total"].transform("mean")
+    rows["seconds"] = rows.groupby([*CELL, *(["by"] if by else [])])["seconds"].transform("mean")
     cells = rows.drop_duplicates([*CELL, *(["by"] if by else [])], keep="last")  # `mean` and `std` are those over all seeds
     cells, lines = _drawable(cells, metric, kind)
     dense = {model: value for model, value in dense_values(cells)[0].items() if _is_drawable(value, metric)}

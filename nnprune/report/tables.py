@@ -125,8 +125,8 @@ def build_methods_table(
 ) -> Table:
     """The table of one metric and model over pruners. Filters are `pruners` and `sparsities`, as in `build_table`.
 
-    The dense figure is repeated in each column. `costs` adds columns: mean seconds of the runs in a row, evaluation included,
-    and their peak memory in GiB, that of a device only where one was used. `relative` names a pruner: values are then
+    The dense figure is repeated in each column. `costs` adds columns: mean seconds of the runs in a row, evaluation of the pruned model
+    included, and their peak memory in GiB, that of a device only where one was used. `relative` names a pruner: values are then
     ln(perplexity / dense perplexity) relative to that pruner's (`relative.relative_to`), whose row is there whatever `pruners` says.
     """
     if relative and filters.get("pruners"):
@@ -198,7 +198,7 @@ def _append_costs(blocks: list[list[Row]], pruned: pd.DataFrame, warnings: list[
         )
     groups = pruned.groupby(["whole_model", "method"])
     peaks = groups[PEAKS].max().astype(float).replace(0, math.nan) / GIB  # a run on a CPU uses no device memory
-    costs = pd.DataFrame({"Seconds": groups["seconds_total"].mean(), "GiB": peaks["peak_host_bytes"]})
+    costs = pd.DataFrame({"Seconds": groups["seconds"].mean(), "GiB": peaks["peak_host_bytes"]})
     if peaks["peak_device_bytes"].notna().any():
         costs["GiB of device"] = peaks["peak_device_bytes"]
     costs = costs.loc[sorted(costs.index, key=lambda one: (one[0], method_key(one[1])))]  # as the rows
