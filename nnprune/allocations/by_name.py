@@ -31,7 +31,7 @@ class ByName(NamedPatterns):
     def __init__(self, patterns: Mapping[str, float | str] | None = None, path: str | None = None) -> None:
         if bool(patterns) == (path is not None):
             value = quoted(patterns if patterns else path)
-            reason = 'give either patterns, such as {"*.mlp.*": "2:4"}, or path=FILE with such a mapping'
+            reason = 'give either patterns, such as {*.mlp.*: "2:4"}, or path=FILE with such a mapping'
             raise ValueError(f"allocation.{'patterns' if patterns else 'path'}={value}: {reason}")
         where = f"allocation.patterns={quoted(patterns)}" if patterns else f"allocation.path={quoted(str(path))}"
         super().__init__(where, patterns or read_patterns(where, str(path), "conf/allocation/by_name.yaml"))

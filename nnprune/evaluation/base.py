@@ -18,7 +18,7 @@ largest tensors of a small model."""
 class Evaluator(ABC):
     """Computes metrics of a model. Subclasses are configured by `_target_` under `evaluation.datasets`, like pruners."""
 
-    seq_len: int | None
+    seq_len: int | None = None
     """T, at most the model's number of positions; None: set to it before `prepare`."""
 
     length_key = "evaluation.seq_len"
