@@ -46,7 +46,8 @@ class RunRecord:
     `Recovery.tune`, `before` and `after` pruning, with losses relative to the dense outputs, or in nats where they are of logits; where
     the whole model was tuned (`whole_model`), which tables keep apart, another with that report, `model`.
     `seconds` maps each stage to its time, and "total" to that of the run, of all processes if it was interrupted, without the work that
-    was lost; a cell of a grid has no total, since cells share their pass.
+    was lost; a cell of a grid has no total and no peaks of memory, since cells share their pass, nor has a dense model's record peaks if it
+    was measured in the pass of another run.
     `evaluations` maps the fingerprint of each evaluation to its name, settings, hash of token ids (tokens), figures (metrics,
     dense_metrics) and time (finished); the last one of each metric is in `metrics`. Commits are those on the hub, hashes those of files;
     `code` maps each of nnprune's files that the method uses to a hash; `command` is None if the run was called from Python.

@@ -188,7 +188,7 @@ def _main(cfg: DictConfig) -> float | None:
             return None
         with parallel.together():
             records = run_grid(grid_cells(cfg)) if is_grid(cfg) else [run(cfg)]
-        return sweep_table.objective(cfg, records[0].metrics)[1] if len(records) == 1 else None
+        return sweep_table.objective(cfg, records[0])[1] if len(records) == 1 else None
     except KeyboardInterrupt as interrupt:
         log.error("interrupted%s: run the same command again to resume", f" {interrupt}" if str(interrupt) else "")
         sys.exit(INTERRUPTED)

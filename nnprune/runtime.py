@@ -201,6 +201,11 @@ def peak_host_bytes() -> int:
     return _status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def peaks() -> dict[str, int]:
+    """The peaks of memory as records name them."""
+    return {"peak_host_bytes": peak_host_bytes(), "peak_device_bytes": peak_device_bytes()}
+
+
 def resident_host_bytes() -> int:
     """Resident memory of this process now, or its peak if the system does not tell."""
     return _status_bytes("VmRSS") or peak_host_bytes()

@@ -43,6 +43,7 @@ def test_cells_equal_separate_runs(tiny_config, tmp_path):
         assert not one.notes
         assert "5 other cells" in other.notes[0]
         assert "total" in one.seconds and "total" not in other.seconds
+        assert one.peak_host_bytes and other.peak_host_bytes is None
 
 
 def test_the_calibration_goes_through_the_layers_once(tiny_config, monkeypatch):

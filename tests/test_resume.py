@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+import time
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from support.damages import cut, flip, remove, swap
 from support.runs import kill, run_until_killed, stripped, watch_measurements
 
+import nnprune.engine.pruning_pass
 import nnprune.engine.stopwatch
 import nnprune.experiment.job
 import nnprune.experiment.preparation
@@ -96,14 +98,17 @@ def test_kill_9_loses_nothing_that_was_finished(moment, tiny_config, undisturbed
     assert finished or moment not in (at_second_layer, in_evaluation, half_a_record)
 
 
-def test_the_seconds_are_those_of_all_processes(tiny_config, monkeypatch):
+def test_the_costs_are_those_of_all_processes(tiny_config, monkeypatch):
     cfg = tiny_config("pruner=sparsegpt", "runtime.resume=true")
     with monkeypatch.context() as patch:
         at_second_layer(patch)
         hours = SimpleNamespace(perf_counter=partial(next, itertools.count(step=3600)))
         patch.setattr(nnprune.engine.stopwatch, "time", hours)
+        patch.setattr(nnprune.engine.pruning_pass, "peaks", lambda: {"peak_host_bytes": 2**50, "peak_device_bytes": 1})
         run_until_killed(cfg)
-    seconds = run(cfg).seconds
+    record = run(cfg)
+    assert (record.peak_host_bytes, record.peak_device_bytes >= 1) == (2**50, True)
+    seconds = record.seconds
     assert seconds["prune"] > 3600 and seconds["total"] > seconds["prune"] + seconds["calibration"]
     assert seconds["evaluation"] + seconds["dense_evaluation"] < 3600, "what was lost does not count"
 
@@ -135,6 +140,7 @@ def test_a_dense_record_made_while_resuming_is_of_the_dense_model(tiny_config, t
     for key in ("metrics", "linear_sparsity", "model_sparsity"):
         assert after[key] == before[key]
     assert after["linear_sparsity"] < 0.01
+    assert after["peak_host_bytes"] is None, "that of the pruning run says nothing of it"
 
 
 @pytest.mark.parametrize("runtime", ["cpu", "low_memory"])
@@ -142,9 +148,14 @@ def test_a_dense_model_that_another_process_failed_to_measure(runtime, tiny_conf
     expected = run(tiny_config("pruner=wanda", undisturbed))
     locked = nnprune.experiment.job.locked
 
+    hours = [0]
+    late = SimpleNamespace(perf_counter=lambda: time.perf_counter() + 3600 * hours[0])
+    monkeypatch.setattr(nnprune.engine.stopwatch, "time", late)
+
     @contextmanager
     def busy(folder, wait=True):
         if wait:
+            hours[0] = 1  # until the other process has failed
             with locked(folder):
                 yield True
         else:
@@ -154,6 +165,7 @@ def test_a_dense_model_that_another_process_failed_to_measure(runtime, tiny_conf
     record = run(tiny_config("pruner=wanda", f"runtime={runtime}"))
     assert record.metrics == expected.metrics
     assert record.dense_metrics == expected.dense_metrics
+    assert hours == [1] and record.seconds["total"] < 3600, "waiting takes no time"
     [dense] = tmp_path.glob("outputs/*/dense/*/result.json")
     assert json.loads(dense.read_text())["metrics"] == record.dense_metrics
 

@@ -100,6 +100,16 @@ def test_a_dense_figure_of_other_tokens_is_measured_again(tiny_config, monkeypat
     assert run(tiny_config("pruner=wanda")).dense_metrics == dense.dense_metrics != {"text_perplexity": 1.0}
 
 
+def test_a_saved_model_is_compared_with_the_dense_one_on_its_own_tokens(tiny_config):
+    dense = run(tiny_config("sparsity=dense"))
+    right = dict(dense.metrics)
+    [entry] = dense.evaluations.values()
+    entry["tokens"], entry["metrics"] = "0" * 16, {"text_perplexity": 1.0}
+    dense.write(build(tiny_config("sparsity=dense")).folder)
+    run(tiny_config("pruner=wanda", "save=true", "evaluation.max_windows=2"))
+    assert run(tiny_config("pruner=wanda", "save=true")).dense_metrics == right
+
+
 def test_a_grid_adds_evaluations_without_pruning(tiny_config, more, monkeypatch):
     settings = ("propagate=dense", "save=true")
     cells = [(f"pruner={name}", f"label={name}", *settings) for name in ("magnitude", "wanda")]

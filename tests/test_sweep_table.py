@@ -8,6 +8,10 @@ from nnprune.records import RunRecord
 from nnprune.run import _main
 
 
+def entry(name, value):
+    return {"name": name, "metrics": {f"{name}_perplexity": value}, "dense_metrics": {}, "tokens": ""}
+
+
 @pytest.fixture
 def fake_run(monkeypatch):
     """Runs that measure nothing: `fake_run(perplexity)` says what a config gives."""
@@ -16,7 +20,8 @@ def fake_run(monkeypatch):
         def run(cfg):
             experiment = build(cfg)
             record = RunRecord("completed", experiment.fingerprint, "demo", experiment.label, str(experiment.pattern))
-            record.metrics = {"text_perplexity": perplexity(cfg), "other_perplexity": 1.0}
+            figures = {"other": 1.0, **{name: perplexity(cfg) for name in experiment.evaluations if name != "other"}}
+            record.add_evaluations({name: entry(name, value) for name, value in figures.items()})
             sweep_table.note(cfg, "skipped" if cfg.pruner.get("damping") == 0.5 else "done", record)
             return record
 
@@ -34,7 +39,7 @@ def test_the_table_says_what_came_of_each_run(call_main, monkeypatch, fake_run):
     assert status == 1
     table = [line.split() for line in shown if line]
     assert table[0] == ["sweep:", "6", "runs,", "2", "done,", "2", "skipped,", "2", "failed"]
-    assert table[1] == ["#", "sparsity", "pruner.damping", "text_perplexity"]
+    assert table[1] == ["#", "sparsity", "pruner.damping", "demo_perplexity"]
     assert table[2] == ["\033[1m0", "0.5", "0.2", "2", "done\033[0m"]
     assert table[4] == ["2", "0.5", "0.5", "5", "skipped"]
     assert table[6][:5] == ["4", "0.5", "0", "--", "failed:"]
@@ -49,7 +54,7 @@ def test_nothing_is_said_of_a_single_run(call_main, capsys, fake_run):
 
 def test_a_run_returns_its_objective(tiny_config, fake_run):
     fake_run(lambda cfg: 3.0)
-    assert _main(tiny_config("label=x")) == 3.0
+    assert _main(tiny_config("label=x")) == 3.0, "the other perplexity is of an earlier run"
     cfg = tiny_config("label=x")
     cfg.evaluation.datasets = {"other": {"path": cfg.evaluation.path}}
     cfg.objective = "other_perplexity"

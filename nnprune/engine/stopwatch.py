@@ -45,6 +45,17 @@ class Stopwatch:
             else:
                 self.seconds[stage] = self.seconds.get(stage, 0) + seconds
 
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The time of the block counts for nothing, not for the total either: another run is waited for."""
+        self._switch()
+        try:
+            yield
+        finally:
+            now = time.perf_counter()
+            self._start += now - self._since
+            self._since = now
+
     def _switch(self) -> None:
         """Add the time since the last change of stage to the stage that ends or is suspended now."""
         if self.device is not None and self.device.type == "cuda":

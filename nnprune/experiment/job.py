@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from itertools import chain
@@ -18,6 +18,7 @@ from nnprune.engine.pruning_pass import PruneTask, PruningPass
 from nnprune.engine.stopwatch import Stopwatch
 from nnprune.experiment.build import Experiment
 from nnprune.experiment.folder import locked
+from nnprune.experiment.layer_reports import describe_layers, num_cells
 from nnprune.experiment.measurement import Measurement, evaluation_entry, rows_hash
 from nnprune.experiment.plans import PlanRequest, make_plans
 from nnprune.experiment.preparation import (
@@ -40,7 +41,7 @@ from nnprune.model.export import check_names, save_model
 from nnprune.model.loading import quieten_transformers
 from nnprune.model.scales import scales_of
 from nnprune.records import RecordError, RunRecord, read_completed
-from nnprune.runtime import peak_device_bytes, peak_host_bytes
+from nnprune.runtime import peaks
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Job:
         quieten_transformers()
         self.experiment = experiment
         self.stopwatch = Stopwatch()
+        self._peaks: dict[str, int] = {}
         experiment.runtime.start(experiment.config["seed"])
         warn_of_demo_texts(experiment)
         log_computing_dtype(experiment)
@@ -90,7 +92,7 @@ class Job:
         old = None if experiment.config["overwrite"] else _read(experiment.folder)
         if experiment.is_dense:
             record.add_evaluations(old.evaluations if old else {})
-            _, metrics = self._run_pass(None, record, self._unmeasured(old))
+            _, metrics = self._run_pass(None, record, unmeasured(old, self.evaluation_hashes))
             record.add_evaluations(self.entries(metrics, metrics))
         else:
             record.calibration_hash = token_hash(self.calibration_ids)
@@ -118,35 +120,32 @@ class Job:
             if key in metrics
         }
 
-    def _unmeasured(self, dense: RunRecord | None) -> list[str]:
-        """Fingerprints of the evaluations that a dense record lacks, or has of other tokens."""
-        known = dense.evaluations if dense else {}
-        return [key for key, tokens in self.evaluation_hashes.items() if key not in known or known[key]["tokens"] != tokens]
-
     def _prune(self, record: RunRecord) -> None:
         """Prune, and measure the pruned model for its `record` and, in the same pass, what the dense model's record lacks."""
         dense = self.experiment.dense()
         # If another process measures the same dense model, as in a parallel sweep, its record is read afterwards.
         with locked(dense.folder, wait=False) as is_locked:
             dense_record = _read(dense.folder)
-            unmeasured = self._unmeasured(dense_record)
-            new = new_record(dense) if is_locked and (unmeasured or dense_record is None) else None
-            metrics, dense_metrics = self._run_pass(record, new, unmeasured)
+            lacking = unmeasured(dense_record, self.evaluation_hashes)
+            new = new_record(dense) if is_locked and (lacking or dense_record is None) else None
+            metrics, dense_metrics = self._run_pass(record, new, lacking)
             if new:
                 new.add_evaluations(dense_record.evaluations if dense_record else {})
                 new.add_evaluations(self.entries(dense_metrics, dense_metrics))
                 self._finish(new, dense)
-        dense_record = new or (self._await(dense) if unmeasured else dense_record)
+        dense_record = new or (self._await(dense) if lacking else dense_record)
         figures = {key: entry["metrics"] for key, entry in dense_record.evaluations.items()} if dense_record else {}
         record.add_evaluations(self.entries(metrics, figures))
 
     def _await(self, dense: Experiment) -> RunRecord | None:
         """The dense model's record once another process has measured it."""
-        with locked(dense.folder):
+        with self.stopwatch.stopped(), locked(dense.folder):
             record = _read(dense.folder)
-        if self._unmeasured(record):  # it failed
+        if unmeasured(record, self.evaluation_hashes):  # it failed
             del self.engine  # two models may not fit
-            record = dense_record_of(self.experiment)
+            self._remember_peaks()  # the other job resets them
+            with self.stopwatch.stage("dense_evaluation"):
+                record = dense_record_of(self.experiment, self.evaluation_hashes)
             self.engine = open_engine(self.experiment, skeleton(self.experiment, self.experiment.source.config()))
         return record
 
@@ -184,34 +183,19 @@ class Job:
         if dense:
             dense.linear_sparsity, dense.model_sparsity = fractions_of_zeros(self.engine.decoder, counts)
         if pruned:
-            layer_files = self.engine.store.layer_files
-            reports = [layer_files.reports[index] for index in range(self.engine.num_layers)]
-            pruned.selection = self.experiment.selection.counts(self.engine.decoder.all_shapes_by_layer())
-            pruned.per_linear = [linear for report in reports for linear in report["linears"]]
-            pruned.recovered = [report["recovered"] for report in reports if "recovered" in report]
-            if distilling:
-                pruned.whole_model = True
-                pruned.recovered.append({"model": reports[0]["distilled"]})
-            pruned.left_alone = self.engine.decoder.left_alone
-            if quantization := self.experiment.method.quantization:
-                pruned.quantization = quantization.summary(self.engine.decoder.shapes(), self.plan)
-            pruned.linear_sparsity, pruned.model_sparsity = fractions_of_zeros(self.engine.decoder, reports)
-            if self._num_cells > 1:
-                pruned.notes.append(
-                    f"pruned in one pass with {self._num_cells - 1} other cells; `seconds` leaves that pass out"
-                )
+            describe_layers(pruned, self.experiment, self.engine, self.plan)
         return metrics, dense_metrics
 
-    @property
-    def _num_cells(self) -> int:
-        """How many cells of a grid were pruned in the same pass, this one included."""
-        return max((report["num_cells"] for report in self.engine.store.layer_files.reports.values()), default=1)
-
     def _count_earlier_processes(self) -> None:
-        """Add the seconds that an interrupted run took for the layers which are finished."""
+        """Add the seconds that an interrupted run took for the layers which are finished, and remember its peaks of memory."""
         reports = self.engine.store.layer_files.reports
         if reports:
-            self.stopwatch.resume(reports[max(reports)].get("run_seconds", {}))  # a layer of a grid has none
+            last = reports[max(reports)]
+            self.stopwatch.resume(last.get("run_seconds", {}))  # a layer of a grid has none
+            self._peaks = last.get("run_peaks", {})
+
+    def _remember_peaks(self) -> None:
+        self._peaks = {name: max(value, self._peaks.get(name, 0)) for name, value in peaks().items()}
 
     def _check_that_it_can_be_saved(self) -> None:
         source, decoder = self.experiment.source, self.engine.decoder
@@ -234,12 +218,14 @@ class Job:
         runtime = self.experiment.runtime
         if experiment is self.experiment:
             record.seconds = self.stopwatch.total()
-            if self._num_cells > 1:
+            if num_cells(self.engine) > 1:
                 del record.seconds["total"]
+            else:
+                self._remember_peaks()
+                record.peak_host_bytes = self._peaks["peak_host_bytes"]
+                record.peak_device_bytes = self._peaks["peak_device_bytes"]
         else:  # the dense model, measured in the same pass
             record.seconds = dict.fromkeys(("dense_evaluation", "total"), self.stopwatch.seconds["dense_evaluation"])
-        record.peak_host_bytes = peak_host_bytes()
-        record.peak_device_bytes = peak_device_bytes()
         if runtime.batch_tokens != self.experiment.config["runtime"]["batch_tokens"]:
             record.notes.append(f"short of device memory: runtime.batch_tokens={runtime.batch_tokens}")
         if parallel.is_distributed():
@@ -249,12 +235,19 @@ class Job:
         shutil.rmtree(experiment.folder / SCRATCH, ignore_errors=True)
 
 
-def dense_record_of(experiment: Experiment) -> RunRecord:
-    """The record of the dense model with all evaluations of `experiment`; what it lacks is measured."""
+def unmeasured(dense: RunRecord | None, tokens: Mapping[str, str]) -> list[str]:
+    """Fingerprints of the evaluations, with the hashes of their tokens, that a dense record lacks or has of other tokens."""
+    known = dense.evaluations if dense else {}
+    return [key for key, digest in tokens.items() if key not in known or known[key]["tokens"] != digest]
+
+
+def dense_record_of(experiment: Experiment, tokens: Mapping[str, str]) -> RunRecord:
+    """The record of the dense model with all evaluations of `experiment`; what it lacks, or has of other tokens than those whose hashes
+    are given by fingerprint, is measured."""
     dense = experiment.dense()
     with locked(dense.folder):
         record = _read(dense.folder)
-        if record is None or dense.missing_from(record):
+        if record is None or dense.missing_from(record) or unmeasured(record, tokens):
             record = Job(dense).run()
         return record
 

@@ -64,7 +64,7 @@ def add_evaluations(experiment: Experiment, record: RunRecord) -> bool:
         source, scratch = experiment.saved_source(), experiment.folder / SCRATCH
         job = Job(replace(wanted.dense(), source=source, label="saved", home=scratch))
         metrics = job.measure()
-        dense = dense_record_of(wanted).evaluations
+        dense = dense_record_of(wanted, job.evaluation_hashes).evaluations
         record.add_evaluations(job.entries(metrics, {key: dense[key]["metrics"] for key in metrics}))
     for name, key in missing.items():
         if name not in by_rows:
@@ -97,7 +97,7 @@ def _add_whole_models(experiment: Experiment, record: RunRecord, name: str, key:
     )
     if not experiment.is_dense:
         dense = replace(experiment.dense(), evaluations={name: key})
-        dense_record_of(replace(dense, evaluations={}))
+        dense_record_of(replace(dense, evaluations={}), {})
         with locked(dense.folder):
             dense_record = read_completed(dense.folder)
             add_evaluations(dense, dense_record)

@@ -14,6 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from nnprune.records import RunRecord
+from nnprune.report.metrics import higher_is_better
 
 FILE = "outcomes.jsonl"
 STATUSES = ("done", "skipped", "failed")
@@ -32,13 +33,23 @@ class SweepTable(Callback):
         folder = Path(config.hydra.sweep.dir)
 
 
-def objective(cfg: DictConfig, metrics: Mapping[str, float]) -> tuple[str, float | None]:
-    """Name and value of the metric that a sweeper optimises: `objective`, or the first perplexity, or the first metric.
+def objective(cfg: DictConfig, record: RunRecord) -> tuple[str, float | None]:
+    """Name and value of the metric that a sweeper optimises: `objective`, or the first perplexity, or the first metric, of the
+    evaluations that `cfg` asks for: a record may hold others.
 
     None if it was not measured.
     """
-    name = cfg.objective or next((one for one in metrics if one.endswith("perplexity")), next(iter(metrics), ""))
-    return name, metrics.get(name)
+    entries = {entry["name"]: entry for entry in record.evaluations.values()}
+    asked = [metric for name in _evaluations(cfg.evaluation) if name in entries for metric in entries[name]["metrics"]]
+    name = cfg.objective or next((one for one in asked if one.endswith("perplexity")), next(iter(asked), ""))
+    return name, record.metrics.get(name)
+
+
+def _evaluations(settings: Mapping[str, Any]) -> list[str]:
+    """The names of the evaluators that nnprune/evaluation/evaluation.py makes of these settings."""
+    tasks = settings.get("tasks") or []
+    texts = [*(settings.get("datasets") or {}), *(["text"] if settings.get("path") else [])]
+    return [*texts, *([tasks] if isinstance(tasks, str) else tasks)]
 
 
 def is_in_sweep() -> bool:
@@ -62,7 +73,7 @@ def note(cfg: DictConfig, status: str, record: RunRecord | None = None, error: s
         return
     job = HydraConfig.get()
     settings = {key.lstrip("+~"): value for key, _, value in (one.partition("=") for one in job.overrides.task)}
-    name, value = objective(cfg, record.metrics) if record else (cfg.objective or "", None)
+    name, value = objective(cfg, record) if record else (cfg.objective or "", None)
     settings |= {
         "model": record.model if record else str(OmegaConf.select(cfg, "model.name") or OmegaConf.select(cfg, "model.path")),
         "pruner": record.pruner if record else str(cfg.label),
@@ -116,12 +127,12 @@ def _lines(rows: list[dict[str, Any]], is_terminal: bool) -> list[str]:
 
 
 def _is_best(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
-    """Whether no other of several runs of the same model and sparsity has a better value: a lower perplexity, a higher accuracy. Those
+    """Whether no other of several runs of the same model and sparsity has a better value: a higher accuracy, or less of what is none. Those
     that tune the whole model have only each other as rivals."""
 
     def group(one: dict[str, Any]) -> tuple:
         return one["metric"], one["whole_model"], one["settings"]["model"], one["settings"]["sparsity"]
 
     rivals = [one["value"] for one in rows if one["value"] is not None and group(one) == group(row)]
-    best = min if row["metric"].endswith("perplexity") else max
+    best = max if higher_is_better(row["metric"]) else min
     return row["value"] is not None and len(rivals) > 1 and row["value"] == best(rivals)
