@@ -49,6 +49,37 @@ def test_the_newest_record_of_a_seed_counts(tmp_path):
     assert "2 experiments compete (000000000000, cccccccccccc); shown is the newest, cccccccccccc (2 seeds)" in err
 
 
+@pytest.mark.parametrize("what", [{"dtype": "float32"}, {"model_hash": "b"}, {"commits": {"model": "b"}}])
+def test_seeds_of_other_things_are_not_averaged(what, tmp_path):
+    folder = tmp_path / "o"
+    same = {"dtype": "bfloat16", "model_hash": "a", "commits": {"model": "a"}}
+    for seed, value in enumerate((10.0, 20.0)):
+        write_record(folder / f"{seed}", value=value, **same, **config(seed))
+    write_record(folder / "2", value=60.0, finished="2026-11-21T19:00:00+00:00", **(same | what), **config(2))
+    _, out, err = collect(folder, "--metric", "demo_perplexity")
+    assert "| **Wanda** | 50% | 15.0 ± 7.1 |" in out and "2 experiments compete" in err
+
+
+def measured(value, dense, windows):
+    """A record's fields, of an evaluation of so many windows."""
+    metrics = {"metrics": {"demo_perplexity": value}, "dense_metrics": {"demo_perplexity": dense}}
+    entry = {"name": "demo", "settings": {"max_windows": windows}, "tokens": f"{windows}", "finished": None, **metrics}
+    return {"value": value, "dense": dense, "evaluations": {f"{windows}": entry}}
+
+
+def test_the_dense_figure_is_of_the_evaluation_of_the_runs_shown(tmp_path):
+    folder = tmp_path / "o"
+    write_record(folder / "w", **measured(20.0, 15.0, 64), **config(0))
+    later = {"finished": "2026-11-21T21:00:00+00:00"}
+    write_record(folder / "r", pruner="ria", **measured(18.0, 14.0, 8), **config(0), **later)
+    write_record(folder / "d", pruner="dense", sparsity="dense", **measured(14.0, 14.0, 8), **config(0), **later)
+    _, out, err = collect(folder, "--metric", "demo_perplexity", "--pruners", "wanda")
+    assert "| **Dense** | 0% | 15.00 |" in out and err == ""
+    _, out, err = collect(folder, "--metric", "demo_perplexity", "--pruners", "ria")
+    assert "| **Dense** | 0% | 14.00 |" in out and err == ""
+    assert "different settings of the evaluation" in collect(folder, "--metric", "demo_perplexity")[2]
+
+
 @pytest.mark.parametrize(
     ("other", "name"),
     [

@@ -119,6 +119,30 @@ def test_relative_to_a_pruner_with_variants_takes_the_newest(dampings):
     assert "| **SparseGPT (damping=1e-05)** | 1.00 ± 0.00 |" in out
 
 
+def test_relative_to_a_pruner_with_variants_takes_the_one_with_all_seeds(tmp_path):
+    folder = tmp_path / "o"
+    for seed in range(2):
+        write_record(folder / f"s{seed}", pruner="sparsegpt", value=30.0, **config(seed, pruner={"damping": 0.01}))
+        write_record(folder / f"w{seed}", value=60.0, **config(seed))
+    later = {"finished": "2026-11-21T21:00:00+00:00"}
+    write_record(folder / "other", pruner="sparsegpt", value=20.0, **config(0, pruner={"damping": 0.1}), **later)
+    out = collect(folder, "--layout", "methods", "--relative", "sparsegpt")[1]
+    assert (
+        "| **SparseGPT (damping=0.01)** | **1.00 ± 0.00** |" in out or "| **SparseGPT (damping=0.01)** | 1.00 ± 0.00 |" in out
+    )
+    assert "| **Wanda** | 2.00 ± 0.00 |" in out
+
+
+def test_linears_that_are_left_out_and_plans_are_named(tmp_path):
+    write_record(tmp_path / "o" / "a", pruner="sparsegpt", **config(0, prune={"include": "*.fc*", "exclude": None}))
+    for number, pattern in enumerate(("2:4", "4:8")):
+        plan = {"_target_": "nnprune.allocations.by_name.ByName", "patterns": {"*.fc1": pattern}}
+        write_record(tmp_path / "o" / f"{number}", sparsity="dense", value=20.0 + number, **config(0, allocation=plan))
+    rows, err = rows_of(tmp_path / "o")
+    assert "SparseGPT (include=*.fc*)" in {name.replace("\\", "") for name in rows} and err == ""
+    assert len(rows) == 4, "dense, one for each plan, and that with include"
+
+
 def test_a_setting_that_an_earlier_record_lacks_makes_no_row_unless_it_changed_something(tmp_path):
     calibration = {"_target_": "nnprune.calibration.TextCalibration", "num_samples": 8}
     earlier = config(0, calibration=calibration, update={"_target_": "nnprune.updates.Update"})

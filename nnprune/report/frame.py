@@ -6,7 +6,6 @@ seed. Where experiments compete for a cell, the one with the newest `finished` i
 sample standard deviation. That and the mean accuracy over a record's tasks are all that is computed here.
 """
 
-import json
 import math
 from datetime import UTC, datetime
 from typing import Any
@@ -27,6 +26,9 @@ OBJECTS = ["record"]  # columns that are no plain values: the record itself, a d
 MEAN_ACCURACY = "mean_acc"
 FRACTIONS = ("accuracy", "acc", "acc_norm", "exact_match", "f1")
 """How names of metrics end that are fractions of what is right; tables show them in per cent."""
+
+FOR_ALL = ("dense_evaluation", "generation")
+"""Stages of the first run of several whose results the others use: the dense model's figures, a calibration that the model writes."""
 
 SAME_EXPERIMENT = ("seed", *records.NOT_SCIENCE)  # settings in which records of one experiment may differ
 
@@ -151,16 +153,17 @@ def _record_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _seconds(record: dict[str, Any]) -> float | None:
-    """The seconds of a run. Those in which it measured the dense model count for the dense record alone: it did so for all later runs."""
+    """The seconds of a run, without what it did for later runs too."""
     total = record["seconds"].get("total")
     if total is None or record["pruner"] == DENSE:
         return total
-    return total - record["seconds"].get("dense_evaluation", 0)
+    return total - sum(record["seconds"].get(stage, 0) for stage in FOR_ALL)
 
 
 def _experiment_and_seed(record: dict[str, Any], metric: str) -> dict[str, str]:
-    """12 digits that name the config and the evaluation of a metric without the seeds, and the seeds as text, "" for none."""
+    """12 digits that name what a metric was measured of, and how, without the seeds, and the seeds as text, "" for none."""
     config = {key: value for key, value in record["config"].items() if key not in SAME_EXPERIMENT}
+    config |= {key: record[key] for key in ("dtype", "model_hash", "commits")}  # these no config shows
     seeds = [record["config"].get("seed")]
     if isinstance(config.get("calibration"), dict):
         config["calibration"] = dict(config["calibration"])
@@ -171,7 +174,11 @@ def _experiment_and_seed(record: dict[str, Any], metric: str) -> dict[str, str]:
             key for key, entry in record["evaluations"].items() if f"{entry['name']}_acc" in entry["metrics"]
         )
     else:
-        config["evaluation"] = measured[-1] if measured else [record["config"].get("evaluation"), record["evaluation_hashes"]]
+        settings = measured[-1] if measured else record["config"].get("evaluation")
+        config["evaluation"] = [
+            settings,
+            record["evaluations"][settings].get("tokens") if measured else record["evaluation_hashes"],
+        ]
     if record["pruner"] == DENSE and normal_sparsity(record["sparsity"]) == DENSE:
         seeds = []  # nothing random in evaluating the dense model
     seed = "/".join(dict.fromkeys(str(seed) for seed in seeds if seed is not None))
@@ -200,39 +207,6 @@ def newest_experiments(rows: pd.DataFrame, by: str | None = None) -> tuple[pd.Da
                 f"shown is the newest, {last['fingerprint']}{seeds}: {last['path']}"
             )
     return rows[rows["experiment"] == rows.groupby(cell)["experiment"].transform("last")], warnings
-
-
-def dense_values(rows: pd.DataFrame) -> tuple[dict[str, float], set[str]]:
-    """Model -> dense value, and the paths it comes from: the model's dense run, or its newest pruned run without one."""
-    values, sources = {}, set()
-    for model, group in rows.dropna(subset="dense_value").groupby("model"):
-        dense_runs = group[is_dense(group)]
-        source = (group if dense_runs.empty else dense_runs).iloc[-1]
-        values[model] = float(source["dense_value"])
-        sources.add(source["path"])
-    return values, sources
-
-
-def dense_disagreements(rows: pd.DataFrame, metric: str) -> list[str]:
-    """A line for each model whose records were evaluated differently: their dense figures differ by more than rounding, or they
-    tell of other settings of the evaluation."""
-    extremes = rows.groupby("model")["dense_value"].agg(["min", "max"])
-    settings = rows["record"].map(lambda record: _evaluated_as(record, metric)).dropna()
-    several = settings.groupby(rows["model"]).nunique()
-    return [
-        f"{model}: records measured {metric} with different settings of the evaluation, so they do not compare"
-        for model in several[several > 1].index
-    ] + [
-        f"{model}: records disagree on dense {metric} ({low:.2f} to {high:.2f}), so they do not compare"
-        for model, low, high in extremes.itertuples()
-        if high - low > 0.01 * abs(low)
-    ]
-
-
-def _evaluated_as(record: dict[str, Any], metric: str) -> str | None:
-    """The settings of the last evaluation that measured a metric, as text; None where an older record does not tell."""
-    found = [one for one in record["evaluations"].values() if metric in (one.get("metrics") or {}) and "settings" in one]
-    return json.dumps(found[-1]["settings"], sort_keys=True) if found else None
 
 
 def with_setting(rows: pd.DataFrame, key: str) -> tuple[pd.DataFrame, list[str]]:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from nnprune.report import labels
+from nnprune.report.dense import dense_values
 from nnprune.report.escaping import distinct_names
-from nnprune.report.frame import CELL, dense_values, is_dense, with_setting
+from nnprune.report.frame import CELL, is_dense, with_setting
 from nnprune.report.metrics import higher_is_better, pretty_metric
 from nnprune.report.panels import LARGEST, Styles, draw_bars, draw_lines, draw_pareto, draw_setting, format_axes, short
 from nnprune.report.tables import select, sparsity_names

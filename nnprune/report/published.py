@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from nnprune.report.frame import dense_values, is_dense
+from nnprune.report.dense import dense_values
+from nnprune.report.frame import is_dense
 from nnprune.report.labels import DENSE, UNKNOWN, model_key, normal_sparsity, pretty_pruner, pretty_sparsity, sparsity_key
 from nnprune.report.messages import UsageError
 from nnprune.report.metrics import describe

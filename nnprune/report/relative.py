@@ -32,8 +32,14 @@ def other_tokens(rows: pd.DataFrame, pruner: str) -> list[str]:
 
 
 def _of_pruner(values: pd.Series, rows: pd.DataFrame, pruner: str) -> pd.Series:
-    """For each of `rows` the value that the newest row of `pruner` has at the same model, sparsity and seed; NaN without one."""
-    key = pd.MultiIndex.from_frame(rows[["model", "sparsity", "seed"]])
-    of_pruner = values.set_axis(key)[(rows["pruner"] == pruner).to_numpy()]
-    found = of_pruner[~of_pruner.index.duplicated(keep="last")].reindex(key)
+    """For each of `rows` the value that `pruner` has at the same model, sparsity and seed; NaN without one.
+
+    Of a pruner's variants it is that with the most seeds, of several the newest.
+    """
+    own = rows[rows["pruner"] == pruner]
+    by_seeds = own.loc[own.groupby(CELL)["seed"].transform("size").sort_values(kind="stable").index]
+    own = own[own["method"] == by_seeds.groupby(["model", "sparsity"])["method"].transform("last").reindex(own.index)]
+    place = ["model", "sparsity", "seed"]
+    found = values[own.index].set_axis(pd.MultiIndex.from_frame(own[place]))
+    found = found[~found.index.duplicated(keep="last")].reindex(pd.MultiIndex.from_frame(rows[place]))
     return pd.Series(found.to_numpy(), rows.index)

@@ -15,11 +15,10 @@ from typing import Any
 
 import pandas as pd
 
+from nnprune.report.dense import dense_disagreements, dense_values, without_other_evaluations
 from nnprune.report.escaping import distinct_names, visible
 from nnprune.report.frame import (
     PEAKS,
-    dense_disagreements,
-    dense_values,
     is_dense,
     newest_experiments,
     shown,
@@ -155,7 +154,7 @@ def select(
 ) -> tuple[pd.DataFrame, list[str]]:
     """The rows of one metric that pass the filters and are newest in their cell, and the warnings about them."""
     rows, warnings = filtered(frame[frame["metric"] == metric], metric, filters)
-    rows, contested = newest_experiments(rows, by)
+    rows, contested = newest_experiments(without_other_evaluations(rows, metric), by)
     return shown(rows), warnings + contested + dense_disagreements(rows, metric)
 
 

@@ -4,8 +4,9 @@ import math
 
 import pandas as pd
 
+from nnprune.report.dense import dense_values
 from nnprune.report.escaping import distinct_names
-from nnprune.report.frame import FRACTIONS, dense_values, is_dense
+from nnprune.report.frame import FRACTIONS, is_dense
 from nnprune.report.messages import UsageError
 from nnprune.report.metrics import higher_is_better, pretty_metric
 from nnprune.report.tables import Table, all_blocks, dense_row, method_names, select

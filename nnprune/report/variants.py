@@ -16,6 +16,9 @@ from nnprune.report.labels import DENSE, natural_key, pretty_pruner, pruner_key
 NO_VARIANT = (*records.NOT_SCIENCE, "seed", "calibration.seed", "sparsity", "model.name")
 """Settings that make no method another one. Seeds are averaged over, and sparsity and model have a place of their own."""
 
+SELECTION = ("prune.include", "prune.exclude")
+"""Settings that are named wherever they are set, whether or not runs without them are there."""
+
 LONGEST_VALUE = 40  # characters
 
 
@@ -50,19 +53,23 @@ def setting_text(value: Any) -> str:
 def with_methods(rows: pd.DataFrame, ignored: str | None = None) -> pd.DataFrame:
     """The frame's rows with two more columns, `variant` (text, "" for none) and `method` (see `pretty_method`).
 
-    Settings count that differ between runs of one pruner, model and sparsity, except for `ignored`.
+    Settings count that differ between runs of one pruner, model and sparsity, except for `ignored`, and whatever kept linears from being
+    pruned.
     """
     settings = {index: settings_of(record) for index, record in rows["record"].items()}
     variants = pd.Series("", index=rows.index, dtype=object)
-    for _, of_pruner in rows[rows["sparsity"] != DENSE].groupby("pruner"):
+    is_pruned = (rows["sparsity"] != DENSE) | (rows["pruner"] != DENSE)
+    for _, of_pruner in rows[is_pruned].groupby("pruner"):
         keys = set()
         for _, cell in of_pruner.groupby(["model", "sparsity"]):
             if len(cell) > 1:
                 keys |= _differing([settings[index] for index in cell.index])
+        keys |= {key for index in of_pruner.index for key in SELECTION if settings[index].get(key) is not None}
         keys = _without_implied(keys - {ignored}, [settings[index] for index in of_pruner.index])
         names = _short_names(keys)
         for index in of_pruner.index:
-            given = [f"{names[key]}={_value(key, settings[index])}" for key in sorted(keys) if key in settings[index]]
+            one = {key: value for key, value in settings[index].items() if key not in SELECTION or value is not None}
+            given = [f"{names[key]}={_value(key, one)}" for key in sorted(keys) if key in one]
             variants[index] = ", ".join(given)
     methods = [_method(pruner, variant) for pruner, variant in zip(rows["pruner"], variants, strict=True)]
     return rows.assign(variant=variants, method=pd.Series(methods, index=rows.index, dtype=object))

@@ -46,7 +46,7 @@ class Tracker:
         """Begin a run, or continue the one of this id. Returns its id, which is kept in the run's folder."""
 
     def log_layer(self, layer: int, metrics: Mapping[str, float]) -> None:
-        """Show relative_error, sparsity and seconds of a pruned decoder layer, counted from 1."""
+        """Show relative_error and sparsity of a pruned decoder layer, counted from 1, and its seconds if it was pruned now."""
 
     def finish(self, metrics: Mapping[str, float], record: Path) -> None:
         """Show the final metrics and keep the record, a JSON file. The run is complete."""

@@ -63,8 +63,7 @@ class TrackingSession(logging.Handler):
             return
         self._start()
         for layer, linears in _by_layer(record).items():
-            means = {key: fmean(float(one[key]) for one in linears) for key in ("relative_error", "sparsity")}
-            self._show_layer(layer, {**means, "seconds": sum(float(one["seconds"]) for one in linears)})
+            self._show_layer(layer, {key: fmean(float(one[key]) for one in linears) for key in ("relative_error", "sparsity")})
         metrics = {**record.metrics, **{f"dense_{key}": value for key, value in record.dense_metrics.items()}}
         metrics |= {"linear_sparsity": record.linear_sparsity, "model_sparsity": record.model_sparsity}
         metrics |= {f"{stage}_seconds": seconds for stage, seconds in record.seconds.items()}
