@@ -109,7 +109,7 @@ def run_grid(cfgs: Sequence[DictConfig]) -> list[RunRecord]:
     for cfg in cfgs:
         try:
             records.append(run(cfg, keep_layers=True))
-        except (ValueError, OSError) as error:
+        except Exception as error:  # of a method, whatever it is: the other cells go on
             failures.append(error)
     for failure in failures[1:]:
         log.error("Error: %s", one_line(failure))

@@ -82,8 +82,8 @@ class InputStatistic(ABC):
         self._memo.clear()
 
     def mean(self) -> Tensor:
-        """The sum divided by the number of tokens, float32, as a new tensor. Raises ValueError before the first `add`."""
-        if self._sum is None:
+        """The sum divided by the number of tokens, float32, as a new tensor. Raises ValueError without tokens."""
+        if self._sum is None or not self.num_tokens:
             raise ValueError("no calibration tokens reached this linear, so it has no statistics")
         return self._sum / self.num_tokens
 

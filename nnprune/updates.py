@@ -68,7 +68,8 @@ class Update:
 
 
 class Refit(Update):
-    """Least squares on the mask: min tr((W - W0) H (W - W0)^T) + lambda ||W - W0||^2 over the nonzeros of W, row by row.
+    """Least squares on the mask: min tr((W - W0) H (W - W0)^T) + lambda ||(W - W0) a||^2, a_i^2 = H_ii, over the nonzeros of W, row by
+    row.
 
     Conjugate gradients as in phase 2 of ALPS (Meng et al. 2024, arXiv:2406.07831, section 3.3), from the pruner's own weights,
     preconditioned by the diagonal of H. A fixed number of steps would leave some rows far from the solution, and there rounding

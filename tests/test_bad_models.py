@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from conftest import byte_tokenizer, save_random
-from support.families import COMMON, MIXTURES
+from support.families import COMMON, HYBRIDS, MIXTURES
 from support.runs import failure
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 
@@ -40,6 +40,18 @@ def test_models_that_cannot_be_pruned(tiny_config, tmp_path, config, architectur
     message = failure(tiny_config(f"model.path={folder}"))
     assert reason in message
     assert "choose a " in message
+
+
+@pytest.mark.parametrize("recover", ["layer", "model"])
+def test_layers_that_share_weights_are_not_tuned(recover, tiny_config, tmp_path):
+    model = HYBRIDS["zamba"]()
+    model.save_pretrained(tmp_path / "model")
+    folder = model_dir(tmp_path / "model", model.config, "ZambaForCausalLM")
+    message = failure(tiny_config(f"model.path={folder}", f"recover={recover}"))
+    assert (
+        message
+        == "recover: model has weights that several decoder layers share, which tuning would change for some; set recover=none"
+    )
 
 
 def test_a_bert_that_does_not_say_what_it_is(tiny_config, tmp_path):

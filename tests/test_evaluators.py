@@ -51,6 +51,7 @@ def test_settings_and_code_of_an_evaluator_are_identity(module, tiny_config):
     cfgs = [tiny_config(OWN), tiny_config(OWN, "+evaluation.datasets.mine.rows=5")]
     found = {build(cfg).evaluations["mine"] for cfg in cfgs}
     module.write_text(MODULE + "\n# edited\n")
+    importlib.reload(sys.modules["evaluator_of_a_user"])
     found.add(build(cfgs[0]).evaluations["mine"])
     assert len(found) == 3
     assert len({build(cfg).fingerprint for cfg in (*cfgs, tiny_config())}) == 1, "the pruned model is the same"

@@ -19,6 +19,7 @@ from nnprune.experiment.command_line import gather_grid, is_grid
 from nnprune.experiment.job import Job
 from nnprune.method import Method
 from nnprune.patterns import parse_pattern
+from nnprune.pruners.wanda import Wanda
 from nnprune.records import read_all, read_completed
 from nnprune.run import run, run_grid, show_estimate
 
@@ -84,6 +85,11 @@ def test_grid_needs_dense_propagation(pruners, tiny_config):
         run_grid([tiny_config(f"pruner={name}") for name in pruners])
 
 
+def test_each_cell_needs_dense_propagation(tiny_config):
+    with pytest.raises(ValueError, match=r"propagate=pruned: .*set propagate=dense"):
+        run_grid([tiny_config("pruner=sparsegpt_nnpruning"), tiny_config("pruner=wanda")])
+
+
 def test_a_grid_refuses_to_tune_layers(tiny_config):
     cells = [tiny_config(f"pruner={name}", "propagate=dense", "recover=layer") for name in ("wanda", "magnitude")]
     with pytest.raises(ValueError, match=r"grid=true: prunes all cells in one pass, and \w+ tunes layers \(recover\)"):
@@ -122,6 +128,18 @@ def test_a_sweep_on_the_command_line(call_main, tiny_model_dir, small_text, tmp_
     assert all(json.dumps(record["config"]["grid"]) == "null" for record in records)
     assert call_main(*arguments, "pruner=magnitude,wanda", "sparsity=0.7,2:4") == (0, "")
     assert read_all(tmp_path) == (records, problems), "all were finished already"
+
+
+def test_a_method_that_breaks_stops_no_other_cell(tiny_config, monkeypatch):
+    def fail(*_):
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(Wanda, "score", fail)
+    cfgs = configs(tiny_config, cells=[("wanda", "0.5"), ("magnitude", "0.5"), ("magnitude", "2:4")])
+    with pytest.raises(IndexError, match="list index out of range"):
+        run_grid(cfgs)
+    records = [record for record in read_all(cfgs[0].outputs)[0] if record["pruner"] != "dense"]
+    assert sorted(record["status"] for record in records) == ["completed", "completed", "failed"]
 
 
 def test_the_dense_model_is_measured_once(tiny_config, monkeypatch):

@@ -18,6 +18,7 @@ from lm_eval.models.huggingface import HFLM
 
 from nnprune.engine.pruning_pass import PruningPass
 from nnprune.evaluation import lm_eval_tasks
+from nnprune.evaluation.lm_eval import LMEval
 from nnprune.evaluation.lm_eval_rows import RequestRows, padded_length
 from nnprune.evaluation.lm_eval_tasks import LMEvalTask
 from nnprune.experiment.build import build
@@ -156,6 +157,23 @@ def test_tasks_that_generate_text_take_the_whole_saved_model(task_config, tmp_pa
     record = run(task_config("stories", outputs | {"save": True}, backend="hf", limit=2))
     assert record.metrics["stories_exact_match"] == record.dense_metrics["stories_exact_match"] == 0
     assert record.status == "completed" and read_all(tmp_path / "hf")[1] == []
+
+
+def test_a_task_that_is_measured_is_kept_whatever_becomes_of_the_next(task_config, monkeypatch):
+    measure, calls = LMEval.measure_model, []
+
+    def fail_at_the_third(self, *args, **more):  # the first two are of the saved and of the dense model with one task
+        calls.append(self)
+        if len(calls) == 3:
+            raise MemoryError("out of memory")
+        return measure(self, *args, **more)
+
+    monkeypatch.setattr(LMEval, "measure_model", fail_at_the_third)
+    cfg = task_config("stories,colours", {"save": True}, backend="hf", limit=2)
+    with pytest.raises(MemoryError):
+        run(cfg)
+    assert run(cfg).metrics.keys() >= {"stories_exact_match", "colours_acc"}
+    assert len(calls) == 5, "the first task is not measured again"
 
 
 def test_plan_counts_the_tokens_of_requests(task_config):

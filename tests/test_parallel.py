@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.engine import IDS, Witness, engine_of, prune, recover
-from support.families import FAMILIES
+from support.families import FAMILIES, MIXTURES
 from support.ranks import on_ranks
 
 from nnprune.engine import parallel
+from nnprune.engine.experts import Routing
 from nnprune.engine.layer_files import LayerFiles
+from nnprune.engine.pruning_pass import PruneTask, PruningPass
 from nnprune.evaluation import Evaluator, Perplexity
 from nnprune.method import Method
 from nnprune.patterns import NM
@@ -99,6 +101,26 @@ def prune_llama(folder):
     torch.save((witness.seen, reports, model.state_dict()), folder / f"{rank}.pt")
 
 
+def prune_mixture(folder):
+    """Write what the pruner of this rank is given, from several passes through each layer."""
+    witness, engine = Witness(), engine_of(MIXTURES["mixtral"](), folder / str(parallel.rank()))
+    engine.routing, engine.runtime.statistics_bytes = Routing(min_tokens=60), 4 * 64**2
+    task = PruneTask(Method(witness), dict.fromkeys(engine.decoder.shapes(), NM(2, 4)), engine.store.layer_files)
+    PruningPass(engine, [task], "dense").run(IDS)
+    torch.save(witness.seen, folder / f"{parallel.rank()}.pt")
+
+
+def test_experts_get_the_pooled_tokens_of_all_processes(tmp_path):
+    (tmp_path / "one").mkdir()
+    prune_mixture(tmp_path / "one")
+    expected = torch.load(tmp_path / "one" / "0.pt")
+    assert on_ranks(prune_mixture, tmp_path) == [0, 0]
+    found = torch.load(tmp_path / "0.pt") | torch.load(tmp_path / "1.pt")
+    assert found.keys() == expected.keys() and any("experts" in name for name in found)
+    for name, hessian in found.items():
+        torch.testing.assert_close(hessian, expected[name], rtol=1e-3, atol=1e-5)
+
+
 def test_ranks_share_out_linears_and_all_end_with_the_same_weights(tmp_path):
     (tmp_path / "one").mkdir()
     prune_llama(tmp_path / "one")
@@ -109,7 +131,7 @@ def test_ranks_share_out_linears_and_all_end_with_the_same_weights(tmp_path):
     for name, hessian in (first | second).items():
         torch.testing.assert_close(hessian, expected[name], rtol=1e-3, atol=1e-5)
     for report, of_second, of_one in zip(reports, others[0], expected_reports, strict=True):
-        times = {"seconds": 0, "run_seconds": {}}
+        times = {"seconds": 0, "run_seconds": {}, "run_peaks": {}}
         assert report | times == of_second | times
         assert [linear["name"] for linear in report["linears"]] == [linear["name"] for linear in of_one["linears"]]
         for linear, one in zip(report["linears"], of_one["linears"], strict=True):

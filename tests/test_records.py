@@ -1,9 +1,11 @@
 """Records: written whole or not at all, read with suspicion, and named by the science alone."""
 
 import errno
+import importlib
 import json
 import os
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -236,6 +238,9 @@ def test_the_code_of_a_custom_pruner_is_science(tiny_config, tmp_path, monkeypat
     before = identity(tiny_config(*custom))
     assert identity(tiny_config(*custom, "+pruner.alpha=0.5")) != before
     module.write_text(PRUNER.replace("W.abs()", "W.abs().sqrt()"))
+    assert identity(tiny_config(*custom)) == before, "this process runs what it has imported"
+    importlib.invalidate_caches()
+    importlib.reload(sys.modules["pruner_of_test_records"])
     assert identity(tiny_config(*custom)) != before
 
 

@@ -2,18 +2,20 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from support.runs import refuse, watch_measurements
+from support.runs import failure, refuse, watch_measurements
 
 from nnprune.engine.pruning_pass import PruneTask
+from nnprune.evaluation import Perplexity
 from nnprune.experiment import identity
 from nnprune.experiment.build import build
 from nnprune.experiment.job import Job
 from nnprune.model.loading import ModelSource
 from nnprune.patterns import Unstructured
-from nnprune.records import read
+from nnprune.records import read, read_all
 from nnprune.run import run, run_grid
 
 
@@ -185,12 +187,33 @@ def test_a_saved_model_is_the_source_of_the_same_name(tiny_config):
     shutil.rmtree(experiment.folder)
 
 
-def test_an_interrupted_overwrite_resumes(tiny_config, monkeypatch):
+def test_an_interrupted_overwrite_resumes(tiny_config, monkeypatch, caplog):
     run(tiny_config("pruner=wanda"))
     cfg = tiny_config("pruner=wanda", "overwrite=true", "runtime.resume=true")
     run_until_the_record(cfg, monkeypatch)
     layers = {path: path.stat().st_mtime_ns for path in (build(cfg).folder / "unfinished").glob("layer-*")}
+    caplog.set_level("INFO", "nnprune")
+    run(tiny_config("pruner=wanda"))
+    assert "a run of it with overwrite=true was interrupted; the same command continues it" in caplog.text
     run_until_the_record(cfg, monkeypatch)
     assert layers and all(path.stat().st_mtime_ns == time for path, time in layers.items())
     run(cfg)
     assert not (build(cfg).folder / "unfinished").exists()
+
+
+@pytest.mark.parametrize("settings", [("sparsity=dense",), ("pruner=wanda",), ("pruner=wanda", "runtime=low_memory")])
+def test_a_model_that_is_replaced_during_a_run_is_refused(settings, tiny_config, tiny_model_dir, tmp_path, monkeypatch):
+    model = shutil.copytree(tiny_model_dir, tmp_path / "latest")
+    cfg = tiny_config(*settings, f"model.path={model}")
+    measure = Perplexity.measure
+
+    def replace(*args):
+        content = (model / "config.json").read_text()
+        (model / "config.json").write_text(content.replace('"dropout": 0.1', '"dropout": 0.2'))
+        return measure(*args)
+
+    monkeypatch.setattr(Perplexity, "measure", replace)
+    message = failure(cfg)
+    assert message.startswith(f"model.path={model}: its files have changed during the run")
+    assert not list(Path(cfg.outputs).rglob("layer-*"))
+    assert [record["status"] for record in read_all(cfg.outputs)[0]] == ["failed"], "nor is there a dense record"

@@ -1,4 +1,5 @@
-"""`prune`: which linears are pruned. The others are left as they are, and no method sees them."""
+"""`prune`: which linears are pruned. The others are left as they are, but for what `recover` tunes, and no
+pruner sees them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

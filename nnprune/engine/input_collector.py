@@ -153,11 +153,14 @@ class InputCollector:
                 raise ValueError(message.format(name))
 
     def _exchange(self) -> None:
-        """Make statistics, samples and totals those of the rows of all processes."""
+        """Make statistics, pools, samples and totals those of the rows of all processes."""
+        names_of_pools = {id(pool): name for name, pool in self._pool_of.items()}
+        pools = [(names_of_pools[id(pool)], pool) for pool in self._pools.values()]
+        for name, statistics in (*self.statistics.items(), *pools):
+            for kind in sorted(statistics, key=lambda kind: kind.__name__):  # in the same order on all
+                statistics[kind].all_reduce(parallel.all_reduce, self.weights[name].read())
         for leader, statistics in self.statistics.items():
             weight = self.weights[leader].read()
-            for kind in sorted(statistics, key=lambda kind: kind.__name__):  # in the same order on all
-                statistics[kind].all_reduce(parallel.all_reduce, weight)
             none = weight.new_zeros(0, weight.shape[1], dtype=torch.float32)
             self._samples[leader] = [parallel.concatenated(torch.cat([none, *self._samples[leader]]))]
             if not statistics:

@@ -244,7 +244,7 @@ class PruningPass:
                     task_reports = prune_linears(task.method, task.plan, collector, *how, keep_statistics=True)
                 self._write(index, layer, task, {"linears": task_reports, "seconds": time.perf_counter() - start})
                 reports += task_reports
-            except ValueError as error:
+            except Exception as error:  # its own run reports it
                 log.warning("warning: one cell is dropped from the grid and will run alone (%s)", error)
                 self.tasks.remove(task)
             for tensor, value in dense:

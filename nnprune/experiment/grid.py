@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 def check_grid(cfgs: Sequence[DictConfig]) -> None:
     """Raise ValueError unless the cells of a grid see the same inputs."""
-    propagate = cfgs[0].propagate
+    propagate = next((cfg.propagate for cfg in cfgs if cfg.propagate != "dense"), "dense")
     if propagate != "dense":
         raise ValueError(
             f"propagate={propagate}: the cells of grid=true share the inputs of their linears, which only propagate=dense gives; "

@@ -175,11 +175,25 @@ def _code_of(method: type) -> str | None:
             reason = f"the code of {kind.__name__} is in no file"
             log.warning("warning: %s, so this run will not be reused; put it in a module", reason)
             return uuid.uuid4().hex[:16]
-    modules = _reachable({kind.__module__ for kind in outside}, _is_users)
+    modules = _reachable({kind.__module__ for kind in outside}, _is_users) | {
+        outside[0].__module__
+    }  # though it may be installed
     sha = hashlib.sha256("".join(kind.__qualname__ for kind in outside).encode())
-    for file in sorted({inspect.getfile(sys.modules[name]) for name in modules}):
-        sha.update(Path(file).read_bytes())
+    for _, source in sorted({inspect.getfile(sys.modules[name]): _source(name) for name in modules}.items()):
+        sha.update(source)
     return sha.hexdigest()[:16]
+
+
+_sources: dict[str, tuple[Any, bytes]] = {}
+
+
+def _source(name: str) -> bytes:
+    """The bytes of a loaded module's file, as they were when they were first asked for: a process goes on to run what it has imported
+    though the file is edited, until the module is loaded again."""
+    module = sys.modules[name]
+    if name not in _sources or _sources[name][0] is not module.__spec__:
+        _sources[name] = module.__spec__, Path(inspect.getfile(module)).read_bytes()
+    return _sources[name][1]
 
 
 def _is_in_file(kind: type) -> bool:

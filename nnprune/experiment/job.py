@@ -216,6 +216,10 @@ class Job:
     def _finish(self, record: RunRecord, experiment: Experiment) -> None:
         """Write a record, and remove what only a resumed run would need."""
         runtime = self.experiment.runtime
+        if experiment.source.digest() != record.model_hash:
+            shutil.rmtree(self.experiment.folder / SCRATCH, ignore_errors=True)
+            reason = "its files have changed during the run, which may have read layers of two models; run it again"
+            raise ValueError(f"model.path={experiment.source.path}: {reason}")
         if experiment is self.experiment:
             record.seconds = self.stopwatch.total()
             if num_cells(self.engine) > 1:

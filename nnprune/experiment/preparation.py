@@ -26,6 +26,7 @@ from nnprune.method import Method
 from nnprune.model.attention import use_kernel
 from nnprune.model.decoder import Decoder
 from nnprune.model.dtypes import name_of
+from nnprune.model.left_alone import SHARED
 from nnprune.runtime import available_host_bytes, resident_host_bytes
 from nnprune.texts import check_ids
 
@@ -62,8 +63,8 @@ def skeleton(experiment: Experiment, config: Any) -> Decoder:
 
 
 def check_shapes(experiment: Experiment, decoder: Decoder) -> None:
-    """Raise ValueError for sequences longer than the model's positions, windows of more layers than it has, and patterns that do not
-    fit its linears or the pruner."""
+    """Raise ValueError for sequences longer than the model's positions, windows of more layers than it has, tuning of shared layers, and
+    patterns that do not fit its linears or the pruner."""
     positions = getattr(decoder.text_config, "max_position_embeddings", None)
     lengths = [("calibration.seq_len", 0 if experiment.is_dense else experiment.calibration.seq_len)]
     lengths += [(one.length_key, one.seq_len or 0) for one in experiment.evaluation.evaluators.values()]
@@ -74,6 +75,9 @@ def check_shapes(experiment: Experiment, decoder: Decoder) -> None:
     if window > num_layers and not experiment.is_dense:
         key = "recover.layers.num_layers" if experiment.method.distillation else "recover.num_layers"
         raise ValueError(f"{key}={window}: {experiment.source.name} has {num_layers} decoder layers; set no more")
+    if SHARED in decoder.left_alone.values() and (experiment.method.recovery.is_on or experiment.method.distillation):
+        reason = "has weights that several decoder layers share, which tuning would change for some"
+        raise ValueError(f"recover: {experiment.source.name} {reason}; set recover=none")
     allocation: Allocation = Uniform()
     shapes: Shapes = decoder.shapes_by_layer()
     if not experiment.is_dense:

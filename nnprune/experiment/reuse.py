@@ -44,6 +44,8 @@ def reusable_record(experiment: Experiment, keep_layers: bool = False) -> RunRec
             if not keep_layers:
                 log.info("finished already, but %s: running again", problem)
             record = None
+        elif (folder / SCRATCH / OVERWRITING).exists():
+            log.info("a run of it with overwrite=true was interrupted; the same command continues it")
         else:  # a run may have been killed after writing its record, before removing this
             shutil.rmtree(folder / SCRATCH, ignore_errors=True)
     if record is None and not experiment.is_dense:
@@ -66,13 +68,14 @@ def add_evaluations(experiment: Experiment, record: RunRecord) -> bool:
         metrics = job.measure()
         dense = dense_record_of(wanted, job.evaluation_hashes).evaluations
         record.add_evaluations(job.entries(metrics, {key: dense[key]["metrics"] for key in metrics}))
+        _keep(experiment, record)
     for name, key in missing.items():
         if name not in by_rows:
             _add_whole_models(experiment, record, name, key)
+            _keep(experiment, record)
     record.add_evaluations({key: record.evaluations[key] for key in experiment.evaluations.values()})  # the last ones are shown
     if missing or record.metrics != before:
-        record.config["evaluation"], record.finished = experiment.config["evaluation"], now()
-        parallel.on_rank_0(_write)(experiment, record)
+        _keep(experiment, record)
         shutil.rmtree(experiment.folder / SCRATCH, ignore_errors=True)
     return bool(missing)
 
@@ -105,8 +108,10 @@ def _add_whole_models(experiment: Experiment, record: RunRecord, name: str, key:
     record.add_evaluations({key: evaluation_entry(name, evaluator, "", metrics, dense_metrics)})
 
 
-def _write(experiment: Experiment, record: RunRecord) -> None:
+@parallel.on_rank_0
+def _keep(experiment: Experiment, record: RunRecord) -> None:
     """Write a record that gained evaluations, also as the description of the saved model."""
+    record.config["evaluation"], record.finished = experiment.config["evaluation"], now()
     record.write(experiment.folder)
     if ((saved := experiment.folder / "model") / SUMMARY).is_file():
         describe(saved, read_json(saved / SUMMARY, f"{saved}")["base_model"], record)
@@ -117,6 +122,8 @@ def _unmet(experiment: Experiment, record: RunRecord) -> str | None:
     is_saved = (experiment.folder / "model").is_dir()
     if experiment.config["save"] and not is_saved:
         return "its model was not saved"
+    if is_saved and experiment.config["push"] and experiment.saved_source().digest() != record.saved_hash:
+        return "its saved model has changed"
     missing = experiment.missing_from(record)
     if not (_with_rows(experiment, missing) if experiment.is_dense else missing):
         return None

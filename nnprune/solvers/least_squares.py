@@ -34,7 +34,7 @@ class ScaledProblem:
         shrinkage: s.
 
     Attributes:
-        A: (I, I), symmetric, diagonal 1 + lambda.
+        A: (I, I), symmetric, diagonal 1 + lambda; of a dead input lambda.
         scale: a (I,).
     """
 
