@@ -180,11 +180,21 @@ class Job:
                 dense_metrics = measured_dense.finish()
             with self.stopwatch.stage("evaluation"):
                 metrics = measured.finish()
+        self._check_source((pruned or dense).model_hash)
         if dense:
             dense.linear_sparsity, dense.model_sparsity = fractions_of_zeros(self.engine.decoder, counts)
         if pruned:
             describe_layers(pruned, self.experiment, self.engine, self.plan)
         return metrics, dense_metrics
+
+    @parallel.on_rank_0
+    def _check_source(self, digest: str | None) -> None:
+        """Raise ValueError, and drop the layers, if the model that was read is not the one of this digest throughout."""
+        source = self.experiment.source
+        if source.digest() != digest:
+            shutil.rmtree(self.experiment.folder / SCRATCH, ignore_errors=True)
+            reason = "its files have changed during the run, which may have read layers of two models; run it again"
+            raise ValueError(f"model.path={source.path}: {reason}")
 
     def _count_earlier_processes(self) -> None:
         """Add the seconds that an interrupted run took for the layers which are finished, and remember its peaks of memory."""
@@ -216,10 +226,6 @@ class Job:
     def _finish(self, record: RunRecord, experiment: Experiment) -> None:
         """Write a record, and remove what only a resumed run would need."""
         runtime = self.experiment.runtime
-        if experiment.source.digest() != record.model_hash:
-            shutil.rmtree(self.experiment.folder / SCRATCH, ignore_errors=True)
-            reason = "its files have changed during the run, which may have read layers of two models; run it again"
-            raise ValueError(f"model.path={experiment.source.path}: {reason}")
         if experiment is self.experiment:
             record.seconds = self.stopwatch.total()
             if num_cells(self.engine) > 1:
