@@ -152,7 +152,7 @@ def prune(pruner: Any, model_name: str = "demo", sparsity: float | str = 0.5, ov
         ValueError: an invalid setting, with the remedy.
     """
     from nnprune.engine import parallel
-    from nnprune.experiment.identity import is_plain, state_of
+    from nnprune.experiment.own_objects import settings_of, state_of
 
     parallel.start()
     is_demo = model_name == "demo"
@@ -163,8 +163,7 @@ def prune(pruner: Any, model_name: str = "demo", sparsity: float | str = 0.5, ov
     cfg.sparsity = str(sparsity)
     if not is_demo:
         cfg.model.path = str(model_name)
-    plain = {key: value for key, value in vars(pruner).items() if is_plain(value) and value not in ({}, [], ())}
-    method, state = type(pruner), state_of(pruner)
+    plain, method, state = settings_of(pruner), type(pruner), state_of(pruner)
     cfg.pruner = {"_target_": f"{method.__module__}.{method.__qualname__}", **plain, **({"state_hash": state} if state else {})}
     return run(cfg, pruner)
 

@@ -3,6 +3,8 @@
 import importlib
 import shutil
 import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 import nnprune.run
 from nnprune.experiment import identity
 from nnprune.experiment.build import build
+from nnprune.experiment.own_objects import settings_of, state_of
 from nnprune.run import run
 
 
@@ -109,6 +112,54 @@ def test_what_an_object_holds_is_part_of_it(one, mine, tmp_path, caplog):
     is_code = callable(one) and not isinstance(one, torch.dtype)
     assert (fingerprint(one) == fingerprint(one)) != is_code
     assert ("weight of Mine cannot be hashed" in caplog.text) == is_code
+
+
+def test_equal_tensors_are_one_experiment_in_any_process():
+    held = SimpleNamespace(scores=torch.arange(6.0).view(2, 3), half=torch.ones((), dtype=torch.bfloat16))
+    same = SimpleNamespace(scores=torch.arange(12.0)[:6].view(2, 3).clone(), half=torch.ones(2, dtype=torch.bfloat16)[0])
+    assert state_of(held) == state_of(same) is not None
+    assert state_of(SimpleNamespace(scores=held.scores.T.contiguous(), half=held.half)) != state_of(held)
+
+
+def test_a_function_counts_by_its_file_and_in_none_it_is_new_each_time(mine, tmp_path, monkeypatch, caplog):
+    def state(code):
+        (tmp_path / "functions_of_reuse.py").write_text(code)
+        sys.modules.pop("functions_of_reuse", None)
+        importlib.invalidate_caches()
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        return state_of(SimpleNamespace(weight=importlib.import_module("functions_of_reuse").weight))
+
+    monkeypatch.syspath_prepend(tmp_path)
+    first = state("def weight(x):\n    return x\n")
+    assert state("def weight(x):\n    return -x\n") != first == state("def weight(x):\n    return x\n")
+    assert not caplog.messages
+    namespace = {"__name__": "__main__"}
+    exec("def weight(x):\n    return x\n", namespace)  # as a cell of a notebook does
+    held = SimpleNamespace(weight=namespace["weight"])
+    assert state_of(held) != state_of(held)
+    assert "weight of SimpleNamespace cannot be hashed (weight has no place in a file)" in caplog.text
+
+
+def test_fields_in_slots_are_settings():
+    @dataclass(slots=True)
+    class Mine:
+        alpha: float
+        scores: torch.Tensor
+
+    one = Mine(0.5, torch.ones(2))
+    assert settings_of(one) == {"alpha": 0.5} and state_of(one) != state_of(Mine(0.5, torch.zeros(2)))
+
+
+def test_a_file_that_a_setting_names_is_part_of_it(mine, tiny_config, tmp_path):
+    mine(1)
+    scores = tmp_path / "scores.txt"
+    cfg = tiny_config("pruner=custom", "pruner._target_=own_of_reuse.Mine", f"+pruner.weight={scores}")
+    absent = build(cfg).fingerprint
+    found = {absent}
+    for text in ("one", "two"):
+        scores.write_text(text)
+        found.add(build(cfg).fingerprint)
+    assert len(found) == 3
 
 
 def test_a_class_that_exec_made_is_in_no_file(mine, tiny_config, caplog):

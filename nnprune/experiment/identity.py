@@ -9,7 +9,6 @@ import hashlib
 import importlib.util
 import inspect
 import logging
-import pickle
 import sys
 import sysconfig
 import uuid
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnprune.evaluation import Evaluator
+from nnprune.files.digests import file_digest
 from nnprune.model.dtypes import name_of
 from nnprune.records import NOT_SCIENCE, SINCE, fingerprint
 
@@ -50,9 +50,11 @@ def science(experiment: "Experiment") -> dict[str, Any]:
     update = {key: value for key, value in config["update"].items() if key != "bias"}  # earlier records corrected none
     corrects = method.corrects_biases and source.has_biases
     settings["update"] = {**update, "bias": True} if corrects else update
-    settings |= {key: settings[key] | _code_entry(type(part)) for key, part in parts.items()}
+    settings |= {key: settings[key] | _code_entry(type(part), settings[key]) for key, part in parts.items()}
     if method.distillation and (layers := settings["recover"].get("layers")):
-        settings["recover"]["layers"] = layers | _code_entry(type(method.recovery))
+        settings["recover"]["layers"] = layers | _code_entry(type(method.recovery), layers)
+    if files := _files_of(type(method.pruner), settings["pruner"]):
+        settings["pruner_files"] = files
     return settings | {
         "model": model,
         "calibration": {
@@ -64,29 +66,6 @@ def science(experiment: "Experiment") -> dict[str, Any]:
         "sparsity": str(experiment.pattern),
         "pruner_code": _code_of(type(method.pruner)),
     }
-
-
-def state_of(pruner: Any) -> str | None:
-    """A hash of what an object holds that is no setting, such as tensors or functions; None if there is nothing.
-
-    It is new each time, with a warning, where it cannot be computed.
-    """
-    held = {key: value for key, value in vars(pruner).items() if not is_plain(value) and key not in ("statistics", "notes")}
-    if not held:
-        return None
-    try:
-        return hashlib.sha256(pickle.dumps(held)).hexdigest()[:16]
-    except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"{', '.join(held)} of {type(pruner).__name__} cannot be hashed ({error})"
-        log.warning("warning: %s, so this run will not be reused; use numbers and text", reason)
-        return uuid.uuid4().hex[:16]
-
-
-def is_plain(value: Any) -> bool:
-    """Whether an attribute of a pruner can be a setting: a number, text, or a list or dict of such."""
-    if isinstance(value, list | tuple | dict):
-        return all(map(is_plain, value.values() if isinstance(value, dict) else value))
-    return value is None or type(value) in (bool, int, float, str)
 
 
 def evaluation_fingerprints(evaluators: Mapping[str, Evaluator]) -> dict[str, str]:
@@ -155,10 +134,25 @@ def _hash(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
-def _code_entry(method: type) -> dict[str, str]:
-    """The entry that the code of a user's own method adds to the settings of its group."""
-    code = _code_of(method)
-    return {"code": code} if code else {}
+def _code_entry(method: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that the code of a user's own method, and the files that its settings name, add to the settings of its group."""
+    code, files = _code_of(method), _files_of(method, settings)
+    return ({"code": code} if code else {}) | ({"files": files} if files else {})
+
+
+def _files_of(method: type, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Setting -> hash of the content, for the settings of a user's own method that name a file: it may read that."""
+    if method.__module__.split(".")[0] == "nnprune":
+        return {}
+    named = {key: Path(value) for key, value in settings.items() if isinstance(value, str) and value}
+    return {key: file_digest(path)[:16] for key, path in named.items() if _is_file(path)}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def _code_of(method: type) -> str | None:
@@ -171,15 +165,15 @@ def _code_of(method: type) -> str | None:
     if not outside:
         return None
     for kind in outside:
-        if not _is_in_file(kind):
+        if not is_in_file(kind):
             reason = f"the code of {kind.__name__} is in no file"
             log.warning("warning: %s, so this run will not be reused; put it in a module", reason)
             return uuid.uuid4().hex[:16]
-    modules = _reachable({kind.__module__ for kind in outside}, _is_users) | {
+    modules = _reachable({kind.__module__ for kind in outside}, is_users) | {
         outside[0].__module__
     }  # though it may be installed
     sha = hashlib.sha256("".join(kind.__qualname__ for kind in outside).encode())
-    for _, source in sorted({inspect.getfile(sys.modules[name]): _source(name) for name in modules}.items()):
+    for _, source in sorted({inspect.getfile(sys.modules[name]): source_of(name) for name in modules}.items()):
         sha.update(source)
     return sha.hexdigest()[:16]
 
@@ -187,7 +181,7 @@ def _code_of(method: type) -> str | None:
 _sources: dict[str, tuple[Any, bytes]] = {}
 
 
-def _source(name: str) -> bytes:
+def source_of(name: str) -> bytes:
     """The bytes of a loaded module's file, as they were when they were first asked for: a process goes on to run what it has imported
     though the file is edited, until the module is loaded again."""
     module = sys.modules[name]
@@ -196,7 +190,7 @@ def _source(name: str) -> bytes:
     return _sources[name][1]
 
 
-def _is_in_file(kind: type) -> bool:
+def is_in_file(kind: type) -> bool:
     """Whether the file of a class's module holds its methods: those of a notebook or of `exec` come from elsewhere. Generated ones, as
     of dataclasses, do not count."""
     try:
@@ -208,7 +202,7 @@ def _is_in_file(kind: type) -> bool:
         return False
 
 
-def _is_users(name: str) -> bool:
+def is_users(name: str) -> bool:
     """Whether a module is its user's: in a file that is not nnprune's nor installed."""
     file = getattr(sys.modules.get(name), "__file__", None)
     return bool(file) and name.split(".")[0] != "nnprune" and not file.startswith(INSTALLED) and Path(file).is_file()
