@@ -1,7 +1,10 @@
 """Allocations: the rules of every plan, each method's formula by hand, bad settings."""
 
+import importlib
 import itertools
 import math
+import shutil
+import sys
 
 import pytest
 import torch
@@ -218,6 +221,9 @@ def test_options_and_the_code_of_an_own_part_are_science(tiny_config, tmp_path, 
         (tmp_path / f"my_{group}.py").write_text(
             f"# {comment}\nfrom {module} import {name}\n\n\nclass Mine({name}):\n    pass\n"
         )
+        sys.modules.pop(f"my_{group}", None)
+        importlib.invalidate_caches()
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
         found.add(build(tiny_config(f"{group}={option}", f"{group}._target_=my_{group}.Mine")).fingerprint)
     assert len(found) == 4
     assert build(tiny_config("allocation=owl", "allocation.strength=0.1")).fingerprint not in found
