@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from support.damages import cut, flip, remove, swap
 from support.runs import kill, run_until_killed, stripped, watch_measurements
 
-import nnprune.engine.pruning_pass
 import nnprune.engine.stopwatch
 import nnprune.experiment.job
 import nnprune.experiment.preparation
@@ -104,7 +103,7 @@ def test_the_costs_are_those_of_all_processes(tiny_config, monkeypatch):
         at_second_layer(patch)
         hours = SimpleNamespace(perf_counter=partial(next, itertools.count(step=3600)))
         patch.setattr(nnprune.engine.stopwatch, "time", hours)
-        patch.setattr(nnprune.engine.pruning_pass, "peaks", lambda: {"peak_host_bytes": 2**50, "peak_device_bytes": 1})
+        patch.setattr(nnprune.engine.stopwatch, "peaks", lambda: {"peak_host_bytes": 2**50, "peak_device_bytes": 1})
         run_until_killed(cfg)
     record = run(cfg)
     assert (record.peak_host_bytes, record.peak_device_bytes >= 1) == (2**50, True)

@@ -22,7 +22,6 @@ from nnprune.engine.stopwatch import Stopwatch
 from nnprune.recovery import Distillation
 from nnprune.recovery.base import Compare
 from nnprune.recovery.tuning import check_rows
-from nnprune.runtime import peaks
 
 log = logging.getLogger(__name__)
 
@@ -97,13 +96,7 @@ class DistillationPass:
         for index, layer in enumerate(decoder.layers):
             store.round(index)
             counts = count_zeros(layer, decoder.weights(index))
-            whole = {
-                **pruned.reports[index],
-                **counts,
-                "distilled": report,
-                "run_seconds": self.stopwatch.total(),
-                "run_peaks": peaks(),
-            }
+            whole = {**pruned.reports[index], **counts, "distilled": report, **self.stopwatch.so_far()}
             self.layer_files.write(index, store.stored_state(index), whole)
         self.layer_files.finish()
 

@@ -154,13 +154,11 @@ class InputCollector:
 
     def _exchange(self) -> None:
         """Make statistics, pools, samples and totals those of the rows of all processes."""
-        names_of_pools = {id(pool): name for name, pool in self._pool_of.items()}
-        pools = [(names_of_pools[id(pool)], pool) for pool in self._pools.values()]
-        for name, statistics in (*self.statistics.items(), *pools):
-            for kind in sorted(statistics, key=lambda kind: kind.__name__):  # in the same order on all
-                statistics[kind].all_reduce(parallel.all_reduce, self.weights[name].read())
+        for name, pool in {id(pool): (name, pool) for name, pool in self._pool_of.items()}.values():
+            _reduce(pool, self.weights[name].read())
         for leader, statistics in self.statistics.items():
             weight = self.weights[leader].read()
+            _reduce(statistics, weight)
             none = weight.new_zeros(0, weight.shape[1], dtype=torch.float32)
             self._samples[leader] = [parallel.concatenated(torch.cat([none, *self._samples[leader]]))]
             if not statistics:
@@ -224,6 +222,12 @@ class InputCollector:
         if len(rows):
             stride = max(self.seq_len * num_sampled_rows(self.seq_len) // SAMPLED_TOKENS, 1)
             self._samples[name].append(rows[:, stride - 1 :: stride].reshape(-1, X.shape[-1]).clone())
+
+
+def _reduce(statistics: Statistics, weight: Tensor) -> None:
+    """Sum statistics over all processes, in the same order on all."""
+    for kind in sorted(statistics, key=lambda kind: kind.__name__):
+        statistics[kind].all_reduce(parallel.all_reduce, weight)
 
 
 def _show(pruner: Pruner, name: str, X: Tensor) -> None:

@@ -28,7 +28,6 @@ from nnprune.engine.prune_linears import count_zeros, prune_linears
 from nnprune.engine.stopwatch import Stopwatch
 from nnprune.engine.window import Window, num_kept_states
 from nnprune.method import Method
-from nnprune.runtime import peaks
 
 log = logging.getLogger(__name__)
 
@@ -262,5 +261,5 @@ class PruningPass:
             state = self.store.stored_state(index, copy=self.num_tasks > 1)  # the next task's layer is made of the same tensors
             report = {**report, **counts, "num_cells": self.num_tasks}
             if self.num_tasks == 1:  # the time of a grid is not that of a cell
-                report |= {"run_seconds": self.stopwatch.total(), "run_peaks": peaks()}
+                report |= self.stopwatch.so_far()
             task.layer_files.write(index, state, report, carried)

@@ -3,8 +3,11 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+from nnprune.runtime import peaks
 
 
 class Stopwatch:
@@ -34,6 +37,10 @@ class Stopwatch:
         """Seconds by stage, and under "total" the seconds since this object was created, with those of `resume`."""
         self._switch()
         return {**self.seconds, "total": self._since - self._start}
+
+    def so_far(self) -> dict[str, dict[str, Any]]:
+        """What a layer's report says of the whole run: the `total()` and the peaks of memory up to now."""
+        return {"run_seconds": self.total(), "run_peaks": peaks()}
 
     def resume(self, earlier: Mapping[str, float]) -> None:
         """Add the `total()` of an earlier process whose work this one continues, evaluations excepted: they begin anew."""

@@ -252,12 +252,12 @@ def unmeasured(dense: RunRecord | None, tokens: Mapping[str, str]) -> list[str]:
 
 
 def dense_record_of(experiment: Experiment, tokens: Mapping[str, str]) -> RunRecord:
-    """The record of the dense model with all evaluations of `experiment`; what it lacks, or has of other tokens than those whose hashes
-    are given by fingerprint, is measured."""
+    """The record of the dense model with the evaluations of `experiment` whose hashes of tokens are given by fingerprint; what it lacks,
+    or has of other tokens, is measured."""
     dense = experiment.dense()
     with locked(dense.folder):
         record = _read(dense.folder)
-        if record is None or dense.missing_from(record) or unmeasured(record, tokens):
+        if record is None or unmeasured(record, tokens):
             record = Job(dense).run()
         return record
 
