@@ -214,3 +214,16 @@ def test_a_single_expert_can_be_chosen(tmp_path):
         counts = task.layer_files.reports[0]
         assert counts["size"] == sum(parameter.numel() for parameter in engine.decoder.layers[0].parameters())
         assert counts["linear_zeros"] == counts["linear_size"] // 2 <= counts["zeros"] < counts["linear_size"]
+
+
+def test_the_error_of_an_expert_that_no_token_reaches_does_not_depend_on_passes(tmp_path):
+    ids, errors = torch.full((2, 16), 7), []
+    for room in (math.inf, 1):  # all groups in one pass, and each in a pass of its own
+        engine = engine_of(MIXTURES["mixtral"](), tmp_path / str(room))
+        engine.runtime.statistics_bytes = room
+        task = PruneTask(Method(SparseGPT()), dict.fromkeys(engine.decoder.shapes(), NM(2, 4)), engine.store.layer_files)
+        PruningPass(engine, [task], "pruned").run(ids)
+        linears = [one for index in range(engine.num_layers) for one in task.layer_files.reports[index]["linears"]]
+        assert any(one.get("tokens") == 0 for one in linears)
+        errors.append({one["name"]: one["relative_error"] for one in linears})
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)

@@ -71,7 +71,7 @@ class InputCollector:
         self._reference = reference
         self._reference_inputs: dict[str, Tensor] = {}  # of the current rows
         self._in_reference = self._stop_reference = False
-        self._samples: dict[str, list[Tensor]] = {names[0]: [] for names in groups}
+        self._samples: dict[str, list[Tensor]] = {name: [] for name in (*self.statistics, *pooled)}
         self._totals: dict[str, Tensor] = {}  # sums that reveal NaNs in groups without a statistic
         self._squared_outputs: dict[str, Tensor] = {}
         self._rows = slice(0, 0)
@@ -156,23 +156,29 @@ class InputCollector:
         """Make statistics, pools, samples and totals those of the rows of all processes."""
         for name, pool in {id(pool): (name, pool) for name, pool in self._pool_of.items()}.values():
             _reduce(pool, self.weights[name].read())
-        for leader, statistics in self.statistics.items():
-            weight = self.weights[leader].read()
-            _reduce(statistics, weight)
+        for name, samples in self._samples.items():
+            weight = self.weights[name].read()
             none = weight.new_zeros(0, weight.shape[1], dtype=torch.float32)
-            self._samples[leader] = [parallel.concatenated(torch.cat([none, *self._samples[leader]]))]
-            if not statistics:
-                self._totals[leader] = parallel.all_reduce(self._totals.get(leader, none.sum()))
+            self._samples[name] = [parallel.concatenated(torch.cat([none, *samples]))]
+            if name in self.statistics:
+                _reduce(self.statistics[name], weight)
+            if self.statistics.get(name) == {}:
+                self._totals[name] = parallel.all_reduce(self._totals.get(name, none.sum()))
 
     def sample(self, names: list[str]) -> Tensor:
         """Some inputs (tokens, I) of the group `names`, float32: the same tokens for every batch size and pruner. Of an expert, those
-        that it received of the same rows, in any order, or, if there are none, those of its siblings."""
-        samples, expert = self._samples[names[0]], self._experts.get(names[0])
-        if expert and not sum(map(len, samples)):
-            samples = [
-                X for name, one in self._experts.items() if pool_key(one) == pool_key(expert) for X in self._samples[name]
-            ]
+        that it received of the same rows, in any order, or, if there are none, those of the first of its siblings that has some."""
+        samples = self._samples[names[0]]
+        if names[0] in self._experts and not sum(map(len, samples)):
+            siblings = (self._samples[name] for name in self._siblings(names[0]))
+            samples = next((found for found in siblings if sum(map(len, found))), samples)
         return torch.cat(samples).float()
+
+    def _siblings(self, name: str) -> list[str]:
+        """The linears with a sample that have the part of the linear `name` in an expert of its mixture, in order of the experts."""
+        experts = {one: expert for one in self._samples if (expert := self.weights[one].expert)}
+        names = [one for one, expert in experts.items() if pool_key(expert) == pool_key(experts[name])]
+        return sorted(names, key=lambda one: experts[one].number)
 
     def record_of(self, name: str) -> dict[str, Any]:
         """What the record says of a linear of an expert beside its figures: the tensor that holds it, and its tokens."""
@@ -192,8 +198,9 @@ class InputCollector:
         if pool := self._pool_of.get(name):
             for kind, statistic in pool.items():
                 statistic.add(X, *self._others(kind, name, X), until=self._rows.stop, source=name)
+            self._once(("sample", name), lambda: self._add_sample(name, X))
             return
-        if name in self._samples:
+        if name in self.statistics:
             for kind, statistic in self.statistics[name].items():
                 statistic.add(X, *self._others(kind, name, X), until=self._rows.stop)
             self._once(("sample", name), lambda: self._add_sample(name, X))
@@ -212,11 +219,14 @@ class InputCollector:
             self._counted[key] = self._rows.stop
 
     def _add_sample(self, name: str, X: Tensor) -> None:
-        if not self.statistics[name]:
+        if self.statistics.get(name) == {}:
             self._totals[name] = self._totals.get(name, 0) + X.sum(dtype=torch.float32)
-        if name in self._experts:
+        if self.weights[name].expert:
             if self._rows.stop <= self._num_sampled:  # else none of the batch's rows is among the first ones: see `split`
                 self._samples[name].append(X.clone())
+                pooled = [one for one in self._siblings(name) if one in self._pool_of and self._samples[one]]
+                for later in pooled[1:]:  # they only stand in for starved experts, for which the first one is enough
+                    self._samples[later] = []
             return
         rows = X.unflatten(0, (-1, self.seq_len))[: max(self._num_sampled - self._rows.start, 0)]
         if len(rows):
