@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from support.runs import failure, refuse, watch_measurements
 
 from nnprune.engine.pruning_pass import PruneTask
 from nnprune.evaluation import Perplexity
-from nnprune.experiment import identity
+from nnprune.experiment import identity, reuse
 from nnprune.experiment.build import build
 from nnprune.experiment.job import Job
 from nnprune.model.loading import ModelSource
@@ -175,6 +176,18 @@ def test_layers_that_other_code_pruned_are_not_resumed_from(tiny_config, caplog,
     run_until_the_record(cfg, monkeypatch)
     assert "other code made the layer files of this unfinished run (nnprune/pruners/wanda.py): starting afresh" in caplog.text
     assert all(layer.stat().st_mtime_ns != times[layer] for layer in layers)
+
+
+def test_layers_that_another_torch_pruned_are_not_resumed_from(tiny_config, caplog, monkeypatch):
+    cfg = tiny_config("pruner=wanda", "runtime.resume=true")
+    run_until_the_record(cfg, monkeypatch)
+    monkeypatch.setattr(reuse, "version", lambda package: metadata.version(package) + "+cu130")
+    run_until_the_record(cfg, monkeypatch)
+    assert "starting afresh" not in caplog.text
+    monkeypatch.setattr(reuse, "version", lambda package: "9.0" if package == "torch" else metadata.version(package))
+    run_until_the_record(cfg, monkeypatch)
+    found = metadata.version("torch").partition("+")[0]
+    assert f"other code made the layer files of this unfinished run (torch {found}): starting afresh" in caplog.text
 
 
 def test_a_saved_model_is_the_source_of_the_same_name(tiny_config):

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from dataclasses import replace
+from importlib.metadata import version
 
 from nnprune.engine import parallel
 from nnprune.experiment.build import Experiment
@@ -144,9 +145,10 @@ def _report_other_code(record: RunRecord, code: dict[str, str]) -> None:
 
 
 def _drop_layers_of_other_code(experiment: Experiment, code: dict[str, str]) -> None:
-    """Remove the layer files of an unfinished run that other code of nnprune made: no model is pruned by two versions."""
+    """Remove the layer files of an unfinished run that other code made, nnprune's or a library's: no model is pruned by two versions."""
     scratch = experiment.folder / SCRATCH
     journal = scratch / CODE_JOURNAL
+    code = code | {package: version(package).partition("+")[0] for package in ("torch", "transformers")}  # built for any device
     if scratch.is_dir() and (changed := _changed(read_journal(journal) or {}, code)):
         log.warning("warning: other code made the layer files of this unfinished run (%s): starting afresh", changed)
         shutil.rmtree(scratch)
@@ -154,5 +156,6 @@ def _drop_layers_of_other_code(experiment: Experiment, code: dict[str, str]) -> 
 
 
 def _changed(old: dict[str, str], new: dict[str, str]) -> str:
-    """The files that differ, as text; empty if none does."""
-    return ", ".join(f"nnprune/{file}" for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file))
+    """The files and packages that differ, as text; empty if none does."""
+    changed = (name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name))
+    return ", ".join(f"nnprune/{name}" if name.endswith(".py") else f"{name} {old.get(name)}" for name in changed)
