@@ -135,10 +135,10 @@ class SavedModel:
                 yield f"{name}: {error}"
 
     def write_masks(self, path: Path) -> None:
-        """Write the masks of the plan's linears to a file."""
+        """Write the masks of the plan's linears to a file, one for each tensor: experts may share it."""
         masks = MaskFile()
-        for name in self.linears:
-            masks.add(f"{name}.weight", self.checkpoint.tensor(self.checkpoint.places[f"{name}.weight"]))
+        for key in dict.fromkeys(self.views[name].key for name in self.linears):
+            masks.add(key, self.checkpoint.read([key])[key])
         masks.write(path)
 
     def faults_of_values(self) -> Iterator[str]:

@@ -159,6 +159,22 @@ def test_what_goes_wrong_is_told_with_its_remedy(hub, user):
     assert user.run("show(list(c4().documents()))", HF_TOKEN="hf_ok") == [["a document"]]
 
 
+def test_what_is_cached_does_not_pass_for_all_that_a_pattern_fits(hub, user):
+    for part in range(2):
+        with gzip.open(hub.root / f"datasets/allenai/c4/main/en/part-{part}.json.gz", "wt") as file:
+            file.write(json.dumps({"text": f"part {part}"}))
+    read, many = "show(list(c4(file='en/part-1.json.gz').documents()))", "c4(file='en/part-?.json.gz').documents"
+    assert user.run(read) == [["part 1"]]
+    for status, offline in ((None, True), (503, False)):
+        hub.status = status
+        (line,) = user.run(f"tell({many})", offline=offline)
+        assert line.startswith("calibration.data_files=en/part-?.json.gz: the cache may lack some of these files of the dataset")
+        assert "\n" not in line
+    hub.status = None
+    assert user.run(f"show(list({many}()))") == [["part 0", "part 1"]]
+    assert user.run(f"show(list({many}()))", offline=True) == [["part 0", "part 1"]]
+
+
 def test_missing_files_and_a_hub_that_is_away(hub, user):
     code = "tell(c4(file='en/none.json.gz').documents)\ntell(c4(file='en/none-*.json.gz').documents)"
     for line in user.run(code):
@@ -219,6 +235,22 @@ def test_models_are_fetched_once_and_serve_without_the_hub(hub, user, name):
         assert hub.counted() == 1
     hub.close()
     assert user.run(code, offline=True) == first
+
+
+def test_weights_that_are_not_cached_are_not_said_to_be_missing_on_the_hub(hub, user):
+    configs = (
+        "model('facebook/opt').config()",  # as with plan=true
+        "from huggingface_hub import hf_hub_download\nhf_hub_download('facebook/opt', 'config.json')",  # another program
+    )
+    for code in configs:
+        user.forget()
+        user.run(code)
+        for offline, reason in ((True, "could not be read: it is not in the cache"), (False, "cannot be reached")):
+            hub.status = 503
+            (line,) = user.run("one = model('facebook/opt')\ntell(lambda: one.load(one.config()))", offline=offline)
+            hub.status = None
+            assert line.startswith("model.path=facebook/opt: ")
+            assert reason in line
 
 
 def test_a_saved_model_is_checked_against_the_commit_that_was_pruned(hub, user, tmp_path):

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from conftest import ROOT
-from support.families import FAMILIES
+from support.families import FAMILIES, MIXTURES
 from support.saved import make_base, prune_and_save
 from transformers import AutoModelForCausalLM
 
@@ -14,10 +14,10 @@ from nnprune.check import main
 from nnprune.model.masks import keep_zeros, read_masks
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
+@pytest.fixture(scope="module", params=["llama", "gpt2", "mixtral"])
 def saved(request, tmp_path_factory):
-    """A saved 2:4 model; gpt2's weights lie transposed."""
-    base = make_base(FAMILIES[request.param](), tmp_path_factory.mktemp("models") / "base")
+    """A saved 2:4 model; gpt2's weights lie transposed, mixtral's experts are parts of two tensors a layer."""
+    base = make_base((FAMILIES | MIXTURES)[request.param](), tmp_path_factory.mktemp("models") / "base")
     return prune_and_save(base, tmp_path_factory.mktemp("saved"))[0]
 
 
@@ -40,8 +40,8 @@ def step(model, optimizer):
 
 def test_a_mask_file_has_a_bit_for_each_pruned_weight(saved, masks):
     model, found = load(saved), read_masks(masks)
-    pruned = [one["name"] for one in json.loads((saved / "pruning.json").read_text())["per_linear"]]
-    assert list(found) == [f"{name}.weight" for name in pruned]
+    linears = json.loads((saved / "pruning.json").read_text())["per_linear"]
+    assert list(found) == list(dict.fromkeys(one.get("tensor", f"{one['name']}.weight") for one in linears))
     for name, mask in found.items():
         assert torch.equal(mask, model.get_parameter(name) != 0), name
 

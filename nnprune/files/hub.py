@@ -62,7 +62,7 @@ class Repository:
         return _commits[self._asked]
 
     def names(self) -> list[str]:
-        """The names of all files of a model: the hub's list, or, where that can't be asked, what is cached."""
+        """The names of all files of a model: the hub's list, or, where that can't be asked, what the cache knows."""
         self.commit()
         if self._asked not in _names:  # a commit that needed no question, or a hub that is down
             with self._explained():
@@ -74,6 +74,12 @@ class Repository:
                     _close()
                     _names[self._asked] = self._cached()
         return _names[self._asked]
+
+    def check_open(self) -> None:
+        """Raise ValueError, as for a file that is not cached, if the hub can't be asked what it has."""
+        with self._explained():
+            if _is_closed():
+                raise LookupError("not cached")
 
     def file(self, path: str, key: str) -> Path:
         """A file of the repository, from the cache or else fetched; `key` is the config key that names it."""
@@ -98,12 +104,14 @@ class Repository:
             return self._kept(Path(snapshot_download(self.name, revision=commit, allow_patterns=exact, **self._how())))
 
     def matching(self, pattern: str, key: str) -> list[Path]:
-        """The file of that name, or the files that a pattern fits, sorted."""
-        from huggingface_hub import snapshot_download
+        """The file of that name, or the files that a pattern fits, sorted: without the hub, if the cache is known to have all of them."""
+        from huggingface_hub import get_cached_repo_tree, snapshot_download
 
         commit = self.commit()
         with self._explained(f"{key}={pattern}"):
             both = [pattern, glob.escape(pattern)]
+            if _is_closed():  # without that list, what is cached would pass for all that there is
+                get_cached_repo_tree(self.name, repo_type=self.kind, revision=commit)
             folder = Path(snapshot_download(self.name, revision=commit, allow_patterns=both, **self._how()))
         if not (found := find(folder, pattern)):
             raise ValueError(f"{key}={pattern}: {self._what} has no such file{self._at}; look at its list of files")
@@ -192,8 +200,14 @@ class Repository:
         return (self._folder / name).is_file()
 
     def _cached(self) -> list[str]:
+        """The names of all files, if the cache remembers them, or else of those that are in it."""
+        from huggingface_hub import errors, get_cached_repo_tree
+
         folder = self._folder
-        return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        try:
+            return [file.path for file in get_cached_repo_tree(self.name, repo_type=self.kind, revision=folder.name)]
+        except errors.CachedRepoTreeNotFoundError:
+            return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
     def _kept(self, path: Path) -> Path:
         """Let the cache remember the branch's commit, now that something of it is there: without the hub it is asked for."""

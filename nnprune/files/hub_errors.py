@@ -39,6 +39,8 @@ def explain(error: Exception, repository: "Repository", file: str | None) -> str
         errors.RevisionNotFoundError: f"{key.rsplit('.', 1)[0]}.revision={revision}: {what} has no such branch, tag or commit; "
         f"choose one of those at {page}",
         errors.RemoteEntryNotFoundError: f"{file or label}: {what} has no such file{at}; choose one of those at {page}/tree/main",
+        errors.CachedRepoTreeNotFoundError: f"{file or label}: the cache may lack some of these files of {what}{at}; run once where "
+        f"{constants.ENDPOINT} can be reached, or {without}",
         errors.OfflineModeIsEnabled: _uncached(file or label, at, without),
     }
     for kinds, answer in answers.items():

@@ -69,8 +69,8 @@ def keep_zeros(
     """
     parameters = dict(model.named_parameters())
     if masks is None:
-        names = [f"{name}.weight" for name in weight_views(model, "")]
-        masks = {name: parameters[name].detach() != 0 for name in names if name in parameters}
+        names = {view.key for view in weight_views(model, "").values()}  # of experts in one tensor, that of all
+        masks = {name: parameter.detach() != 0 for name, parameter in parameters.items() if name in names}
         masks = {name: mask for name, mask in masks.items() if mask.any() and not mask.all()}
     if not masks:
         raise ValueError("keep_zeros: no linear of the model has zeros; load a pruned model, or pass masks=read_masks(FILE)")

@@ -56,6 +56,8 @@ class ModelFiles:
         for name in order:
             if name in there:
                 return name
+        if self.repository:
+            self.repository.check_open()
         raise ValueError(f"{self.label}: has none of {', '.join(order)}; give a model with weights in Hugging Face's format")
 
     @property

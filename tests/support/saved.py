@@ -42,7 +42,8 @@ def prune_and_save(base: Path, scratch: Path, **options) -> tuple[Path, dict]:
             view.write(weight * PATTERN.mask(weight.abs()))
             zeros, size = zeros + zeros_in(view.read()), size + weight.numel()
             sparsity = zeros_in(view.read()) / weight.numel()
-            record.per_linear.append({"name": name, "pattern": str(PATTERN), "sparsity": sparsity})
+            tensor = {"tensor": view.key} if view.expert else {}
+            record.per_linear.append({"name": name, "pattern": str(PATTERN), "sparsity": sparsity, **tensor})
         files.write(index, layer.state_dict, {})
     files.finish()
     record.linear_sparsity = zeros / size
