@@ -100,6 +100,12 @@ class RunRecord:
             self.dense_metrics.update(entry["dense_metrics"])
             self.evaluation_hashes[entry["name"]] = entry["tokens"]
 
+    def prunes_as(self, other: "RunRecord") -> bool:
+        """Whether another run of the same fingerprint has pruned with the same code, packages and calibration ids, so that the figures
+        of one are those of the other's model."""
+        one, another = ((record.code, record.versions, record.calibration_hash) for record in (self, other))
+        return one == another
+
     def write(self, folder: Path) -> Path:
         """Write `folder`/result.json atomically and return its path."""
         return write_atomically(folder / RESULT_FILE, self.as_json())

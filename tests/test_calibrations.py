@@ -91,6 +91,14 @@ def test_a_template_that_refuses_is_told_in_one_line(tmp_path, chat_tokenizer):
     assert "\n" not in str(caught.value)
 
 
+def test_a_template_that_writes_the_date_gives_the_same_text_on_any_day(tmp_path, chat_tokenizer):
+    chat_tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}"
+    write_jsonl(tmp_path / "a.jsonl", [[{"role": "user", "content": "hi"}]])
+    found = calibration("calibration=chat", f"calibration.path={tmp_path / 'a.jsonl'}", "calibration.seq_len=11")
+    ids = found.token_ids(chat_tokenizer, 264)
+    assert all("26 Jul 2024 hi".find(chat_tokenizer.decode(row)) >= 0 for row in ids)
+
+
 def test_the_template_is_part_of_a_run_and_its_lack_is_told_first(
     tiny_config, tmp_path, chat_tokenizer, tiny_model_dir, monkeypatch
 ):

@@ -35,6 +35,16 @@ def test_layer_by_layer_is_exactly_the_model(family, tmp_path, monkeypatch):
     assert torch.equal(model(ids).logits, expected), "the model was changed by looking at it"
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_configuration_that_asks_for_the_logits_of_routers(family, tmp_path):
+    model = MIXTURES[family]()
+    model.config.output_router_logits = True
+    engine = engine_of(model, tmp_path)
+    check_consistency(engine)
+    ids = random_ids()
+    assert engine.decoder.logits(ids, engine.decoder.embed(ids)).shape == (*ids.shape, model.config.vocab_size)
+
+
 @pytest.mark.parametrize("spec", ["0.5", "2:4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pruning_leaves_the_exact_pattern_and_nothing_else_changed(family, spec, tmp_path):

@@ -20,6 +20,7 @@ from nnprune.engine.pruning_pass import PruneTask
 from nnprune.model import export
 from nnprune.model.checkpoint import Checkpoint
 from nnprune.model.conversions import Conversion
+from nnprune.model.loading import ModelSource
 from nnprune.run import run
 
 VISION = {
@@ -159,6 +160,19 @@ def test_dtypes(dtype, llama, tmp_path):
     pruned = torch.bfloat16 if dtype == "auto" else torch.float32
     for key, tensor in weights(saved).items():
         assert tensor.dtype == (pruned if "_proj" in key else before[key].dtype), key
+    assert_loads(saved, state)
+
+
+def test_a_configuration_that_names_no_dtype_means_that_of_the_weights(llama, tmp_path):
+    save_file({key: tensor.bfloat16() for key, tensor in weights(llama).items()}, llama / "model.safetensors", {"format": "pt"})
+    config = json.loads((llama / "config.json").read_text())
+    del config["dtype"]
+    (llama / "config.json").write_text(json.dumps(config))
+    source = ModelSource(str(llama))
+    assert source.stored_dtype == torch.bfloat16 == AutoModelForCausalLM.from_pretrained(llama).dtype
+    saved, state = prune_and_save(llama, tmp_path)
+    assert json.loads((saved / "config.json").read_text()) == {**config, "dtype": "bfloat16"}
+    assert {tensor.dtype for tensor in weights(saved).values()} == {torch.bfloat16}
     assert_loads(saved, state)
 
 

@@ -168,7 +168,9 @@ def test_what_is_cached_does_not_pass_for_all_that_a_pattern_fits(hub, user):
     for status, offline in ((None, True), (503, False)):
         hub.status = status
         (line,) = user.run(f"tell({many})", offline=offline)
-        assert line.startswith("calibration.data_files=en/part-?.json.gz: the cache may lack some of these files of the dataset")
+        assert line.startswith(
+            "calibration.data_files=en/part-?.json.gz: the cache may lack some of these files of the dataset"
+        )
         assert "\n" not in line
     hub.status = None
     assert user.run(f"show(list({many}()))") == [["part 0", "part 1"]]

@@ -58,6 +58,8 @@ def test_another_models_repository_is_left_alone_unless_overwritten(hub, tiny_co
     run(tiny_config(*SETTINGS, "sparsity=2:4", "push=alice/model"))
     pushed = hub.root / "models/alice/model/main/pruning.json"
     first = pushed.read_text()
+    for name in ("chat_template.jinja", "pytorch_model.bin", "modeling_old.py", "NOTICE"):
+        (pushed.parent / name).write_text("of the first model")
     other = (*SETTINGS, "sparsity=4:8", "push=alice/model")
     with pytest.raises(ValueError, match="holds another model; choose another name, or replace it with overwrite=true"):
         run(tiny_config(*other))
@@ -65,6 +67,7 @@ def test_another_models_repository_is_left_alone_unless_overwritten(hub, tiny_co
     assert not list(tmp_path.glob("outputs/tiny-opt/4of8/*/model"))
     run(tiny_config(*other, "overwrite=true"))
     assert '"sparsity": "4:8"' in pushed.read_text()
+    assert {path.name for path in pushed.parent.iterdir() if path.read_bytes() == b"of the first model"} == {"NOTICE"}
 
 
 def test_a_repository_made_by_hand_is_taken_if_it_is_as_private_as_asked(hub):

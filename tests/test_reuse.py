@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -162,6 +163,14 @@ def test_a_dense_record_is_of_no_method(tiny_config, caplog):
 def test_figures_of_a_model_that_other_code_pruned_are_not_kept(tiny_config, more, monkeypatch):
     first = run(tiny_config("pruner=wanda", "evaluation.max_windows=2"))
     edit(monkeypatch, "wanda.py")
+    second = run(tiny_config("pruner=wanda", "evaluation.max_windows=5"))
+    assert not first.evaluations.keys() & second.evaluations.keys()
+
+
+def test_figures_of_a_model_pruned_with_other_packages_are_not_kept(tiny_config, monkeypatch):
+    first = run(tiny_config("pruner=wanda", "evaluation.max_windows=2"))
+    old = replace(first, versions=first.versions | {"torch": "2.0"})
+    old.write(build(tiny_config("pruner=wanda")).folder)
     second = run(tiny_config("pruner=wanda", "evaluation.max_windows=5"))
     assert not first.evaluations.keys() & second.evaluations.keys()
 

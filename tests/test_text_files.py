@@ -121,3 +121,17 @@ def test_what_a_compression_needs(tmp_path, monkeypatch):
     monkeypatch.setattr("nnprune.files.text_files.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"a\.txt\.zst: needs a package that is not installed; pip install 'nnprune\[zstd\]'"):
         TextSource("calibration", path=str(tmp_path / "a.txt.zst")).check()
+
+
+def test_text_is_taken_literally(tmp_path):
+    """Not what pandas takes for a missing value, nor what Python takes for the end of a line."""
+    (tmp_path / "a.csv").write_text('text,number\nNA,1\nnull,2\n"",3\nlast,4\n')
+    assert list(TextSource("calibration", path=str(tmp_path / "a.csv")).documents()) == ["NA", "null", "last"]
+    (tmp_path / "a.txt").write_text("a\fb\u2028c\nd\n", encoding="utf-8")
+    assert TextSource("calibration", path=str(tmp_path / "a.txt")).joined() == "a\fb\u2028c\nd"
+
+
+def test_null_among_token_ids(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"input_ids": [1, 2]}, {"input_ids": None}, {"input_ids": [1, None, 3]}])
+    with pytest.raises(ValueError, match=r"^calibration\.path=.*: has null among the token ids of input_ids; leave it out"):
+        TextSource("calibration", path=str(tmp_path / "a.jsonl"), column="input_ids").rows()

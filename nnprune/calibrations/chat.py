@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -11,6 +12,16 @@ from transformers import PreTrainedTokenizerBase
 from nnprune.calibration import TextCalibration
 from nnprune.checks import quoted
 from nnprune.texts import Conversation
+
+TODAY = datetime(2024, 7, 26)
+"""The date that templates write as today's, so that the text is the same on any day: Llama 3's have this one where they are told none."""
+
+STRFTIME_NOW = (
+    "{% macro strftime_now(layout) %}{{ layout"
+    + "".join(f"|replace('%{code}', '{TODAY.strftime(f'%{code}')}')" for code in "aAbBdHIjmMpSUwWyY")
+    + " }}{% endmacro %}{{ '' }}"
+)
+"""In place of the function that transformers gives to templates; it takes no other."""
 
 
 class ChatCalibration(TextCalibration):
@@ -47,8 +58,11 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str:
+    template = _template(tokenizer)
+    if "strftime_now" in template:
+        template = STRFTIME_NOW + template
     try:
-        return tokenizer.apply_chat_template(conversation, tokenize=False)
+        return tokenizer.apply_chat_template(conversation, tokenize=False, chat_template=template)
     except Exception as error:  # a template is a program that may raise anything
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(

@@ -96,7 +96,7 @@ class Job:
             record.add_evaluations(self.entries(metrics, metrics))
         else:
             record.calibration_hash = token_hash(self.calibration_ids)
-            if old and old.code == record.code:
+            if old and old.prunes_as(record):
                 record.add_evaluations(old.evaluations)  # those not asked for now are kept
             self._prune(record)
         if experiment.config["save"]:

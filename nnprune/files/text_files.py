@@ -121,7 +121,7 @@ def _paragraphs(text: str) -> tuple[list[str], bool]:
     """Documents of a text file: parted by blank lines or, where it has none, one a line; and whether they are lines."""
     parts = re.split(r"\n\s*\n", text.strip())
     are_lines = len(parts) == 1
-    return [part for part in (text.splitlines() if are_lines else parts) if part.strip()], are_lines
+    return [part for part in (text.split("\n") if are_lines else parts) if part.strip()], are_lines
 
 
 def _literal(path: Path) -> str:
@@ -159,8 +159,10 @@ def _open_table(path: Path, column: str) -> Any:
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    # To pandas "NA" and "null" would be no text.
+    options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if kind(path) == ".csv" else {}
     try:
-        table = datasets.load_dataset(TABLES[kind(path)], data_files={"train": _literal(path)}, split="train")
+        table = datasets.load_dataset(TABLES[kind(path)], data_files={"train": _literal(path)}, split="train", **options)
         if column in table.features:
             table.data.column(column).validate(full=True)  # or bytes that are no UTF-8 would be found out about late
         return table
@@ -175,6 +177,11 @@ def _read_table(path: Path, column: str, is_wanted: Callable[[str], bool]) -> Se
     columns = [name for name, found in _types(table).items() if is_wanted(found)]
     if column not in columns:
         raise NoSuchColumn(", ".join(columns) or "none")
+    if is_wanted is _is_ids:
+        from pyarrow.compute import list_flatten
+
+        if list_flatten(table.data.column(column)).null_count:
+            raise ValueError(f"has null among the token ids of {column}; leave it out")
     if table.data.column(column).null_count:
         table = table.filter(lambda entry: entry is not None, input_columns=column)
     return table[column]

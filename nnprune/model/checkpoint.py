@@ -185,6 +185,11 @@ def read_headers(path: Path, label: str) -> list[Header]:
         raise ValueError(f"{label}: {path.name} cannot be read ({reason}); get it again") from error
 
 
+def first_float(path: Path, label: str) -> torch.dtype:
+    """The dtype of the first floating-point tensor in a file; float32 if it has none. Raises ValueError when it is damaged."""
+    return next((FLOATS[header.dtype] for header in read_headers(path, label) if header.dtype in FLOATS), torch.float32)
+
+
 def _headers_of_bin(path: Path) -> list[Header]:
     names = {dtype: name for name, dtype in (FLOATS | INTEGERS).items()}
     tensors = _load_bin(path, "meta").items()

@@ -48,6 +48,9 @@ class Decoder:
         self._experts = model.get_experts_implementation()
         model.set_experts_implementation("eager")  # one expert after the other, so that what each receives can be seen
         self.text_config = model.config.get_text_config()
+        for config in (model.config, self.text_config):
+            if getattr(config, "output_router_logits", False):  # for a loss over them, which is none where layers are replaced
+                config.output_router_logits = False
         self.path, self.layers = _find_layers(model, layers_path)
         self.calls_depend_on_tokens = False  # arguments of the layers besides the hidden states: embeddings, say
         self._tuple_lengths: dict[type[nn.Module], int] = {}

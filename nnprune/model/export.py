@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from nnprune.model.card import model_card
 from nnprune.model.checkpoint import FLOATS, LOADED_BY_TRANSFORMERS, Checkpoint, Header, read_headers, save_atomically
 from nnprune.model.conversions import Conversion
+from nnprune.model.dtypes import name_of
 from nnprune.model.loading import ModelSource
 from nnprune.model.model_files import SAFETENSORS, SAFETENSORS_INDEX, read_json
 from nnprune.model.scales import SCALES
@@ -212,10 +213,11 @@ def _write_shard(tensors: _Tensors, keys: Sequence[str], path: Path) -> None:
 
 
 def _adapt_config(path: Path, source: ModelSource) -> None:
-    """Let config.json name the dtype that was asked for, and no file of weights; otherwise it stays as it is."""
+    """Let config.json name the dtype that was asked for, or that was found where it named none, and no file of weights; otherwise it
+    stays as it is."""
     config = read_json(path, source.label)
     adapted = {key: value for key, value in config.items() if key != "transformers_weights"}
-    if source.dtype != "auto":
-        adapted["torch_dtype" if "torch_dtype" in config else "dtype"] = source.dtype
+    if source.dtype != "auto" or source.named_dtype is None:
+        adapted["torch_dtype" if "torch_dtype" in config else "dtype"] = name_of(source.stored_dtype)
     if adapted != config:
         path.write_text(json.dumps(adapted, indent=2) + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.utils import logging as transformers_logging
 
 from nnprune.files.hub import Repository
-from nnprune.model.checkpoint import QUANTISED, Checkpoint
+from nnprune.model.checkpoint import QUANTISED, Checkpoint, first_float
 from nnprune.model.decoder import Decoder
 from nnprune.model.dtypes import DTYPES, choose_computing_dtype
 from nnprune.model.model_files import ModelFiles, read_json
@@ -141,7 +141,18 @@ class ModelSource:
     @property
     def stored_dtype(self) -> torch.dtype:
         """The dtype that weights are kept, and saved, in."""
-        return DTYPES.get(self.dtype) or self._config.dtype or self._config.get_text_config().dtype or torch.float32
+        return DTYPES.get(self.dtype) or self.named_dtype or self._dtype_of_weights
+
+    @property
+    def named_dtype(self) -> torch.dtype | None:
+        """The dtype that config.json names, if it does."""
+        return self._config.dtype or self._config.get_text_config().dtype
+
+    @cached_property
+    def _dtype_of_weights(self) -> torch.dtype:
+        """What transformers takes where config.json names no dtype, but no float64. The weights of the hub are fetched."""
+        found = first_float(self.files.weights()[0], self.label)
+        return found if found in DTYPES.values() else torch.float32
 
     def computing_dtype(self, device: torch.device) -> torch.dtype:
         """The dtype that `device` computes in."""
@@ -216,7 +227,7 @@ class ModelSource:
     def _needs_code(self) -> str:
         return (
             f"{self.label}: comes with Python code of its own, which runs only if you say so; read the code, then set "
-            "model.trust_remote_code=true, or choose a model that transformers knows"
+            "model.trust_remote_code=true (nnprune-check: --trust-remote-code), or choose a model that transformers knows"
         )
 
     @contextmanager

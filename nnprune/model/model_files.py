@@ -14,7 +14,8 @@ from nnprune.files.hub import Repository
 
 SMALL_FILES = (
     *("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
-    *("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "processor_config.json", "*preprocessor_config.json"),
+    *("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "emoji.json"),
+    *("processor_config.json", "*preprocessor_config.json"),
 )
 """What is fetched before any weights."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from nnprune.files.hub_errors import LOGIN, is_offline, is_transient, line, status_of
 from nnprune.model.export import SUMMARY, write_card
-from nnprune.model.model_files import read_json
+from nnprune.model.model_files import SMALL_FILES, read_json
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +73,8 @@ def push_model(folder: Path, name: str) -> None:
     message = f"{summary['model']} pruned to {summary['sparsity']} by {summary['pruner']}"
     log.info("pushing %s to %s", folder, name)
     with _explained(name, f"; the model is in {folder}: run the same command again to push it"):
-        # Weights in shards of an earlier model would be loaded by nobody, and fetched by everybody.
-        HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message=message, delete_patterns=["*.safetensors*"])
+        stale = ["*.safetensors*", "*.bin*", "*.py", *SMALL_FILES]  # of an earlier model, which would be loaded with this one
+        HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message=message, delete_patterns=stale)
     log.info("pushed: %s/%s", constants.ENDPOINT, name)
 
 
