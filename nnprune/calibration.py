@@ -41,7 +41,7 @@ class Calibration:
         self.num_samples = check_count("calibration.num_samples", num_samples, 1)
         self.seq_len = check_count("calibration.seq_len", seq_len, 2)
         self.seed = check_count("calibration.seed", seed, 0)
-        self.min_tokens_per_expert = check_count("calibration.min_tokens_per_expert", min_tokens_per_expert, 0)
+        self.min_tokens_per_expert = check_count("calibration.min_tokens_per_expert", min_tokens_per_expert, 1)
         if route not in ROUTES:
             raise ValueError(f"calibration.route={quoted(route)}: must be {one_of(ROUTES)}")
         self.route = route

@@ -90,7 +90,7 @@ class Refit(Update):
 
     statistic = Hessian
     corrects_biases = True
-    matrix_copies, weight_copies = 1, 9
+    matrix_copies, weight_copies = 1, 10
 
     def __init__(self, tolerance: float = 0.1, max_steps: int = 30, damping: float = 0.01, bias: bool | str = "auto") -> None:
         super().__init__(bias)

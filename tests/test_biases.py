@@ -26,6 +26,7 @@ from nnprune.pruners.magnitude import Magnitude
 from nnprune.pruners.sparsegpt import SparseGPT
 from nnprune.pruners.wanda import Wanda
 from nnprune.run import run
+from nnprune.solvers.layer_error import relative_error
 from nnprune.statistics import CrossProduct, Hessian, InputStatistic, Means
 from nnprune.targets import Asymmetric
 from nnprune.updates import Refit, Update
@@ -56,6 +57,20 @@ def with_intercept(X: Tensor, wanted: Tensor, mask: Tensor) -> tuple[Tensor, Ten
         solution = torch.linalg.lstsq(A, wanted[:, row, None].double(), driver="gelsd").solution[:, 0]
         W[row, kept], bias[row] = solution[:-1], solution[-1]
     return W, bias
+
+
+def test_the_error_with_a_corrected_bias_is_right_in_bfloat16_too():
+    """The new bias cancels what the mean input contributes, which is most of what is rounded."""
+    generator = torch.Generator().manual_seed(0)
+    X = (30 + torch.randn(512, 64, generator=generator)).bfloat16().float()
+    W = torch.randn(48, 64, generator=generator).bfloat16()
+    pruned = W * (torch.rand(W.shape, generator=generator) < 0.5)
+    shift = (W - pruned).float() @ X.mean(0)
+    found = relative_error(W, pruned, X, shift=shift)
+    wanted = (X.double() @ (pruned - W).double().t() + shift.double()).square().sum() / (
+        X.double() @ W.double().t()
+    ).square().sum()
+    assert float(found) == pytest.approx(float(wanted), rel=1e-3)
 
 
 def test_a_refit_with_the_bias_is_least_squares_with_an_intercept():

@@ -15,18 +15,19 @@ from nnprune.recovery import Reconstruction, reconstruction
 from nnprune.recovery.tuning import LOWER, Tuning
 
 
-def tune(folder, monkeypatch, most):
-    """A tuned model; losses with gradients of more than `most` rows run out of memory."""
+def tune(folder, monkeypatch, most, with_gradients=True):
+    """A tuned model; losses of more than `most` rows, with gradients or held out, run out of memory."""
     loss = reconstruction._loss
 
     def limited(*args):
         rows = args[-1]
-        if torch.is_grad_enabled() and len(rows) > most:
+        if torch.is_grad_enabled() == with_gradients and len(rows) > most:
             raise torch.OutOfMemoryError
         return loss(*args)
 
     monkeypatch.setattr(reconstruction, "_loss", limited)
-    return prune_model(folder, method=Method(Wanda(), recovery=recover(0, 2)))[0].state_dict()
+    recovery = Reconstruction(0, 2, lr=1e-2, batch_tokens=32, holdout=0.4)
+    return prune_model(folder, method=Method(Wanda(), recovery=recovery))[0].state_dict()
 
 
 def test_copies_are_of_the_sequences_that_are_not_held_out_with_tokens_of_these():
@@ -60,11 +61,12 @@ def test_what_is_held_out_has_no_part_in_the_tuning(tmp_path):
     assert torch.equal(*found)
 
 
-def test_out_of_memory_a_batch_is_tuned_on_in_pieces(tmp_path, monkeypatch, caplog):
-    wanted = tune(tmp_path / "a", monkeypatch, 2)
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_out_of_memory_a_batch_is_tuned_on_in_pieces(with_gradients, tmp_path, monkeypatch, caplog):
+    wanted = tune(tmp_path / "a", monkeypatch, 2, with_gradients)
     assert not any("pieces" in message for message in caplog.messages)
     with caplog.at_level(logging.WARNING):
-        found = tune(tmp_path / "b", monkeypatch, 1)
+        found = tune(tmp_path / "b", monkeypatch, 1, with_gradients)
     assert any("tuning goes on with a batch in 2 pieces" in message for message in caplog.messages)
     for name, weight in wanted.items():
         torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-5)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from support.devices import set_work_sizes
 from support.problems import best_on_support, error, problem, prune
 
+from nnprune.checks import deferring
 from nnprune.patterns import parse_pattern
 from nnprune.pruners.admm import ADMM
 from nnprune.pruners.sparsegpt import SparseGPT
@@ -132,3 +133,43 @@ def test_a_refit_helps_any_mask(pruner, spec):
     refitted = Refit().update_group({"l": pruned}, {"l": W}, statistic)["l"]
     parse_pattern(spec).check(refitted)
     assert error(W, refitted, X).sum() < error(W, pruned, X).sum()
+
+
+class RoundingFactor:
+    """A `FastFactor` that rounds to bfloat16 on any processor."""
+
+    def __init__(self, matrix: torch.Tensor, rounds: bool = True) -> None:
+        self.matrix, self.rounds = matrix.bfloat16().float() if rounds else matrix, rounds
+
+    def times(self, right: torch.Tensor) -> torch.Tensor:
+        return self.matrix @ (right.bfloat16().float() if self.rounds else right)
+
+
+@pytest.mark.parametrize("is_asynchronous", [False, True])
+@pytest.mark.parametrize("inputs", ["mean", "few directions", "ordinary"])
+def test_outputs_that_rounding_would_lead_astray_are_computed_again_without(inputs, is_asynchronous, monkeypatch):
+    set_work_sizes(monkeypatch, is_asynchronous=is_asynchronous)
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(2048, 1024, generator=generator)
+    if inputs == "mean":
+        X = torch.randn(1024, generator=generator).sign() + 0.1 * X
+    elif inputs == "few directions":
+        X = X[:, :24] @ torch.randn(24, 1024, generator=generator) + 0.05 * X
+    W, statistic = torch.randn(16, 1024, generator=generator), Hessian()
+    statistic.add(X)
+    scaled, pruned = ScaledProblem(statistic, 0.01, "l"), prune(SparseGPT(), W, X, "0.5")
+    A, B0, start = scaled.A, *(scaled.scale_(weight.t().contiguous()) for weight in (W, pruned))
+
+    def solve(factor) -> torch.Tensor:
+        monkeypatch.setattr(conjugate_gradients, "FastFactor", factor)
+        with deferring() as flags:  # as where the host does not wait, which does it again if one is set
+            found = conjugate_gradients.conjugate_gradients(A, start.clone(), B0, 30, 0.1).B
+        assert bool(flags) == is_asynchronous
+        return conjugate_gradients.conjugate_gradients(A, start.clone(), B0, 30, 0.1).B if any(flags) else found
+
+    exact, made = solve(lambda matrix, rounds=True: RoundingFactor(matrix, False)), []
+    rounded = solve(lambda matrix, rounds=True: made.append(rounds) or RoundingFactor(matrix, rounds))
+    before, least, errors = ((D * (A @ D)).sum(0) for D in (start - B0, exact - B0, rounded - B0))
+    assert (errors <= before).all()
+    assert errors.sum() < 1.1 * least.sum()
+    assert (False in made) == (inputs != "ordinary")

@@ -171,7 +171,9 @@ class Propagation:
         pruners = [method.pruner for method in methods]
         seq_len, first_row = self.calibration.shape[1], self.calibration.share.start
         is_last = groups is passes[-1]
-        others = [names[0] for one in passes if one is not groups for names in one if weights[names[0]].expert]
+        shared = {pool_key(expert) for names in groups if (expert := weights[names[0]].expert)}
+        leaders = (names[0] for one in passes if one is not groups for names in one)
+        others = [name for name in leaders if (expert := weights[name].expert) and pool_key(expert) in shared]
         routing = self.engine.routing
         collector = InputCollector(kinds, pruners, groups, weights, seq_len, dense_weights, first_row, routing, others)
         advances = self.reference is not None and not self._reference_advanced and is_last

@@ -23,8 +23,8 @@ DIGITS = 1 << 16
 def keep_largest(score: Tensor, num_keep: int) -> Tensor:
     """Mask (shape of `score`) that keeps exactly the `num_keep` largest entries along the last dimension.
 
-    The count is exact whatever the ties; weights that were once quantised have many. Ties are broken by index, as in the official
-    SparseGPT and Wanda code, which selects the smallest entries too.
+    The count is exact whatever the ties; weights that were once quantised have many. Which of equal scores are kept is not specified: it
+    is the same in each run on a device, and differs between devices.
     """
     width = score.shape[-1]
     # Always contiguous: otherwise flatten may copy.

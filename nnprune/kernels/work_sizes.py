@@ -13,7 +13,7 @@ SHARE_OF_MEMORY = 32
 
 @dataclass(frozen=True)
 class WorkSizes:
-    """Sizes of pieces of work. None of them changes a result beyond the order of sums.
+    """Sizes of pieces of work. None of them changes a result beyond the order of sums and the choice between equal scores.
 
     Args:
         piece_bytes: of the temporary tensors of a piece.

@@ -18,7 +18,7 @@ class StackedPruner(Pruner):
 
     statistic = Hessian
     corrects_biases = True
-    matrix_copies, weight_copies = 3, 7
+    matrix_copies, weight_copies = 3, 8
 
     @abstractmethod
     def prune_stack(self, weight_IO: Tensor, sizes: list[int], pattern: SparsityPattern, names: list[str]) -> Tensor:

@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 MAX_EPOCHS = 100_000
 LOWER = 0.3  # ours: learning rate of a second attempt, relative to the first (docs/methods.md)
 TOO_HIGH = 1.15  # ours: held-out loss after the first epoch, relative to the initial one, that ends the first attempt
+
+T = TypeVar("T")
 
 Loss = Callable[[nn.Module, Sequence[int]], Tensor]
 """(module with float32 weights, rows) -> their mean loss, float32 (): of several processes each one's part of it."""
@@ -117,10 +119,21 @@ class Tuning:
         parameters = list(tuned.parameters())
         supports = [(parameter, parameter != 0) for parameter in parameters if parameter.ndim > 1]
 
+        pieces = _Pieces()
+
+        @torch.no_grad()
         def held_out() -> float:
-            with torch.no_grad():
-                mean = float(sum(loss(tuned, part).double() * len(part) for part in _batches(held, batch)) / num_held)
-                return float(rows.total(torch.tensor(mean, dtype=torch.float64)))
+            def add_up(some: list[Sequence[int]]) -> Tensor:
+                return sum(loss(tuned, piece).double() * len(piece) for piece in some)
+
+            mean = float(sum(pieces.do(part, add_up) for part in _batches(held, batch)) / num_held)
+            return float(rows.total(torch.tensor(mean, dtype=torch.float64)))
+
+        def differentiate(some: list[Sequence[int]]) -> None:
+            optimizer.zero_grad()
+            num_all = sum(map(len, some))
+            for piece in some:
+                (loss(tuned, piece) * (len(piece) / num_all)).backward()
 
         first = best = held_out()
         each_epoch(0, first)
@@ -133,13 +146,12 @@ class Tuning:
             for one, scale, factor in zip(parameters, scales, factors, strict=True)
         ]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
-        accumulate = _Gradients(lambda part: loss(tuned, part), optimizer)
         with torch.enable_grad():
             for epoch in range(1, num_epochs + 1):
                 for part in _batches(used[torch.randperm(len(used), generator=generator)].tolist(), batch):
                     for group in optimizer.param_groups:
                         group["lr"] = self.lr * group["scale"] * _schedule(step, num_steps)
-                    accumulate(part)
+                    pieces.do(part, differentiate)
                     for parameter in parameters:
                         if parameter.grad is None:  # another process holds these rows
                             parameter.grad = torch.zeros_like(parameter)
@@ -169,22 +181,17 @@ def check_rows(num_rows: int) -> None:
         raise ValueError(f"calibration.num_samples={num_rows}: recover needs one sequence to tune on and one to hold out")
 
 
-class _Gradients:
-    """Computes the gradients of a batch: in one piece, or in as many as the device's memory asks for."""
+class _Pieces:
+    """Does the work of batches in one piece, or in as many as the device's memory asks for."""
 
-    def __init__(self, loss_of: Callable[[Sequence[int]], Tensor], optimizer: torch.optim.Optimizer) -> None:
-        self.loss_of = loss_of
-        self.optimizer = optimizer
+    def __init__(self) -> None:
         self.num_pieces = 1
 
-    def __call__(self, rows: Sequence[int]) -> None:
-        """The gradients of the loss of `rows`, in place of those that there are."""
+    def do(self, rows: Sequence[int], work: Callable[[list[Sequence[int]]], T]) -> T:
+        """`work(pieces)` for the rows of a batch; it must be fit to be done again."""
         while True:
-            self.optimizer.zero_grad()
             try:
-                for piece in _batches(rows, -(-len(rows) // self.num_pieces)):
-                    (self.loss_of(piece) * (len(piece) / len(rows))).backward()
-                return
+                return work(list(_batches(rows, -(-len(rows) // self.num_pieces))))
             except torch.OutOfMemoryError:
                 if self.num_pieces >= len(rows):
                     raise

@@ -4,6 +4,10 @@ For each output feature, a column b of B (I, O) with target b0 and support S, mi
 phase 2 of ALPS (Meng et al. 2024, arXiv:2406.07831, section 3.3). A has a constant diagonal (least_squares.py), so the method needs
 no other preconditioner.
 
+Products may round their factors, which perturbs A by an E that can be larger than the smallest eigenvalues of A. Where inputs are
+strongly correlated that leads astray. With D the change of an output's weights, its error falls by what the recursion says, D^T (A + E) D,
+but for D^T E D. So an output whose error has not fallen by clearly more than ||E|| ||D||^2 is computed again, without rounding.
+
 An output stops when its residual S A (b0 - b) has fallen to `tolerance` of its first one, but not before `MIN_STEPS`. From then on
 its column does not change, so that the result depends neither on the other outputs nor on how often the loop reads the residuals.
 Outputs converge at very different rates: finished ones leave the products as soon as there are enough of them.
@@ -16,12 +20,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nnprune.checks import is_set
 from nnprune.kernels.matmul import FastFactor
 from nnprune.kernels.work_sizes import work_sizes
 
 SHRINK_BELOW = 0.75
 """Share of unfinished outputs below which the finished ones are taken out: that copies four matrices."""
 
+CLEARLY = 3
+"""How many times ||E|| ||D||^2 an output's error must have fallen by. At 1 some that were led astray pass; at 3 ordinary ones still do."""
+
+PROBES = 16
+"""Vectors that ||E|| is estimated with."""
 
 MIN_STEPS = 7
 """Steps of an output whatever its residual: after a start far from the solution, as on Wanda's mask, the residual falls to a tenth
@@ -47,8 +57,8 @@ class Solution:
 def conjugate_gradients(A: Tensor, B: Tensor, B0: Tensor, max_steps: int, tolerance: float = 0.0) -> Solution:
     """Move the nonzeros of B (I, O) towards the best values for their support; no output ends with a larger error.
 
-    The solver works on the correction of B. Its products but the first may therefore round their factors (`FastFactor`): the
-    recursive residual stays within a few per cent of the true one down to 1 % of the first.
+    The solver works on the correction of B, so that its products but the first may round their factors (`FastFactor`). Outputs for which
+    that matters are computed again without; on a device for which the host does not wait, that is put off (`checks.deferring`).
 
     Args:
         A: (I, I), symmetric positive definite, of constant diagonal.
@@ -57,9 +67,23 @@ def conjugate_gradients(A: Tensor, B: Tensor, B0: Tensor, max_steps: int, tolera
         max_steps: of each output.
         tolerance: relative residual norm at which an output stops after MIN_STEPS; 0: all take `max_steps`.
     """
-    factor = FastFactor(A)
+    start, factor = B.clone(), FastFactor(A)
+    found, gains = _solve(factor, A, B, B0, max_steps, tolerance)
+    is_astray = gains < CLEARLY * _rounding(A, factor) * (B - start).square_().sum(0)
+    is_any = is_astray.any()
+    if is_set(is_any) if work_sizes(B.device).is_asynchronous else bool(is_any):
+        columns = is_astray.nonzero().flatten()
+        again, _ = _solve(FastFactor(A, rounds=False), A, start[:, columns], B0[:, columns], max_steps, tolerance)
+        for old, new in zip(vars(found).values(), vars(again).values(), strict=True):
+            old[..., columns] = new
+    return found
+
+
+def _solve(factor: FastFactor, A: Tensor, B: Tensor, B0: Tensor, max_steps: int, tolerance: float) -> tuple[Solution, Tensor]:
+    """As `conjugate_gradients`, with products by `factor`; and by how much the error of each output fell (O,), by the recursion."""
     work = _Outputs.start(A, B, B0, tolerance)
     first, residuals, steps = work.norm.clone(), work.norm.clone(), torch.zeros_like(work.columns)
+    gains = torch.zeros_like(first)
     every = work_sizes(B.device).steps_per_read  # before MIN_STEPS few have finished
     for step in range(1, max_steps + 1):
         work.advance(factor)
@@ -67,12 +91,22 @@ def conjugate_gradients(A: Tensor, B: Tensor, B0: Tensor, max_steps: int, tolera
             running = work.running()
             num_running = int(running.count_nonzero())
             if num_running < SHRINK_BELOW * len(work.columns):
-                work.store(B, residuals, steps)
+                work.store(B, residuals, steps, gains)
                 work.select(running, num_running)
             if not num_running:
                 break
-    work.store(B, residuals, steps)
-    return Solution(B, (residuals / first).nan_to_num_(0, 0, 0).sqrt_(), steps)
+    work.store(B, residuals, steps, gains)
+    return Solution(B, (residuals / first).nan_to_num_(0, 0, 0).sqrt_(), steps), gains
+
+
+def _rounding(A: Tensor, factor: FastFactor) -> Tensor:
+    """About the spectral norm () of what the products with `factor` round away, by power iteration."""
+    generator = torch.Generator(A.device).manual_seed(0)
+    vectors = torch.randn(len(A), PROBES, generator=generator, device=A.device)
+    for _ in range(3):
+        vectors /= vectors.norm(dim=0).clamp_min_(1e-30)
+        vectors = A @ vectors - factor.times(vectors)
+    return vectors.norm(dim=0).max()
 
 
 @dataclass
@@ -95,6 +129,8 @@ class _Outputs:
     """(n,), squared norm at which an output is finished."""
     steps: Tensor
     """(n,), taken so far."""
+    gain: Tensor
+    """(n,), by how much the error fell so far."""
 
     @classmethod
     def start(cls, A: Tensor, B: Tensor, B0: Tensor, tolerance: float) -> "_Outputs":
@@ -103,7 +139,8 @@ class _Outputs:
         residual = (A @ (B0 - B)).mul_(support)
         norm = residual.square().sum(0)
         columns = torch.arange(B.shape[1], device=B.device)
-        return cls(columns, B, support, residual, residual.clone(), norm, norm * tolerance**2, torch.zeros_like(columns))
+        none = torch.zeros_like(columns), torch.zeros_like(norm)
+        return cls(columns, B, support, residual, residual.clone(), norm, norm * tolerance**2, *none)
 
     def running(self) -> Tensor:
         """(n,), bool: not finished yet."""
@@ -115,6 +152,7 @@ class _Outputs:
         product = factor.times(self.direction)
         length = self.norm / (self.direction * product).sum(0)
         length.nan_to_num_(0, 0, 0).clamp_(min=0).mul_(running)  # nothing left to do, or nothing but rounding
+        self.gain.addcmul_(length, self.norm)
         self.B.addcmul_(self.direction, length)
         self.residual.addcmul_(product.mul_(self.support), length, value=-1)
         norm = torch.mul(self.residual, self.residual, out=product).sum(0)
@@ -122,12 +160,13 @@ class _Outputs:
         self.norm = norm
         self.steps += running
 
-    def store(self, B: Tensor, residuals: Tensor, steps: Tensor) -> None:
-        """Write these outputs to B (I, O), their squared residuals (O,) and their steps (O,)."""
+    def store(self, B: Tensor, residuals: Tensor, steps: Tensor, gains: Tensor) -> None:
+        """Write these outputs to B (I, O), their squared residuals (O,), their steps (O,) and their gains (O,)."""
         if self.B is not B:
             B[:, self.columns] = self.B
         residuals[self.columns] = self.norm
         steps[self.columns] = self.steps
+        gains[self.columns] = self.gain
 
     def select(self, chosen: Tensor, num_chosen: int) -> None:
         """Leave out the outputs where `chosen` (n,) is False."""

@@ -27,8 +27,11 @@ def relative_error(
 def squared_output(W: Tensor, X: Tensor, minus: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
     """||X (W - minus)^T + shift||^2 for weights (O, I), inputs X (tokens, I) and outputs (O,): a scalar in float32.
 
-    For a bfloat16 model, difference and outputs are rounded to bfloat16. These errors average out: four digits of the sum are right.
+    For a bfloat16 model, difference and outputs are rounded to bfloat16. These errors average out: four digits of the sum are right. A
+    shift may cancel what the mean input contributes, so that is computed apart, in float32.
     """
+    mean = X.float().mean(0) if shift is not None else None
+    X = X if mean is None else X - mean
     total = torch.zeros((), dtype=torch.float32, device=X.device)
     rows_at_once = work_sizes(X.device).outputs
     others = (W if minus is None else minus).split(rows_at_once)
@@ -37,5 +40,6 @@ def squared_output(W: Tensor, X: Tensor, minus: Tensor | None = None, shift: Ten
     shifts = W.new_zeros(len(W), dtype=torch.float32) if shift is None else shift
     for rows, other, change in zip(W.split(rows_at_once), others, shifts.split(rows_at_once), strict=True):
         difference = rows.to(dtype) if minus is None else rows.to(dtype) - other.to(dtype)
-        total += (X @ difference.t()).float().add_(change).square().sum()
+        offset = change if mean is None else change + difference.float() @ mean
+        total += (X @ difference.t()).float().add_(offset).square().sum()
     return total
