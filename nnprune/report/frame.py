@@ -1,9 +1,10 @@
 """Turns records into one long frame, and chooses which of its rows a table or a plot shows.
 
 A *cell* is one (model, method, sparsity) of one metric; runs of one pruner that differ in a setting are of several methods
-(variants.py). An *experiment* is all records of a cell whose configs differ in nothing but the seed, the newest record of each
-seed. Where experiments compete for a cell, the one with the newest `finished` is shown: the mean over its seeds and their
-sample standard deviation. That and the mean accuracy over a record's tasks are all that is computed here.
+(variants.py). An *experiment* is all records of a cell that differ in nothing but the seed, neither in their configs nor in the code
+and the files that these name, the newest record of each seed. Where experiments compete for a cell, the one with the newest
+`finished` is shown: the mean over its seeds and their sample standard deviation. That and the mean accuracy over a record's tasks are
+all that is computed here.
 """
 
 import math
@@ -163,7 +164,7 @@ def _seconds(record: dict[str, Any]) -> float | None:
 def _experiment_and_seed(record: dict[str, Any], metric: str) -> dict[str, str]:
     """12 digits that name what a metric was measured of, and how, without the seeds, and the seeds as text, "" for none."""
     config = {key: value for key, value in record["config"].items() if key not in SAME_EXPERIMENT}
-    config |= {key: record[key] for key in ("dtype", "model_hash", "commits")}  # these no config shows
+    config |= {key: record[key] for key in ("dtype", "model_hash", "commits", "seedless_fingerprint")}  # these no config shows
     seeds = [record["config"].get("seed")]
     if isinstance(config.get("calibration"), dict):
         config["calibration"] = dict(config["calibration"])
@@ -191,7 +192,8 @@ def is_dense(rows: pd.DataFrame) -> pd.Series:
 
 
 def newest_experiments(rows: pd.DataFrame, by: str | None = None) -> tuple[pd.DataFrame, list[str]]:
-    """Those rows of one metric that belong to the newest experiment of their cell, and a line for each contested cell.
+    """Those rows of one metric that belong to the newest experiment of their cell, and a line for each contested cell, and for each
+    whose seeds were pruned by different code of nnprune.
 
     They have `method` and `variant` (variants.py). With `by`, a setting, each value of it (the column `by`) makes other cells.
     """
@@ -206,7 +208,18 @@ def newest_experiments(rows: pd.DataFrame, by: str | None = None) -> tuple[pd.Da
                 f"{name}: {len(newest)} experiments compete ({', '.join(newest['fingerprint'])}); "
                 f"shown is the newest, {last['fingerprint']}{seeds}: {last['path']}"
             )
+        files = _changed_files(group.loc[group["experiment"] == newest["experiment"].iloc[-1], "record"])
+        if files:
+            warnings.append(
+                f"{name}: other code of nnprune pruned some of its seeds ({', '.join(files)}), so they may not compare"
+            )
     return rows[rows["experiment"] == rows.groupby(cell)["experiment"].transform("last")], warnings
+
+
+def _changed_files(found: pd.Series) -> list[str]:
+    """The files of nnprune that differ between records, as far as these tell."""
+    codes = [record["code"] for record in found if record["code"]]
+    return sorted(file for file in set().union(*codes) if len({code.get(file) for code in codes}) > 1)
 
 
 def with_setting(rows: pd.DataFrame, key: str) -> tuple[pd.DataFrame, list[str]]:
