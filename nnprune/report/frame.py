@@ -16,7 +16,7 @@ import pandas as pd
 from nnprune import records
 from nnprune.report.labels import DENSE, normal_sparsity
 from nnprune.report.validation import find_fault
-from nnprune.report.variants import plain_method, setting_text, settings_of, with_methods
+from nnprune.report.variants import plain_method, setting_key, settings_of, short_texts, with_methods
 
 CELL = ["model", "method", "sparsity"]
 NAMES = ["model", "pruner", "sparsity"]
@@ -216,6 +216,16 @@ def newest_experiments(rows: pd.DataFrame, by: str | None = None) -> tuple[pd.Da
     return rows[rows["experiment"] == rows.groupby(cell)["experiment"].transform("last")], warnings
 
 
+def mixed_models(rows: pd.DataFrame) -> list[str]:
+    """A line for each name that is of several models."""
+    hashes = rows["record"].map(lambda record: record["model_hash"])
+    several = hashes.groupby(rows["model"]).nunique()
+    return [
+        f"{model}: the records are of {number} different models of this name, so they do not compare; tell them apart with model.name"
+        for model, number in several[several > 1].items()
+    ]
+
+
 def _changed_files(found: pd.Series) -> list[str]:
     """The files of nnprune that differ between records, as far as these tell."""
     codes = [record["code"] for record in found if record["code"]]
@@ -226,7 +236,8 @@ def with_setting(rows: pd.DataFrame, key: str) -> tuple[pd.DataFrame, list[str]]
     """The rows whose config has the setting `key`, with its value as text in the column `by`, and a line about the others."""
     settings = [settings_of(record) for record in rows["record"]]
     has = pd.Series([key in one for one in settings], index=rows.index, dtype=bool)
-    values = pd.Series([setting_text(one.get(key)) for one in settings], index=rows.index, dtype=object)
+    texts = short_texts(key, settings)
+    values = pd.Series([texts.get(setting_key(one, key), "") for one in settings], index=rows.index, dtype=object)
     left_out = sorted(set(rows["pruner"][~has & ~is_dense(rows)]))
     lines = [f"--by {key}: not shown are runs without this setting, of {', '.join(left_out)}"] if left_out else []
     return rows.assign(by=values)[has | is_dense(rows)], lines

@@ -20,6 +20,7 @@ from nnprune.report.escaping import distinct_names, visible
 from nnprune.report.frame import (
     PEAKS,
     is_dense,
+    mixed_models,
     newest_experiments,
     shown,
     with_setting,
@@ -87,7 +88,7 @@ def build_setting_table(frame: pd.DataFrame, metric: str, model: str, key: str, 
     values = sorted(pruned["by"].unique(), key=natural_key)
     top = dense_row(["0%"], [dense.get(model)] * len(values))
     blocks, whole = all_blocks(top, pruned, "by", values, metric, method_names(pruned))
-    columns = [f"{key.rpartition('.')[2]}={value}" for value in values]
+    columns = list(distinct_names(values, lambda value: f"{key.rpartition('.')[2]}={value}").values())
     title, num_records = f"{describe(metric)}: {model} by {key}", len(set(pruned["path"]) | sources)
     caption, warnings = f"{metric}, {model}, by {key}", left_out + warnings
     return Table(caption, title, ["Method", "Sparsity"], columns, blocks, num_records, warnings, whole)
@@ -134,7 +135,7 @@ def select(
     """The rows of one metric that pass the filters and are newest in their cell, and the warnings about them."""
     rows, warnings = filtered(frame[frame["metric"] == metric], metric, filters)
     rows, contested = newest_experiments(without_other_evaluations(rows, metric), by)
-    return shown(rows), warnings + contested + dense_disagreements(rows, metric)
+    return shown(rows), warnings + contested + mixed_models(rows) + dense_disagreements(rows, metric)
 
 
 def filtered(rows: pd.DataFrame, metric: str, filters: dict[str, list[str] | None]) -> tuple[pd.DataFrame, list[str]]:
