@@ -49,7 +49,8 @@ class RunRecord:
     was lost; a cell of a grid has no total and no peaks of memory, since cells share their pass, nor has a dense model's record peaks if it
     was measured in the pass of another run.
     `evaluations` maps the fingerprint of each evaluation to its name, settings, hash of token ids (tokens), figures (metrics,
-    dense_metrics) and time (finished); the last one of each metric is in `metrics`. Commits are those on the hub, hashes those of files;
+    dense_metrics) and time (finished); the last one of each metric is in `metrics`. `seedless_fingerprint` is the
+    same for the seeds of one experiment, and of no other; earlier records have none. Commits are those on the hub, hashes those of files;
     `code` maps each of nnprune's files that the method uses to a hash; `command` is None if the run was called from Python.
     `machine` is what `provenance.machine` found: cpu, cores, threads, host_bytes, gpu, device_bytes. `quantization` tells of the grid that
     kept weights are on, if they are: bits, group_size, and bits_per_weight of the pruned linears if they were packed.
@@ -76,6 +77,7 @@ class RunRecord:
     calibration_hash: str | None = None
     evaluation_hashes: dict[str, str] = field(default_factory=dict)
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seedless_fingerprint: str | None = None
     model_hash: str | None = None
     saved_hash: str | None = None
     commits: dict[str, str] = field(default_factory=dict)

@@ -57,6 +57,34 @@ def test_settings_and_code_of_an_evaluator_are_identity(module, tiny_config):
     assert len({build(cfg).fingerprint for cfg in (*cfgs, tiny_config())}) == 1, "the pruned model is the same"
 
 
+ANOTHER = "+evaluation.datasets.other._target_=evaluator_of_a_user.TopOne"
+TWICE = (
+    r"evaluation.datasets: mine and other both give the metric top_one, of different values; let `measure` name it otherwise"
+)
+
+
+@pytest.mark.parametrize("settings", [("pruner=wanda",), ("sparsity=0",)], ids=["pruned", "dense"])
+def test_a_metric_that_two_evaluators_give_is_refused(settings, module, tiny_config):
+    module.write_text(MODULE.replace("/ ids.numel()", "+ self.rows").replace("float(ids.numel())", "16.0"))
+    record = run(tiny_config(*settings, OWN))  # what an earlier run measured counts too
+    with pytest.raises(ValueError, match=TWICE):
+        run(tiny_config(*settings, OWN, ANOTHER, "+evaluation.datasets.other.rows=5"))
+    assert run(tiny_config(*settings, OWN)).metrics == record.metrics, "nothing of it was written"
+    assert run(tiny_config(*settings, ANOTHER)).metrics == record.metrics, "the same figures are no contradiction"
+
+
+def test_a_metric_that_is_added_to_a_saved_model_twice_is_refused(module, tiny_config):
+    first = run(tiny_config("pruner=wanda", "save=true", OWN))
+    with pytest.raises(ValueError, match=TWICE):
+        run(tiny_config("pruner=wanda", "save=true", OWN, ANOTHER, "+evaluation.datasets.other.rows=5"))
+    assert run(tiny_config("pruner=wanda", "save=true", OWN)).metrics == first.metrics
+
+
+def test_two_texts_of_one_name_are_refused(tiny_config, small_text):
+    with pytest.raises(ValueError, match=r"evaluation.datasets.text: evaluation.path has this name; call one otherwise"):
+        build(tiny_config(f"+evaluation.datasets.text.path={small_text}"))
+
+
 def test_something_else_is_an_error(tiny_config):
     with pytest.raises(ValueError, match=r"evaluation\.datasets\.mine\._target_: .* is no Evaluator"):
         build(tiny_config("+evaluation.datasets.mine._target_=pathlib.Path"))

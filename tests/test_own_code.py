@@ -90,6 +90,30 @@ def test_a_module_that_an_own_pruner_uses_is_part_of_it(mine, tiny_config):
     assert found[0] != found[1]
 
 
+def test_seeds_of_an_edited_pruner_or_of_another_text_are_not_averaged(mine, tmp_path, tiny_config):
+    def seedless(*settings):
+        return build(tiny_config("pruner=custom", "pruner._target_=own_of_reuse.Mine", *settings)).seedless_fingerprint
+
+    mine(1)
+    first = seedless("seed=1")
+    assert first == seedless("seed=2") == seedless("seed=1", "calibration.seed=7")
+    assert first != seedless("seed=1", "+pruner.weight=2")
+    mine(-1)
+    assert first != seedless("seed=0")
+    text = tmp_path / "calibration.txt"
+    found = []
+    for content in ("one " * 500, "another " * 500):
+        text.write_text(content)
+        found.append(seedless("calibration=text", f"calibration.path={text}"))
+    assert found[0] != found[1]
+
+
+def test_a_record_names_the_experiment_of_its_seeds(tiny_config):
+    records = [run(tiny_config(f"seed={seed}")) for seed in (0, 1)]
+    assert records[0].seedless_fingerprint == records[1].seedless_fingerprint is not None
+    assert records[0].fingerprint != records[1].fingerprint
+
+
 SMALL = [f"calibration.{key}" for key in ("num_samples=2", "seq_len=32")]
 SMALL += [f"evaluation.{key}" for key in ("max_windows=1", "seq_len=32")]
 
@@ -167,5 +191,5 @@ def test_a_class_that_exec_made_is_in_no_file(mine, tiny_config, caplog):
     namespace = {"__name__": kind.__module__}
     exec(OWN.format(helper="helper_of_reuse"), namespace)
     assert identity._code_of(namespace["Mine"]) != identity._code_of(namespace["Mine"])
-    assert "the code of Mine is in no file, so this run will not be reused" in caplog.text
+    assert "the code of Mine is in no file, so this run will not be reused, nor averaged" in caplog.text
     assert identity._code_of(kind) == identity._code_of(kind)

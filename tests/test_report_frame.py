@@ -49,15 +49,25 @@ def test_the_newest_record_of_a_seed_counts(tmp_path):
     assert "2 experiments compete (000000000000, cccccccccccc); shown is the newest, cccccccccccc (2 seeds)" in err
 
 
-@pytest.mark.parametrize("what", [{"dtype": "float32"}, {"model_hash": "b"}, {"commits": {"model": "b"}}])
+@pytest.mark.parametrize(
+    "what", [{"dtype": "float32"}, {"model_hash": "b"}, {"commits": {"model": "b"}}, {"seedless_fingerprint": "b"}]
+)
 def test_seeds_of_other_things_are_not_averaged(what, tmp_path):
     folder = tmp_path / "o"
-    same = {"dtype": "bfloat16", "model_hash": "a", "commits": {"model": "a"}}
+    same = {"dtype": "bfloat16", "model_hash": "a", "commits": {"model": "a"}, "seedless_fingerprint": "a"}
     for seed, value in enumerate((10.0, 20.0)):
         write_record(folder / f"{seed}", value=value, **same, **config(seed))
     write_record(folder / "2", value=60.0, finished="2026-11-21T19:00:00+00:00", **(same | what), **config(2))
     _, out, err = collect(folder, "--metric", "demo_perplexity")
     assert "| **Wanda** | 50% | 15.0 ± 7.1 |" in out and "2 experiments compete" in err
+
+
+def test_seeds_that_other_code_of_nnprune_pruned_are_named(tmp_path):
+    for seed, code in enumerate(({}, {"engine/a.py": "1", "updates.py": "1"}, {"engine/a.py": "2", "updates.py": "1"})):
+        write_record(tmp_path / "o" / f"{seed}", value=20.0 + seed, code=code, **config(seed))
+    err = collect(tmp_path / "o", "--metric", "demo_perplexity")[2]
+    line = "demo / wanda / 0.5: other code of nnprune pruned some of its seeds (engine/a.py), so they may not compare"
+    assert err == f"warning: {line}\n"
 
 
 def measured(value, dense, windows):

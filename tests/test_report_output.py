@@ -154,6 +154,14 @@ def test_metrics():
         "WikiText-2 perplexity, lower is better",
         "ARC-Easy normalised accuracy, higher is better",
         "my task accuracy, higher is better",
-        "odd, lower is better",
+        "odd",
     ]
-    assert higher_is_better("mean_acc") and not higher_is_better("c4_perplexity")
+
+
+def test_the_direction_of_a_metric_is_known_or_not():
+    higher = "mean_acc truthfulqa_gen_bleu_max cnn_rougeL squad_em squad_f1 cola_mcc gsm8k_strict-match_exact_match acc_norm"
+    lower = "c4_perplexity wikitext_bits_per_byte wikitext_word_perplexity my_loss truthfulqa_brier_score wmt_ter"
+    unknown = "top_one scaled crows_likelihood_diff macc gloss tokens"
+    assert {higher_is_better(metric) for metric in higher.split()} == {True}
+    assert {higher_is_better(metric) for metric in lower.split()} == {False}
+    assert {higher_is_better(metric) for metric in unknown.split()} == {None}

@@ -7,7 +7,8 @@ from support.records import collect, config, demo_table, write_record, write_run
 
 from nnprune.records import read_all
 from nnprune.report import frame as frame_module
-from nnprune.report import tables
+from nnprune.report import plots, tables
+from nnprune.report.numbers import format_mean, format_value
 from nnprune.report.rendering import to_latex
 
 
@@ -115,8 +116,26 @@ def test_figures_with_a_spread():
         (1900.0, 0.52): "1.9e3 ± 0.5",
         (4724.0, 0.0): "4.7e3 ± 0",
     }
-    texts |= {(math.inf, math.nan): "inf", (46.784, math.nan): "46.78"}
-    assert {key: tables.format_mean(*key) for key in texts} == texts
+    texts |= {(math.inf, math.nan): "inf", (46.784, math.nan): "46.78", (0.0, 0.0): "0.00 ± 0.00"}
+    texts |= {(0.00123, 0.0001): "0.0012 ± 0.0001", (0.00123, 0.0): "0.00123 ± 0.00000", (0.05, 0.2): "0.1 ± 0.2"}
+    texts |= {(1.5e-5, 2e-6): "1.50e-5 ± 0.2e-5", (0.05, 0.02): "0.05 ± 0.02"}
+    assert {key: format_mean(*key) for key in texts} == texts
+
+
+def test_small_figures_keep_three_significant_digits():
+    texts = {0.00123: "0.00123", -0.0456: "-0.0456", 0.1: "0.10", 0.0: "0.00", 0.00001234: "1.23e-5", 999.996: "1.0e3"}
+    assert {value: format_value(value) for value in texts} == texts
+
+
+@pytest.mark.parametrize(("metric", "best"), [("top_one", None), ("top_one_accuracy", "ria"), ("top_one_loss", "wanda")])
+def test_only_a_metric_of_known_direction_has_a_best_value(tmp_path, metric, best):
+    for pruner, value in (("wanda", 0.011), ("ria", 0.012)):
+        write_record(tmp_path / "o" / pruner, pruner=pruner, metrics={metric: value}, dense_metrics={metric: 0.2})
+    frame, _ = frame_module.to_frame(read_all(tmp_path / "o")[0])
+    block = tables.build_table(frame, metric).blocks[1]
+    marked = {row.head[0].lower(): row.best == [True] for row in block}
+    assert marked == {pruner: pruner == best for pruner in ("wanda", "ria")}
+    plots.plot(frame, metric, "pareto")
 
 
 def test_latex(tmp_path):

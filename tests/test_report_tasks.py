@@ -72,3 +72,13 @@ def test_several_seeds_show_their_own_deviation(tmp_path):
     for seed, value in enumerate((0.5, 0.54)):
         write(tmp_path / "o" / str(seed), "wanda", value, 0.5, **config(seed))
     assert "52.0 ± 2.8" in collect(tmp_path / "o", "--metric", "arc_easy_acc")[1]
+
+
+def test_metrics_of_opposite_or_unknown_directions(tmp_path):
+    for pruner, one in (("wanda", 0.5), ("ria", 0.6)):
+        metrics = {"a_acc": one, "b_perplexity": 20.0, "top_one": one}
+        write_record(tmp_path / "o" / pruner, pruner=pruner, metrics=metrics, dense_metrics=metrics)
+    status, _, err = collect(tmp_path / "o", "--layout", "tasks", "--metric", "a_acc,b_perplexity")
+    assert status == 2 and "higher is better for some only" in err
+    status, out, _ = collect(tmp_path / "o", "--layout", "tasks", "--metric", "a_acc,top_one")
+    assert status == 0 and "| **RIA** | 50% | 60.00 | 0.60 |" in out, "nothing is marked"

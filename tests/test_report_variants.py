@@ -157,3 +157,47 @@ def test_a_setting_that_an_earlier_record_lacks_makes_no_row_unless_it_changed_s
     assert rows["Wanda (bias=true)"] == ["22.00"] and rows["Wanda (bias=false)"] == ["21.00"]
     write_record(tmp_path / "o" / "d", value=23.0, **config(0, calibration={**calibration, "route": "all"}, update=auto))
     assert {"Wanda (route=all, bias=false)", "Wanda (route=own, bias=true)"} < set(rows_of(tmp_path / "o")[0])
+
+
+LONG = "a_rather_long_folder_name_for_calibration_texts"
+
+
+@pytest.mark.parametrize(
+    ("group", "values", "shown"),
+    [
+        ("pruner._target_", ("my_v1.MyPruner", "my_v2.MyPruner"), ("pruner=my_v1.MyPruner", "pruner=my_v2.MyPruner")),
+        (
+            "calibration.path",
+            (f"{LONG}/one.txt", f"{LONG}/two.txt"),
+            ("path=...er_name_for_calibration_texts/one.txt", "path=...er_name_for_calibration_texts/two.txt"),
+        ),
+        ("pruner.files", (f"{LONG}/1/{LONG}", f"{LONG}/2/{LONG}"), (f"files={LONG}/1/{LONG}", f"files={LONG}/2/{LONG}")),
+        ("pruner.alpha", ("1", 1), ('alpha="1"', "alpha=1")),
+    ],
+)
+def test_values_that_look_alike_when_they_are_short_are_told_apart(tmp_path, group, values, shown):
+    name, key = group.split(".")
+    for number, value in enumerate(values):
+        write_record(tmp_path / "o" / f"{number}", value=20.0 + number, **config(0, **{name: {key: value}}))
+    rows, err = rows_of(tmp_path / "o")
+    names = [row.replace("\\", "") for row in list(rows)[1:]]
+    assert err == "" and set(names) == {f"Wanda ({one})" for one in shown}
+    status, out, _ = collect(tmp_path / "o", "--metric", "demo_perplexity", "--by", group)
+    assert status == 0 and len(out.splitlines()[0].split(" | ")) == 2 + len(values)
+    lines = list(csv.DictReader(io.StringIO(collect(tmp_path / "o", "--by", group, "--format", "csv")[1])))
+    assert group.endswith("alpha") or {line[group] for line in lines} == set(values), "whole, for programs"
+
+
+def test_text_with_what_stands_between_settings_does_not_look_like_two(tmp_path):
+    for number, pruner in enumerate(({"a": "1, b=2"}, {"a": 1, "b": 2})):
+        write_record(tmp_path / "o" / f"{number}", value=20.0 + number, **config(0, pruner=pruner))
+    assert set(rows_of(tmp_path / "o")[0]) == {"Dense", 'Wanda (a="1, b=2")', "Wanda (a=1, b=2)"}
+
+
+def test_a_column_of_different_models_is_named(tmp_path):
+    for pruner, model_hash in (("wanda", "a"), ("ria", "b"), ("magnitude", None)):
+        write_record(tmp_path / "o" / pruner, model="hf", pruner=pruner, model_hash=model_hash)
+    _, err = rows_of(tmp_path / "o")
+    line = "hf: the records are of 2 different models of this name, so they do not compare; tell them apart with model.name"
+    assert err == f"warning: {line}\n"
+    assert rows_of(tmp_path / "o", "--pruners", "wanda,magnitude")[1] == ""

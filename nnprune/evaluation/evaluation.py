@@ -59,6 +59,10 @@ class Evaluation:
                 entry = _perplexity(name, f"evaluation.datasets.{name}", dict(entry), seq_len, max_windows)
             self.evaluators[name] = entry
         if path is not None:
+            if "text" in self.evaluators:
+                raise ValueError(
+                    "evaluation.datasets.text: evaluation.path has this name; call one otherwise, such as evaluation.datasets.mine"
+                )
             self.evaluators["text"] = _perplexity("text", "evaluation", {"path": path, "column": column}, seq_len, max_windows)
         for name in _names("tasks", tasks):
             if name in self.evaluators:

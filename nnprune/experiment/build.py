@@ -18,7 +18,7 @@ from nnprune.engine.propagation import PROPAGATE
 from nnprune.evaluation import Evaluation, Perplexity
 from nnprune.experiment.create import create, make, recovery_of
 from nnprune.experiment.folder import run_folder
-from nnprune.experiment.identity import evaluation_fingerprints, science
+from nnprune.experiment.identity import evaluation_fingerprints, science, without_seeds
 from nnprune.method import Method
 from nnprune.model.loading import ModelSource
 from nnprune.model.push import check_destination
@@ -96,9 +96,18 @@ class Experiment:
         return self.source.computing_dtype(self.runtime.torch_device)
 
     @cached_property  # it may read gigabytes
+    def _science(self) -> dict[str, Any]:
+        return science(self)
+
+    @cached_property
     def fingerprint(self) -> str:
         """The hash of its scientific content that names this experiment (see `identity`)."""
-        return fingerprint(science(self))
+        return fingerprint(self._science)
+
+    @property
+    def seedless_fingerprint(self) -> str:
+        """The same for every seed."""
+        return fingerprint(without_seeds(self._science))
 
     @property
     def folder(self) -> Path:

@@ -68,6 +68,14 @@ def science(experiment: "Experiment") -> dict[str, Any]:
     }
 
 
+def without_seeds(science: Mapping[str, Any]) -> dict[str, Any]:
+    """What the runs of an experiment have in common whose results are averaged over seeds."""
+    common = {key: value for key, value in science.items() if key != "seed"}
+    if "calibration" in common:
+        common["calibration"] = {key: value for key, value in common["calibration"].items() if key != "seed"}
+    return common
+
+
 def evaluation_fingerprints(evaluators: Mapping[str, Evaluator]) -> dict[str, str]:
     """Name of an evaluator -> the hash of its settings, texts and code."""
     return {
@@ -167,7 +175,7 @@ def _code_of(method: type) -> str | None:
     for kind in outside:
         if not is_in_file(kind):
             reason = f"the code of {kind.__name__} is in no file"
-            log.warning("warning: %s, so this run will not be reused; put it in a module", reason)
+            log.warning("warning: %s, so this run will not be reused, nor averaged over seeds; put it in a module", reason)
             return uuid.uuid4().hex[:16]
     modules = _reachable({kind.__module__ for kind in outside}, is_users) | {
         outside[0].__module__

@@ -19,7 +19,7 @@ from nnprune.engine.stopwatch import Stopwatch
 from nnprune.experiment.build import Experiment
 from nnprune.experiment.folder import locked
 from nnprune.experiment.layer_reports import describe_layers, num_cells
-from nnprune.experiment.measurement import Measurement, evaluation_entry, rows_hash
+from nnprune.experiment.measurement import Measurement, check_metrics, evaluation_entry, rows_hash
 from nnprune.experiment.plans import PlanRequest, make_plans
 from nnprune.experiment.preparation import (
     SCRATCH,
@@ -99,6 +99,7 @@ class Job:
             if old and old.prunes_as(record):
                 record.add_evaluations(old.evaluations)  # those not asked for now are kept
             self._prune(record)
+        check_metrics(record.evaluations, experiment.evaluations)
         if experiment.config["save"]:
             with self.stopwatch.stage("save"):
                 self._save(record)
@@ -132,6 +133,7 @@ class Job:
             if new:
                 new.add_evaluations(dense_record.evaluations if dense_record else {})
                 new.add_evaluations(self.entries(dense_metrics, dense_metrics))
+                check_metrics(new.evaluations, dense.evaluations)
                 self._finish(new, dense)
         dense_record = new or (self._await(dense) if lacking else dense_record)
         figures = {key: entry["metrics"] for key, entry in dense_record.evaluations.items()} if dense_record else {}

@@ -99,6 +99,20 @@ def rows_hash(rows: Sequence[Tensor]) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
 
+def check_metrics(evaluations: Mapping[str, Mapping[str, Any]], wanted: Mapping[str, str]) -> None:
+    """Raise ValueError if two of the `wanted` evaluators, fingerprints by name, gave one metric different values: a record shows one."""
+    found: dict[tuple[str, str], tuple[str, float]] = {}
+    for name, key in wanted.items():
+        for kind in ("metrics", "dense_metrics"):
+            for metric, value in evaluations.get(key, {}).get(kind, {}).items():
+                other, first = found.setdefault((kind, metric), (name, value))
+                if value != first:
+                    raise ValueError(
+                        f"evaluation.datasets: {other} and {name} both give the metric {metric}, of different values; let `measure` name "
+                        "it otherwise in one of them, or leave one out"
+                    )
+
+
 def evaluation_entry(
     name: str, evaluator: Evaluator, tokens: str, metrics: dict[str, float], dense_metrics: dict[str, float]
 ) -> dict[str, Any]:

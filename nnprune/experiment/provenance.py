@@ -33,6 +33,7 @@ def new_record(experiment: Experiment) -> RunRecord:
     return RunRecord(
         status="completed",
         fingerprint=experiment.fingerprint,
+        seedless_fingerprint=experiment.seedless_fingerprint,
         model=source.name,
         pruner=experiment.label,
         sparsity=str(experiment.pattern),

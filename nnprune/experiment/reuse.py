@@ -10,7 +10,7 @@ from nnprune.experiment.build import Experiment
 from nnprune.experiment.folder import locked
 from nnprune.experiment.identity import own_code
 from nnprune.experiment.job import Job, dense_record_of
-from nnprune.experiment.measurement import evaluation_entry
+from nnprune.experiment.measurement import check_metrics, evaluation_entry
 from nnprune.experiment.preparation import DEFAULT_POSITIONS, SCRATCH
 from nnprune.experiment.provenance import now
 from nnprune.model.dtypes import name_of
@@ -112,6 +112,7 @@ def _add_whole_models(experiment: Experiment, record: RunRecord, name: str, key:
 @parallel.on_rank_0
 def _keep(experiment: Experiment, record: RunRecord) -> None:
     """Write a record that gained evaluations, also as the description of the saved model."""
+    check_metrics(record.evaluations, experiment.evaluations)
     record.config["evaluation"], record.finished = experiment.config["evaluation"], now()
     record.write(experiment.folder)
     if ((saved := experiment.folder / "model") / SUMMARY).is_file():

@@ -127,12 +127,13 @@ def _lines(rows: list[dict[str, Any]], is_terminal: bool) -> list[str]:
 
 
 def _is_best(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
-    """Whether no other of several runs of the same model and sparsity has a better value: a higher accuracy, or less of what is none. Those
-    that tune the whole model have only each other as rivals."""
+    """Whether no other of several runs of the same model and sparsity has a better value: a higher accuracy, or a lower loss; none has
+    where it is not known which is better. Those that tune the whole model have only each other as rivals."""
 
     def group(one: dict[str, Any]) -> tuple:
         return one["metric"], one["whole_model"], one["settings"]["model"], one["settings"]["sparsity"]
 
     rivals = [one["value"] for one in rows if one["value"] is not None and group(one) == group(row)]
-    best = max if higher_is_better(row["metric"]) else min
-    return row["value"] is not None and len(rivals) > 1 and row["value"] == best(rivals)
+    is_higher = higher_is_better(row["metric"])
+    best = max if is_higher else min
+    return is_higher is not None and row["value"] is not None and len(rivals) > 1 and row["value"] == best(rivals)

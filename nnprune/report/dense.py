@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from nnprune.report.frame import is_dense
+from nnprune.report.numbers import format_value
 
 
 def dense_values(rows: pd.DataFrame) -> tuple[dict[str, float], set[str]]:
@@ -37,7 +38,7 @@ def dense_disagreements(rows: pd.DataFrame, metric: str) -> list[str]:
         f"{model}: records measured {metric} with different settings of the evaluation, so they do not compare"
         for model in several[several > 1].index
     ] + [
-        f"{model}: records disagree on dense {metric} ({low:.2f} to {high:.2f}), so they do not compare"
+        f"{model}: records disagree on dense {metric} ({format_value(low)} to {format_value(high)}), so they do not compare"
         for model, low, high in extremes.itertuples()
         if high - low > 0.01 * abs(low)
     ]

@@ -1,9 +1,10 @@
 """Turns records into one long frame, and chooses which of its rows a table or a plot shows.
 
 A *cell* is one (model, method, sparsity) of one metric; runs of one pruner that differ in a setting are of several methods
-(variants.py). An *experiment* is all records of a cell whose configs differ in nothing but the seed, the newest record of each
-seed. Where experiments compete for a cell, the one with the newest `finished` is shown: the mean over its seeds and their
-sample standard deviation. That and the mean accuracy over a record's tasks are all that is computed here.
+(variants.py). An *experiment* is all records of a cell that differ in nothing but the seed, neither in their configs nor in the code
+and the files that these name, the newest record of each seed. Where experiments compete for a cell, the one with the newest
+`finished` is shown: the mean over its seeds and their sample standard deviation. That and the mean accuracy over a record's tasks are
+all that is computed here.
 """
 
 import math
@@ -15,7 +16,7 @@ import pandas as pd
 from nnprune import records
 from nnprune.report.labels import DENSE, normal_sparsity
 from nnprune.report.validation import find_fault
-from nnprune.report.variants import plain_method, setting_text, settings_of, with_methods
+from nnprune.report.variants import plain_method, setting_key, settings_of, short_texts, with_methods
 
 CELL = ["model", "method", "sparsity"]
 NAMES = ["model", "pruner", "sparsity"]
@@ -163,7 +164,7 @@ def _seconds(record: dict[str, Any]) -> float | None:
 def _experiment_and_seed(record: dict[str, Any], metric: str) -> dict[str, str]:
     """12 digits that name what a metric was measured of, and how, without the seeds, and the seeds as text, "" for none."""
     config = {key: value for key, value in record["config"].items() if key not in SAME_EXPERIMENT}
-    config |= {key: record[key] for key in ("dtype", "model_hash", "commits")}  # these no config shows
+    config |= {key: record[key] for key in ("dtype", "model_hash", "commits", "seedless_fingerprint")}  # these no config shows
     seeds = [record["config"].get("seed")]
     if isinstance(config.get("calibration"), dict):
         config["calibration"] = dict(config["calibration"])
@@ -191,7 +192,8 @@ def is_dense(rows: pd.DataFrame) -> pd.Series:
 
 
 def newest_experiments(rows: pd.DataFrame, by: str | None = None) -> tuple[pd.DataFrame, list[str]]:
-    """Those rows of one metric that belong to the newest experiment of their cell, and a line for each contested cell.
+    """Those rows of one metric that belong to the newest experiment of their cell, and a line for each contested cell, and for each
+    whose seeds were pruned by different code of nnprune.
 
     They have `method` and `variant` (variants.py). With `by`, a setting, each value of it (the column `by`) makes other cells.
     """
@@ -206,14 +208,36 @@ def newest_experiments(rows: pd.DataFrame, by: str | None = None) -> tuple[pd.Da
                 f"{name}: {len(newest)} experiments compete ({', '.join(newest['fingerprint'])}); "
                 f"shown is the newest, {last['fingerprint']}{seeds}: {last['path']}"
             )
+        files = _changed_files(group.loc[group["experiment"] == newest["experiment"].iloc[-1], "record"])
+        if files:
+            warnings.append(
+                f"{name}: other code of nnprune pruned some of its seeds ({', '.join(files)}), so they may not compare"
+            )
     return rows[rows["experiment"] == rows.groupby(cell)["experiment"].transform("last")], warnings
+
+
+def mixed_models(rows: pd.DataFrame) -> list[str]:
+    """A line for each name that is of several models."""
+    hashes = rows["record"].map(lambda record: record["model_hash"])
+    several = hashes.groupby(rows["model"]).nunique()
+    return [
+        f"{model}: the records are of {number} different models of this name, so they do not compare; tell them apart with model.name"
+        for model, number in several[several > 1].items()
+    ]
+
+
+def _changed_files(found: pd.Series) -> list[str]:
+    """The files of nnprune that differ between records, as far as these tell."""
+    codes = [record["code"] for record in found if record["code"]]
+    return sorted(file for file in set().union(*codes) if len({code.get(file) for code in codes}) > 1)
 
 
 def with_setting(rows: pd.DataFrame, key: str) -> tuple[pd.DataFrame, list[str]]:
     """The rows whose config has the setting `key`, with its value as text in the column `by`, and a line about the others."""
     settings = [settings_of(record) for record in rows["record"]]
     has = pd.Series([key in one for one in settings], index=rows.index, dtype=bool)
-    values = pd.Series([setting_text(one.get(key)) for one in settings], index=rows.index, dtype=object)
+    texts = short_texts(key, settings)
+    values = pd.Series([texts.get(setting_key(one, key), "") for one in settings], index=rows.index, dtype=object)
     left_out = sorted(set(rows["pruner"][~has & ~is_dense(rows)]))
     lines = [f"--by {key}: not shown are runs without this setting, of {', '.join(left_out)}"] if left_out else []
     return rows.assign(by=values)[has | is_dense(rows)], lines

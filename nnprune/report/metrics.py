@@ -1,6 +1,17 @@
 """Names of metrics, `<text or task>_<measure>` in records, and whether more is better."""
 
-HIGHER_IS_BETTER = ("accuracy", "acc", "acc_norm", "exact_match", "f1", "mcc", "bleu", "rouge")
+import re
+
+HIGHER_IS_BETTER = re.compile(
+    r"(?i)(?<![a-z0-9])(accuracy|acc(_norm|_bytes|_mutual_info)?|exact_match|em|f1|mcc|precision|recall|pass(@|_at_)\d+|chrf"
+    r"|(bleu|rouge([12L]|Lsum)?)(_max|_diff)?)$"
+)
+LOWER_IS_BETTER = re.compile(
+    r"(?i)(?<![a-z0-9])(perplexity|ppl|bits_per_(byte|token)|loss|nll|cross_entropy|kl_divergence|error"
+    r"|mse|rmse|mae|brier_score|wer|cer|ter)$"
+)
+"""How metrics end whose direction is known: nnprune's, those of lm-eval's tasks, and the usual names of others."""
+
 MEASURES = {"perplexity": "perplexity", "acc_norm": "normalised accuracy", "acc": "accuracy", "accuracy": "accuracy"}
 TEXTS = {
     **{"wikitext2": "WikiText-2", "c4": "C4", "ptb": "Penn Treebank", "demo": "Demo", "text": "Text", "mean": "Mean"},
@@ -9,9 +20,9 @@ TEXTS = {
 }
 
 
-def higher_is_better(metric: str) -> bool:
-    """The direction of a metric, asked for wherever a best value is marked. What is not known as an accuracy is a loss."""
-    return metric.endswith(HIGHER_IS_BETTER)
+def higher_is_better(metric: str) -> bool | None:
+    """The direction of a metric, asked for wherever a best value is marked; None, and none is marked, where it is not known."""
+    return True if HIGHER_IS_BETTER.search(metric) else False if LOWER_IS_BETTER.search(metric) else None
 
 
 def pretty_metric(metric: str) -> str:
@@ -25,4 +36,9 @@ def pretty_metric(metric: str) -> str:
 
 def describe(metric: str) -> str:
     """`WikiText-2 perplexity, lower is better`."""
-    return f"{pretty_metric(metric)}, {'higher' if higher_is_better(metric) else 'lower'} is better"
+    return pretty_metric(metric) + direction(metric)
+
+
+def direction(metric: str) -> str:
+    """`, lower is better`; nothing where it is not known."""
+    return {True: ", higher is better", False: ", lower is better", None: ""}[higher_is_better(metric)]

@@ -18,9 +18,10 @@ from nnprune.report.frame import is_dense
 from nnprune.report.labels import DENSE, model_key, pretty_pruner, pretty_sparsity, sparsity_key
 from nnprune.report.messages import UsageError
 from nnprune.report.metrics import pretty_metric
+from nnprune.report.numbers import format_value
 from nnprune.report.panels import COLOURS
 from nnprune.report.rendering import WHOLE_MODEL
-from nnprune.report.tables import GIB, MISSING, format_value, method_names
+from nnprune.report.tables import GIB, MISSING, method_names
 from nnprune.report.variants import method_key, with_methods
 
 NUM_CHOSEN = 4  # runs that are compared at first

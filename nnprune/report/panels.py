@@ -90,15 +90,16 @@ def draw_bars(axes: Axes, cells: pd.DataFrame, styles: Styles) -> None:
 
 
 def draw_pareto(axes: Axes, cells: pd.DataFrame, styles: Styles) -> None:
-    """A point for each method, and a line through those that none beats in both time and metric, but for those that tune the whole
-    model."""
-    sign = -1 if higher_is_better(cells["metric"].iloc[0]) else 1
+    """A point for each method, and, if the direction of the metric is known, a line through those that none beats in both time and
+    metric, but for those that tune the whole model."""
+    is_higher = higher_is_better(cells["metric"].iloc[0])
+    sign = -1 if is_higher else 1
     front, best = [], math.inf
     columns = ["seconds", "mean", "method", "whole_model"]
     for seconds, mean, method, is_whole in cells.sort_values("seconds")[columns].itertuples(index=False):
         marker = MARKERS[styles.methods.index(method) // 8 % 3]
         axes.plot([seconds], [mean], color=styles.colour[method], marker=marker, markersize=7, linestyle="none", zorder=3)
-        if sign * mean < best and not is_whole:
+        if sign * mean < best and not is_whole and is_higher is not None:
             best = sign * mean
             front.append((seconds, mean))
     if front:

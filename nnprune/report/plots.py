@@ -76,7 +76,7 @@ def plot(
         if panel.dense is not None:
             axes.axhline(panel.dense, color=GREY, linestyle="--", linewidth=1.2, zorder=1)
         axes.set_title(panel.title, fontsize=11, fontweight="bold", parse_math=False)
-        format_axes(axes, higher_is_better(metric))
+        format_axes(axes, _is_linear(metric))
     x_title = by or ("seconds" if kind == "pareto" else "sparsity")
     figure.supxlabel(short(x_title), fontsize=10, parse_math=False)
     figure.supylabel(short(pretty_metric(metric)), fontsize=10, parse_math=False)
@@ -87,7 +87,7 @@ def plot(
 def _drawable(cells: pd.DataFrame, metric: str, kind: str) -> tuple[pd.DataFrame, list[str]]:
     """The cells that the axes can show, and a line for each other. Raises ValueError when there are none."""
     can_be_drawn = cells["mean"].map(lambda value: _is_drawable(value, metric))
-    axis = "an axis" if higher_is_better(metric) else "a logarithmic axis"
+    axis = "an axis" if _is_linear(metric) else "a logarithmic axis"
     lines = [
         f"{model} / {plain_method(method)} / {sparsity}: not drawn, {axis} cannot show {metric} {mean:g}"
         for model, method, sparsity, mean in cells.loc[~can_be_drawn, [*CELL, "mean"]].itertuples(index=False)
@@ -97,13 +97,18 @@ def _drawable(cells: pd.DataFrame, metric: str, kind: str) -> tuple[pd.DataFrame
         lines += [f"{path}: not drawn, its record has no seconds" for path in cells.loc[can_be_drawn & ~has_time, "path"]]
         can_be_drawn &= has_time
     if not can_be_drawn.any():
-        kind_of = "finite" if higher_is_better(metric) else "positive, finite"
+        kind_of = "finite" if _is_linear(metric) else "positive, finite"
         raise ValueError(f"no record has a {kind_of} {metric} to draw; choose another with --metric")
     return cells[can_be_drawn], lines
 
 
 def _is_drawable(value: float, metric: str) -> bool:
-    return abs(value) <= LARGEST if higher_is_better(metric) else SMALLEST <= value <= LARGEST
+    return abs(value) <= LARGEST if _is_linear(metric) else SMALLEST <= value <= LARGEST
+
+
+def _is_linear(metric: str) -> bool:
+    """Whether its axis is linear: a metric that is not known as a loss may be 0 or less."""
+    return higher_is_better(metric) is not False
 
 
 def _panels(cells: pd.DataFrame, pruned: pd.DataFrame, kind: str, by: str | None, dense: dict[str, float]) -> list[Panel]:

@@ -12,7 +12,8 @@ from nnprune.report.frame import is_dense
 from nnprune.report.labels import DENSE, UNKNOWN, model_key, normal_sparsity, pretty_pruner, pretty_sparsity, sparsity_key
 from nnprune.report.messages import UsageError
 from nnprune.report.metrics import describe
-from nnprune.report.tables import MISSING, Row, Table, filtered, format_mean, format_value, select
+from nnprune.report.numbers import format_mean, format_value
+from nnprune.report.tables import MISSING, Row, Table, filtered, select
 from nnprune.report.variants import method_key, parts_of, pretty_method
 
 REQUIRED = ("model", "method", "sparsity", "metric", "value")

@@ -20,39 +20,19 @@ from nnprune.report.escaping import distinct_names, visible
 from nnprune.report.frame import (
     PEAKS,
     is_dense,
+    mixed_models,
     newest_experiments,
     shown,
     with_setting,
 )
 from nnprune.report.labels import DENSE, model_key, natural_key, pretty_pruner, pretty_sparsity, sparsity_key
 from nnprune.report.metrics import describe, higher_is_better
+from nnprune.report.numbers import format_mean
 from nnprune.report.relative import other_tokens, relative_to
 from nnprune.report.variants import method_key, plain_method, pretty_method
 
 MISSING = "--"
 GIB = 2**30
-
-
-def format_value(value: float) -> str:
-    """Two decimals, and from a thousand upwards `1.6e3`."""
-    if math.isfinite(value) and abs(round(value, 2)) >= 1000:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa}e{int(exponent)}"
-    return f"{value:.2f}"
-
-
-def format_mean(mean: float, std: float) -> str:
-    """`46.8 ± 0.4`, with no more decimals than `std` leaves meaningful. Where `std` is NaN, as `format_value`."""
-    if not (math.isfinite(mean) and math.isfinite(std)):
-        return format_value(mean)
-    text = format_value(mean)
-    if "e" in text:
-        exponent = int(text.split("e")[1])
-        if std >= 0.05 * 10**exponent:
-            return f"{text} ± {std / 10**exponent:.1f}e{exponent}"
-        return f"{text} ± {std:.0f}" if std >= 1 else f"{text} ± {std:.1g}"  # would be 0.0e3
-    decimals = 2 if std < 0.1 else 1 if std < 10 else 0
-    return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
 
 
 @dataclass
@@ -108,7 +88,7 @@ def build_setting_table(frame: pd.DataFrame, metric: str, model: str, key: str, 
     values = sorted(pruned["by"].unique(), key=natural_key)
     top = dense_row(["0%"], [dense.get(model)] * len(values))
     blocks, whole = all_blocks(top, pruned, "by", values, metric, method_names(pruned))
-    columns = [f"{key.rpartition('.')[2]}={value}" for value in values]
+    columns = list(distinct_names(values, lambda value: f"{key.rpartition('.')[2]}={value}").values())
     title, num_records = f"{describe(metric)}: {model} by {key}", len(set(pruned["path"]) | sources)
     caption, warnings = f"{metric}, {model}, by {key}", left_out + warnings
     return Table(caption, title, ["Method", "Sparsity"], columns, blocks, num_records, warnings, whole)
@@ -155,7 +135,7 @@ def select(
     """The rows of one metric that pass the filters and are newest in their cell, and the warnings about them."""
     rows, warnings = filtered(frame[frame["metric"] == metric], metric, filters)
     rows, contested = newest_experiments(without_other_evaluations(rows, metric), by)
-    return shown(rows), warnings + contested + dense_disagreements(rows, metric)
+    return shown(rows), warnings + contested + mixed_models(rows) + dense_disagreements(rows, metric)
 
 
 def filtered(rows: pd.DataFrame, metric: str, filters: dict[str, list[str] | None]) -> tuple[pd.DataFrame, list[str]]:
@@ -243,8 +223,9 @@ def _block(
     # A pivot each: columns of both at once would be a MultiIndex, in which an empty name means something else.
     cells = rows.drop_duplicates(["method", across], keep="last")  # `mean` and `std` are those over all seeds
     means, stds = (cells.pivot(index="method", columns=across, values=v).reindex(columns=columns) for v in ("mean", "std"))
-    best = means.max() if higher_is_better(metric) else means.min()
-    contested = means.notna().sum() > 1  # a value alone in its column is not worth a mark
+    is_higher = higher_is_better(metric)
+    best = means.max() if is_higher else means.min()
+    contested = (means.notna().sum() > 1) & (is_higher is not None)  # a value alone in its column is not worth a mark
     block = []
     for method in sorted(means.index, key=method_key):
         texts = [_cell_text(means.at[method, c], stds.at[method, c]) for c in columns]

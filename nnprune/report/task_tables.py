@@ -8,7 +8,7 @@ from nnprune.report.dense import dense_values
 from nnprune.report.escaping import distinct_names
 from nnprune.report.frame import FRACTIONS, is_dense
 from nnprune.report.messages import UsageError
-from nnprune.report.metrics import higher_is_better, pretty_metric
+from nnprune.report.metrics import direction, higher_is_better, pretty_metric
 from nnprune.report.tables import Table, all_blocks, dense_row, method_names, select
 
 MEAN = "Mean"
@@ -21,8 +21,10 @@ def build_tasks_table(frame: pd.DataFrame, metrics: list[str], model: str, **fil
     A row without one of the metrics has no mean. The ± of a mean takes the metrics for independent. Raises UsageError for metrics of
     which some are better when higher and others when lower.
     """
-    if len({higher_is_better(metric) for metric in metrics}) > 1:
+    if {higher_is_better(metric) for metric in metrics} >= {True, False}:
         raise UsageError(f"metric={','.join(metrics)}: have no mean, since higher is better for some only; make two tables")
+    # If the direction of one is unknown, so is that of the mean.
+    judge = next((metric for metric in metrics if higher_is_better(metric) is None), metrics[0])
     selected = [select(frame, metric, {**filters, "models": [model]}) for metric in metrics]
     warnings = list(dict.fromkeys(line for _, lines in selected for line in lines))
     rows = pd.concat([rows for rows, _ in selected])
@@ -30,10 +32,10 @@ def build_tasks_table(frame: pd.DataFrame, metrics: list[str], model: str, **fil
     dense = {metric: dense_values(rows[rows["metric"] == metric]) for metric in (*metrics, MEAN)}
     pruned = rows[~is_dense(rows)]
     top = dense_row(["0%"], [values.get(model) for values, _ in dense.values()])
-    blocks, whole = all_blocks(top, pruned, "metric", list(dense), metrics[0], method_names(pruned))
+    blocks, whole = all_blocks(top, pruned, "metric", list(dense), judge, method_names(pruned))
     sources = set(pruned["path"]).union(*(paths for _, paths in dense.values()))
     caption = f"{', '.join(metrics)}, {model}"
-    title = f"{', '.join(map(pretty_metric, metrics))} of {model}, {'higher' if higher_is_better(metrics[0]) else 'lower'} is better"
+    title = f"{', '.join(map(pretty_metric, metrics))} of {model}{direction(judge)}"
     return Table(caption, title, ["Method", "Sparsity"], _columns([*metrics, MEAN]), blocks, len(sources), warnings, whole)
 
 

@@ -46,8 +46,33 @@ def settings_of(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def setting_text(value: Any) -> str:
-    """A value as on the command line, cut where it is long."""
-    return shorten(value if isinstance(value, str) else json.dumps(value, sort_keys=True), LONGEST_VALUE)
+    """A value as on the command line."""
+    is_plain = isinstance(value, str) and ", " not in value  # which stands between settings
+    return value if is_plain else json.dumps(value, sort_keys=True)
+
+
+def short_texts(key: str, settings: list[dict[str, Any]]) -> dict[str, str]:
+    """`setting_key` of each value of a setting -> its text, as short as leaves those of different values different."""
+    values = {setting_key(one, key): one[key] for one in settings if key in one}
+    for form in (_class_name if key.endswith("._target_") else _start, _end, setting_text):
+        texts = {name: form(value) for name, value in values.items()}
+        if len(set(texts.values())) == len(values):
+            return texts
+    return {name: name for name in values}
+
+
+def _class_name(value: Any) -> str:
+    return shorten(setting_text(value).rpartition(".")[2], LONGEST_VALUE)
+
+
+def _start(value: Any) -> str:
+    return shorten(setting_text(value), LONGEST_VALUE)
+
+
+def _end(value: Any) -> str:
+    """Where paths differ that begin alike."""
+    text = setting_text(value)
+    return text if len(text) <= LONGEST_VALUE else f"...{text[3 - LONGEST_VALUE :]}"
 
 
 def with_methods(rows: pd.DataFrame, ignored: str | None = None) -> pd.DataFrame:
@@ -67,9 +92,10 @@ def with_methods(rows: pd.DataFrame, ignored: str | None = None) -> pd.DataFrame
         keys |= {key for index in of_pruner.index for key in SELECTION if settings[index].get(key) is not None}
         keys = _without_implied(keys - {ignored}, [settings[index] for index in of_pruner.index])
         names = _short_names(keys)
+        texts = {key: short_texts(key, [settings[index] for index in of_pruner.index]) for key in keys}
         for index in of_pruner.index:
             one = {key: value for key, value in settings[index].items() if key not in SELECTION or value is not None}
-            given = [f"{names[key]}={_value(key, one)}" for key in sorted(keys) if key in one]
+            given = [f"{names[key]}={texts[key][setting_key(one, key)]}" for key in sorted(keys) if key in one]
             variants[index] = ", ".join(given)
     methods = [_method(pruner, variant) for pruner, variant in zip(rows["pruner"], variants, strict=True)]
     return rows.assign(variant=variants, method=pd.Series(methods, index=rows.index, dtype=object))
@@ -85,9 +111,9 @@ def _differing(settings: list[dict[str, Any]]) -> set[str]:
     return {key for key in keys if len({setting_key(one, key) for one in settings}) > 1}
 
 
-def setting_key(settings: dict[str, Any], key: str) -> str | None:
-    """A setting's value as text that can be compared, None where it has none."""
-    return json.dumps(settings[key], sort_keys=True) if key in settings else None
+def setting_key(settings: dict[str, Any], key: str) -> str:
+    """A setting's value as text that can be compared, "" where it has none."""
+    return json.dumps(settings[key], sort_keys=True) if key in settings else ""
 
 
 def _without_implied(keys: set[str], settings: list[dict[str, Any]]) -> set[str]:
@@ -107,11 +133,6 @@ def _short_names(keys: set[str]) -> dict[str, str]:
     short = {key: key.removesuffix("._target_").rpartition(".")[2] for key in keys}
     uses = Counter(short.values())
     return {key: name if uses[name] == 1 else key for key, name in short.items()}
-
-
-def _value(key: str, settings: dict[str, Any]) -> str:
-    text = setting_text(settings[key])
-    return text.rpartition(".")[2] if key.endswith("._target_") else text
 
 
 def _method(pruner: str, variant: str) -> str:
