@@ -1,7 +1,9 @@
 """The code and the settings of what a user wrote are part of a run: other ones make another experiment."""
 
 import importlib
+import os
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -119,6 +121,17 @@ def test_equal_tensors_are_one_experiment_in_any_process():
     same = SimpleNamespace(scores=torch.arange(12.0)[:6].view(2, 3).clone(), half=torch.ones(2, dtype=torch.bfloat16)[0])
     assert state_of(held) == state_of(same) is not None
     assert state_of(SimpleNamespace(scores=held.scores.T.contiguous(), half=held.half)) != state_of(held)
+
+
+def test_equal_sets_are_one_experiment_in_any_process():
+    code = "from types import SimpleNamespace as S; from nnprune.experiment.own_objects import state_of; "
+    code += "words = 'q_proj k_proj v_proj out_proj'.split(); "
+    code += "print(state_of(S(skip=set(words))), state_of(S(skip=[frozenset(words)])), state_of(S(skip=set(words[1:]))))"
+    found = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": seed})
+        for seed in ("1", "2")
+    ]
+    assert found[0].stdout == found[1].stdout and len(set(found[0].stdout.split())) == 3, found[0].stderr
 
 
 def test_a_function_counts_by_its_file_and_in_none_it_is_new_each_time(mine, tmp_path, monkeypatch, caplog):

@@ -36,9 +36,7 @@ def state_of(pruner: Any) -> str | None:
     if not held:
         return None
     try:
-        file = io.BytesIO()
-        _Pickler(file).dump(held)
-        return hashlib.sha256(file.getvalue()).hexdigest()[:16]
+        return _digest(held)
     except (pickle.PicklingError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
         reason = f"{', '.join(held)} of {type(pruner).__name__} cannot be hashed ({error})"
         log.warning("warning: %s, so this run will not be reused; use numbers and text", reason)
@@ -63,9 +61,18 @@ def _names(slots: Any) -> list[str]:
     return [slots] if isinstance(slots, str) else list(slots)
 
 
+def _digest(one: Any) -> str:
+    file = io.BytesIO()
+    _Pickler(file).dump(one)
+    return hashlib.sha256(file.getvalue()).hexdigest()[:16]
+
+
 class _Pickler(pickle.Pickler):
-    """Makes the same bytes of the same content in any process: of tensors by their values, of a user's functions and classes by their
-    file. Those that are in no file may have changed unseen: PicklingError."""
+    """Makes the same bytes of the same content in any process: of tensors by their values, of sets whatever their order, of a user's
+    functions and classes by their file. Those that are in no file may have changed unseen: PicklingError."""
+
+    def persistent_id(self, one: Any) -> Any:
+        return ("set", sorted(map(_digest, one))) if isinstance(one, set | frozenset) else None  # no reducer is asked for these
 
     def reducer_override(self, one: Any) -> Any:
         if isinstance(one, Tensor):
