@@ -15,7 +15,7 @@ import torch
 import nnprune.run
 from nnprune.experiment import identity
 from nnprune.experiment.build import build
-from nnprune.experiment.own_objects import settings_of, state_of
+from nnprune.experiment.own_objects import code_of, settings_of, state_of
 from nnprune.run import run
 
 
@@ -93,15 +93,16 @@ def test_a_module_that_an_own_pruner_uses_is_part_of_it(mine, tiny_config):
 
 
 SMALL = [f"calibration.{key}" for key in ("num_samples=2", "seq_len=32")]
+IN_NO_FILE = [eval(f"lambda x: {sign}x", {"__name__": "__main__"}) for sign in "+-"]  # as in a notebook
 SMALL += [f"evaluation.{key}" for key in ("max_windows=1", "seq_len=32")]
 
 
 @pytest.mark.parametrize(
-    "one", [torch.ones(1), torch.float32, np.float32(1), lambda x: x], ids=["tensor", "dtype", "numpy", "code"]
+    "one", [torch.ones(1), torch.float32, np.float32(1), IN_NO_FILE[0]], ids=["tensor", "dtype", "numpy", "code"]
 )
 def test_what_an_object_holds_is_part_of_it(one, mine, tmp_path, caplog):
     other = (
-        {torch.float32: torch.float64}.get(one) if isinstance(one, torch.dtype) else (lambda x: -x) if callable(one) else -one
+        {torch.float32: torch.float64}.get(one) if isinstance(one, torch.dtype) else IN_NO_FILE[1] if callable(one) else -one
     )
     kind = mine(1)
 
@@ -179,6 +180,6 @@ def test_a_class_that_exec_made_is_in_no_file(mine, tiny_config, caplog):
     kind = mine(1)
     namespace = {"__name__": kind.__module__}
     exec(OWN.format(helper="helper_of_reuse"), namespace)
-    assert identity._code_of(namespace["Mine"]) != identity._code_of(namespace["Mine"])
+    assert code_of(namespace["Mine"]) != code_of(namespace["Mine"])
     assert "the code of Mine is in no file, so this run will not be reused" in caplog.text
-    assert identity._code_of(kind) == identity._code_of(kind)
+    assert code_of(kind) == code_of(kind)

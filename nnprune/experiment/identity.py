@@ -4,28 +4,19 @@ A local text or model counts by its content, not its path. The code of a method 
 do not: each has a fingerprint of its own.
 """
 
-import ast
 import hashlib
-import importlib.util
-import inspect
-import logging
 import sys
-import sysconfig
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnprune.evaluation import Evaluator
+from nnprune.experiment.own_objects import code_of
+from nnprune.experiment.user_code import reachable
 from nnprune.files.digests import file_digest
 from nnprune.model.dtypes import name_of
 from nnprune.records import NOT_SCIENCE, SINCE, fingerprint
-
-log = logging.getLogger(__name__)
-
-INSTALLED = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib"))
-"""Folders of code that changes with its version only."""
 
 if TYPE_CHECKING:
     from nnprune.experiment.build import Experiment
@@ -64,15 +55,13 @@ def science(experiment: "Experiment") -> dict[str, Any]:
             **experiment.calibration.identity(source.tokenizer),
         },
         "sparsity": str(experiment.pattern),
-        "pruner_code": _code_of(type(method.pruner)),
+        "pruner_code": code_of(type(method.pruner)),
     }
 
 
 def evaluation_fingerprints(evaluators: Mapping[str, Evaluator]) -> dict[str, str]:
     """Name of an evaluator -> the hash of its settings, texts and code."""
-    return {
-        name: fingerprint({"name": name, **one.identity(), "code": _code_of(type(one))}) for name, one in evaluators.items()
-    }
+    return {name: fingerprint({"name": name, **one.identity(), "code": code_of(type(one))}) for name, one in evaluators.items()}
 
 
 def own_code(experiment: "Experiment") -> dict[str, str]:
@@ -101,32 +90,8 @@ def _tuning_files(method: "Method") -> Iterator[tuple[str, bool]]:
 @cache  # what is imported does not change, and each record of a sweep asks
 def _own_files(modules: frozenset[str]) -> list[Path]:
     """The files of nnprune that `modules` are in or use."""
-    found = _reachable(modules, lambda name: name.startswith("nnprune."))
+    found = reachable(modules, lambda name: name.startswith("nnprune."))
     return sorted(Path(sys.modules[name].__file__ or "") for name in found)
-
-
-def _reachable(first: Set[str], is_wanted: Callable[[str], bool]) -> set[str]:
-    """The wanted ones of the modules `first`, and of those that wanted ones import from, and so on."""
-    found: set[str] = set()
-    todo = first
-    while todo := {name for name in todo if is_wanted(name)} - found:
-        found |= todo
-        todo = {imported for name in todo for imported in _imports(name)}
-    return found
-
-
-def _imports(name: str) -> Iterator[str]:
-    """The names of the loaded modules that a module's source names in import statements."""
-    module = sys.modules[name]
-    if not module.__file__.endswith(".py"):
-        return
-    for node in ast.walk(ast.parse(Path(module.__file__).read_bytes())):
-        if isinstance(node, ast.ImportFrom):
-            parent = importlib.util.resolve_name("." * node.level + (node.module or ""), module.__package__)
-            names = [parent, *(f"{parent}.{alias.name}" for alias in node.names)]
-        else:
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        yield from (one for one in names if one in sys.modules)
 
 
 @cache  # an edit while this process runs does not change what it runs
@@ -136,7 +101,7 @@ def _hash(file: Path) -> str:
 
 def _code_entry(method: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that the code of a user's own method, and the files that its settings name, add to the settings of its group."""
-    code, files = _code_of(method), _files_of(method, settings)
+    code, files = code_of(method), _files_of(method, settings)
     return ({"code": code} if code else {}) | ({"files": files} if files else {})
 
 
@@ -153,56 +118,3 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:  # such as a name that is too long
         return False
-
-
-def _code_of(method: type) -> str | None:
-    """A hash of the source files of a method's classes from outside this package, and of the modules of their author's that they use:
-    an edited method is another method.
-
-    Code without a file, such as a notebook's, may have changed unseen: its hash is new each time, so nothing of it is reused.
-    """
-    outside = [kind for kind in method.__mro__ if kind.__module__.split(".")[0] not in ("nnprune", "builtins", "abc", "typing")]
-    if not outside:
-        return None
-    for kind in outside:
-        if not is_in_file(kind):
-            reason = f"the code of {kind.__name__} is in no file"
-            log.warning("warning: %s, so this run will not be reused; put it in a module", reason)
-            return uuid.uuid4().hex[:16]
-    modules = _reachable({kind.__module__ for kind in outside}, is_users) | {
-        outside[0].__module__
-    }  # though it may be installed
-    sha = hashlib.sha256("".join(kind.__qualname__ for kind in outside).encode())
-    for _, source in sorted({inspect.getfile(sys.modules[name]): source_of(name) for name in modules}.items()):
-        sha.update(source)
-    return sha.hexdigest()[:16]
-
-
-_sources: dict[str, tuple[Any, bytes]] = {}
-
-
-def source_of(name: str) -> bytes:
-    """The bytes of a loaded module's file, as they were when they were first asked for: a process goes on to run what it has imported
-    though the file is edited, until the module is loaded again."""
-    module = sys.modules[name]
-    if name not in _sources or _sources[name][0] is not module.__spec__:
-        _sources[name] = module.__spec__, Path(inspect.getfile(module)).read_bytes()
-    return _sources[name][1]
-
-
-def is_in_file(kind: type) -> bool:
-    """Whether the file of a class's module holds its methods: those of a notebook or of `exec` come from elsewhere. Generated ones, as
-    of dataclasses, do not count."""
-    try:
-        file = Path(inspect.getfile(kind)).resolve()
-        methods = [inspect.unwrap(value) for name, value in vars(kind).items() if not name.startswith("__")]
-        places = {Path(one.__code__.co_filename).resolve() for one in methods if inspect.isfunction(one)}
-        return file.is_file() and places <= {file}
-    except (OSError, TypeError):
-        return False
-
-
-def is_users(name: str) -> bool:
-    """Whether a module is its user's: in a file that is not nnprune's nor installed."""
-    file = getattr(sys.modules.get(name), "__file__", None)
-    return bool(file) and name.split(".")[0] != "nnprune" and not file.startswith(INSTALLED) and Path(file).is_file()
