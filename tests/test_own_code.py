@@ -83,6 +83,41 @@ def test_an_own_recovery_before_distillation_is_part_of_it(tmp_path, monkeypatch
     assert len(found) == 2
 
 
+LAZY = """
+from nnprune.pruners.base import ScorePruner
+
+class Mine(ScorePruner):
+    def score(self, W, module_name):
+        {import_}
+        return W
+"""
+
+
+@pytest.mark.parametrize(
+    "import_", ["from lazy_package.inner import power", "import lazy_package.inner", "from lazy_package import inner"]
+)
+@pytest.mark.parametrize("edited", ["inner", "__init__", "last"])
+def test_a_module_that_a_method_will_import_is_part_of_it(import_, edited, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "lazy_package"
+    package.mkdir()
+    (tmp_path / "lazy_of_reuse.py").write_text(LAZY.format(import_=import_))
+    for name, code in {"__init__": "", "inner": "from .last import power", "last": "power = 1"}.items():
+        (package / f"{name}.py").write_text(code)
+    sys.modules.pop("lazy_of_reuse", None)
+    importlib.invalidate_caches()
+    kind = importlib.import_module("lazy_of_reuse").Mine
+    first = code_of(kind)
+    (package / f"{edited}.py").write_text("power = 2")
+    second = code_of(kind)
+    assert first != second == code_of(kind)
+    assert "lazy_package" not in sys.modules
+    importlib.import_module("lazy_package.inner")
+    assert code_of(kind) == second, "what the run has imported"
+    for name in ("lazy_package", "lazy_package.inner", "lazy_package.last"):
+        sys.modules.pop(name, None)
+
+
 def test_a_module_that_an_own_pruner_uses_is_part_of_it(mine, tiny_config):
     settings = ("pruner=custom", "pruner._target_=own_of_reuse.Mine")
     found = []

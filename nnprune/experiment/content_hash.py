@@ -15,9 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnprune.experiment.user_code import content_of, is_in_file, is_users, names_in, place_in_source, reachable, source_of
+from nnprune.experiment.user_code import (
+    content_of,
+    file_of,
+    is_in_file,
+    is_users,
+    names_in,
+    place_in_source,
+    reachable,
+    source_of,
+)
 
-ERRORS = (pickle.PicklingError, TypeError, AttributeError, RecursionError, RuntimeError, ValueError)
+ERRORS = (pickle.PicklingError, TypeError, AttributeError, RuntimeError, ValueError, SyntaxError, ImportError, OSError)
 """What an object that has no such hash raises."""
 
 FUNCTIONS = (FunctionType, staticmethod, classmethod, property, functools.cached_property, type(functools.cache(len)))
@@ -147,11 +156,11 @@ class _Pickler(pickle.Pickler):
 
     def _sources(self, module: str) -> str:
         """A hash of the source of a module, and of those of its author's that it imports."""
-        if not self.seen.add(module, module) or not getattr(sys.modules.get(module), "__file__", None):
+        if not self.seen.add(module, module) or not file_of(module):
             return ""
-        sources = [
-            (name, source_of(name)) for name in sorted(reachable({module}, is_users) | {module})
-        ]  # though it may be installed
+        found = reachable({module}, is_users) | {module}  # though it may be installed
+        packages = {name[:dot] for name in found for dot, sign in enumerate(name) if sign == "."}
+        sources = [(name, source_of(name)) for name in sorted(found | reachable(packages, is_users))]
         return hashlib.sha256(repr(sources).encode()).hexdigest()
 
 

@@ -90,7 +90,7 @@ def _tuning_files(method: "Method") -> Iterator[tuple[str, bool]]:
 @cache  # what is imported does not change, and each record of a sweep asks
 def _own_files(modules: frozenset[str]) -> list[Path]:
     """The files of nnprune that `modules` are in or use."""
-    found = reachable(modules, lambda name: name.startswith("nnprune."))
+    found = reachable(modules, lambda name: name.startswith("nnprune.") and name in sys.modules)
     return sorted(Path(sys.modules[name].__file__ or "") for name in found)
 
 

@@ -7,6 +7,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Set
 from functools import cache
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -16,9 +17,32 @@ INSTALLED = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib",
 
 
 def is_users(name: str) -> bool:
-    """Whether a module is its user's: in a file that is not nnprune's nor installed."""
-    file = getattr(sys.modules.get(name), "__file__", None)
-    return bool(file) and name.split(".")[0] != "nnprune" and not file.startswith(INSTALLED) and Path(file).is_file()
+    """Whether a module, loaded or not, is its user's: in a file that is not nnprune's nor installed."""
+    if name.split(".")[0] == "nnprune":
+        return False
+    file = file_of(name)
+    return bool(file) and not file.startswith(INSTALLED) and Path(file).is_file()
+
+
+def file_of(name: str) -> str | None:
+    """The file of a module, which need not be loaded; None if it has none."""
+    if name in sys.modules:
+        return getattr(sys.modules[name], "__file__", None)
+    spec = _spec(name)
+    return spec.origin if spec and spec.has_location else None
+
+
+def _spec(name: str) -> ModuleSpec | None:
+    """Where a module would be loaded from; `find_spec` alone would load the packages that it is in."""
+    package, _, _ = name.rpartition(".")
+    try:
+        if not package:
+            return importlib.util.find_spec(name)
+        place = sys.modules[package].__spec__ if package in sys.modules else _spec(package)
+        found = place and place.submodule_search_locations
+        return PathFinder.find_spec(name, found) if found else None
+    except (ImportError, ValueError):
+        return None
 
 
 def reachable(first: Set[str], is_wanted: Callable[[str], bool]) -> set[str]:
@@ -32,29 +56,33 @@ def reachable(first: Set[str], is_wanted: Callable[[str], bool]) -> set[str]:
 
 
 def _imports(name: str) -> Iterator[str]:
-    """The names of the loaded modules that a module's source names in import statements."""
-    module = sys.modules[name]
-    if not module.__file__.endswith(".py"):
+    """The names in a module's import statements that may be modules, wherever the statements are."""
+    file = file_of(name)
+    if not file.endswith(".py"):
         return
-    for node in ast.walk(ast.parse(Path(module.__file__).read_bytes())):
+    package = name if Path(file).name == "__init__.py" else name.rpartition(".")[0]
+    package = getattr(sys.modules.get(name), "__package__", None) or package  # that of a script
+    for node in ast.walk(ast.parse(Path(file).read_bytes())):
         if isinstance(node, ast.ImportFrom):
-            parent = importlib.util.resolve_name("." * node.level + (node.module or ""), module.__package__)
-            names = [parent, *(f"{parent}.{alias.name}" for alias in node.names)]
-        else:
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        yield from (one for one in names if one in sys.modules)
+            parent = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            yield from (parent, *(f"{parent}.{alias.name}" for alias in node.names))
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
 
 
 _sources: dict[str, tuple[Any, bytes]] = {}
 
 
 def source_of(name: str) -> bytes:
-    """The bytes of a loaded module's file, as they were when they were first asked for: a process goes on to run what it has imported
-    though the file is edited, until the module is loaded again. An edit before that shows in `place_in_source`."""
-    module = sys.modules[name]
-    if name not in _sources or _sources[name][0] is not module.__spec__:
-        _sources[name] = module.__spec__, Path(inspect.getfile(module)).read_bytes()
-    return _sources[name][1]
+    """The bytes of a module's file, as they were when they were first asked for: a process goes on to run what it has imported though
+    the file is edited, until the module is loaded again. An edit before that shows in `place_in_source`. A module that is not yet
+    loaded will be by the run that asks."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    known, source = _sources.get(name, (None, None))
+    if name not in sys.modules or source is None or (known is not None and known is not spec):
+        source = Path(file_of(name)).read_bytes()
+    _sources[name] = spec, source
+    return source
 
 
 def place_in_source(function: FunctionType, module: str) -> int | None:
