@@ -211,6 +211,56 @@ def test_a_file_that_a_setting_names_is_part_of_it(mine, tiny_config, tmp_path):
     assert len(found) == 3
 
 
+@pytest.mark.parametrize("setting", ["weight=[1,{file}]", "weight={{a:{{b:{file}}}}}"])
+def test_files_in_lists_and_dictionaries_are_part_of_it(setting, mine, tiny_config, tmp_path):
+    mine(1)
+    file = tmp_path / "scores.txt"
+    cfg = tiny_config("pruner=custom", "pruner._target_=own_of_reuse.Mine", f"+pruner.{setting.format(file=file)}")
+    found = set()
+    for text in ("one", "two"):
+        file.write_text(text)
+        found.add(build(cfg).fingerprint)
+    assert len(found) == 2 and build(cfg).fingerprint in found
+
+
+def test_a_path_that_a_pruner_holds_counts_by_its_content(tmp_path):
+    held = SimpleNamespace(file=tmp_path / "scores.txt")
+    found = {state_of(held)}
+    for text in ("one", "two"):
+        held.file.write_text(text)
+        found.add(state_of(held))
+    assert len(found) == 3
+
+
+PARTS = {
+    "calibration": "from nnprune.calibration import TextCalibration\nclass Mine(TextCalibration):\n"
+    "    def __init__(self, file, **settings):\n        super().__init__(**settings)\n    '{word}'\n",
+    "evaluation.datasets.mine": "from nnprune.evaluation import Evaluator\nclass Mine(Evaluator):\n"
+    "    def __init__(self, file):\n        self.file, self.words = file, {{'one', 'other'}}\n"
+    "    def prepare(self, tokenizer):\n        '{word}'\n    def measure(self, ids, logits):\n        return {{}}\n",
+}
+
+
+@pytest.mark.parametrize("key", PARTS)
+def test_code_and_files_of_an_own_calibration_or_evaluator_are_part_of_it(key, tmp_path, monkeypatch, tiny_config):
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "words.txt"
+    cfg = tiny_config(f"++{key}._target_=own_part.Mine", f"+{key}.file={file}")
+
+    def names(word, text):
+        (tmp_path / "own_part.py").write_text(PARTS[key].format(word=word))
+        file.write_text(text)
+        sys.modules.pop("own_part", None)
+        importlib.invalidate_caches()
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        experiment = build(cfg)
+        return experiment.fingerprint, experiment.evaluations.get("mine")
+
+    found = [names("one", "one"), names("two", "one"), names("one", "two")]
+    assert len(set(found)) == 3 and names("one", "one") == found[0]
+    assert len({fingerprint for fingerprint, _ in found}) == (3 if key == "calibration" else 1)
+
+
 def test_a_class_that_exec_made_is_in_no_file(mine, tiny_config, caplog):
     kind = mine(1)
     namespace = {"__name__": kind.__module__}

@@ -25,6 +25,7 @@ from nnprune.experiment.user_code import (
     reachable,
     source_of,
 )
+from nnprune.files.digests import file_digest
 
 ERRORS = (pickle.PicklingError, TypeError, AttributeError, RuntimeError, ValueError, SyntaxError, ImportError, OSError)
 """What an object that has no such hash raises."""
@@ -43,6 +44,13 @@ def is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple | dict):
         return all(map(is_plain, value.values() if isinstance(value, dict) else value))
     return value is None or type(value) in (bool, int, float, str)
+
+
+def is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # such as a name that is too long
+        return False
 
 
 @dataclass
@@ -85,6 +93,8 @@ class _Pickler(pickle.Pickler):
         if isinstance(one, Tensor):
             values = one.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
             return str, (f"{one.dtype} {tuple(one.shape)} {hashlib.sha256(values).hexdigest()}",)
+        if isinstance(one, Path) and is_file(one):
+            return str, (f"{one} {file_digest(one)}",)
         if isinstance(one, ModuleType):
             return str, (one.__name__,)
         if isinstance(one, FunctionType | type):

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnprune.evaluation import Evaluator
-from nnprune.experiment.own_objects import code_of
+from nnprune.experiment.content_hash import is_file, is_plain
+from nnprune.experiment.own_objects import code_of, state_hash
 from nnprune.experiment.user_code import reachable
 from nnprune.files.digests import file_digest
 from nnprune.model.dtypes import name_of
@@ -41,9 +42,9 @@ def science(experiment: "Experiment") -> dict[str, Any]:
     update = {key: value for key, value in config["update"].items() if key != "bias"}  # earlier records corrected none
     corrects = method.corrects_biases and source.has_biases
     settings["update"] = {**update, "bias": True} if corrects else update
-    settings |= {key: settings[key] | _code_entry(type(part), settings[key]) for key, part in parts.items()}
+    settings |= {key: settings[key] | code_entry(type(part), settings[key]) for key, part in parts.items()}
     if method.distillation and (layers := settings["recover"].get("layers")):
-        settings["recover"]["layers"] = layers | _code_entry(type(method.recovery), layers)
+        settings["recover"]["layers"] = layers | code_entry(type(method.recovery), layers)
     if files := _files_of(type(method.pruner), settings["pruner"]):
         settings["pruner_files"] = files
     return settings | {
@@ -53,6 +54,7 @@ def science(experiment: "Experiment") -> dict[str, Any]:
             "path": None,
             "dataset": text and text.identity(),
             **experiment.calibration.identity(source.tokenizer),
+            **code_entry(type(experiment.calibration), config["calibration"]),
         },
         "sparsity": str(experiment.pattern),
         "pruner_code": code_of(type(method.pruner)),
@@ -61,7 +63,17 @@ def science(experiment: "Experiment") -> dict[str, Any]:
 
 def evaluation_fingerprints(evaluators: Mapping[str, Evaluator]) -> dict[str, str]:
     """Name of an evaluator -> the hash of its settings, texts and code."""
-    return {name: fingerprint({"name": name, **one.identity(), "code": code_of(type(one))}) for name, one in evaluators.items()}
+    return {name: fingerprint({"name": name, **_evaluation(one)}) for name, one in evaluators.items()}
+
+
+def _evaluation(evaluator: Evaluator) -> dict[str, Any]:
+    settings, kind = evaluator.identity(), type(evaluator)
+    code = code_entry(kind, settings)
+    if not code:
+        return settings | {"code": None}
+    plain = {key: value for key, value in settings.items() if is_plain(value)}
+    held = {key: value for key, value in settings.items() if key not in plain}
+    return plain | code | ({"state_hash": state_hash(held, kind.__name__)} if held else {})
 
 
 def own_code(experiment: "Experiment") -> dict[str, str]:
@@ -99,22 +111,24 @@ def _hash(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
-def _code_entry(method: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+def code_entry(method: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that the code of a user's own method, and the files that its settings name, add to the settings of its group."""
     code, files = code_of(method), _files_of(method, settings)
     return ({"code": code} if code else {}) | ({"files": files} if files else {})
 
 
 def _files_of(method: type, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Setting -> hash of the content, for the settings of a user's own method that name a file: it may read that."""
+    """Setting -> hash of the content, for the settings of a user's own method that name a file, in lists too: it may read that."""
     if method.__module__.split(".")[0] == "nnprune":
         return {}
-    named = {key: Path(value) for key, value in settings.items() if isinstance(value, str) and value}
-    return {key: file_digest(path)[:16] for key, path in named.items() if _is_file(path)}
+    named = {key: Path(value) for key, value in _texts(settings) if value}
+    return {key: file_digest(path)[:16] for key, path in named.items() if is_file(path)}
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # such as a name that is too long
-        return False
+def _texts(settings: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Key and value of each text in lists and dictionaries, however deep; `a.b` is that of b in a."""
+    if isinstance(settings, str):
+        yield key, settings
+    elif isinstance(settings, Mapping | list | tuple):
+        for name, value in settings.items() if isinstance(settings, Mapping) else enumerate(settings):
+            yield from _texts(value, f"{key}.{name}" if key else f"{name}")

@@ -19,17 +19,17 @@ def settings_of(pruner: Any) -> dict[str, Any]:
 
 
 def state_of(pruner: Any) -> str | None:
-    """A hash of what a pruner holds that is no setting, such as tensors or functions; None if there is nothing.
-
-    It is new each time, with a warning, where it cannot be computed.
-    """
+    """A hash of what a pruner holds that is no setting, such as tensors or functions; None if there is nothing."""
     held = {key: value for key, value in _attributes(pruner).items() if not is_plain(value) and key not in NO_SETTINGS}
-    if not held:
-        return None
+    return state_hash(held, type(pruner).__name__) if held else None
+
+
+def state_hash(held: dict[str, Any], owner: str) -> str:
+    """A hash of what an object of class `owner` holds. It is new each time, with a warning, where it cannot be computed."""
     try:
         return content_hash(held)
     except ERRORS as error:
-        reason = f"{', '.join(held)} of {type(pruner).__name__} cannot be hashed ({error})"
+        reason = f"{', '.join(held)} of {owner} cannot be hashed ({error})"
         log.warning("warning: %s, so this run will not be reused; use numbers and text", reason)
         return uuid.uuid4().hex[:16]
 
