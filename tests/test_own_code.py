@@ -1,7 +1,9 @@
 """The code and the settings of what a user wrote are part of a run: other ones make another experiment."""
 
 import importlib
+import os
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -13,7 +15,7 @@ import torch
 import nnprune.run
 from nnprune.experiment import identity
 from nnprune.experiment.build import build
-from nnprune.experiment.own_objects import settings_of, state_of
+from nnprune.experiment.own_objects import code_of, settings_of, state_of
 from nnprune.run import run
 
 
@@ -81,6 +83,41 @@ def test_an_own_recovery_before_distillation_is_part_of_it(tmp_path, monkeypatch
     assert len(found) == 2
 
 
+LAZY = """
+from nnprune.pruners.base import ScorePruner
+
+class Mine(ScorePruner):
+    def score(self, W, module_name):
+        {import_}
+        return W
+"""
+
+
+@pytest.mark.parametrize(
+    "import_", ["from lazy_package.inner import power", "import lazy_package.inner", "from lazy_package import inner"]
+)
+@pytest.mark.parametrize("edited", ["inner", "__init__", "last"])
+def test_a_module_that_a_method_will_import_is_part_of_it(import_, edited, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "lazy_package"
+    package.mkdir()
+    (tmp_path / "lazy_of_reuse.py").write_text(LAZY.format(import_=import_))
+    for name, code in {"__init__": "", "inner": "from .last import power", "last": "power = 1"}.items():
+        (package / f"{name}.py").write_text(code)
+    sys.modules.pop("lazy_of_reuse", None)
+    importlib.invalidate_caches()
+    kind = importlib.import_module("lazy_of_reuse").Mine
+    first = code_of(kind)
+    (package / f"{edited}.py").write_text("power = 2")
+    second = code_of(kind)
+    assert first != second == code_of(kind)
+    assert "lazy_package" not in sys.modules
+    importlib.import_module("lazy_package.inner")
+    assert code_of(kind) == second, "what the run has imported"
+    for name in ("lazy_package", "lazy_package.inner", "lazy_package.last"):
+        sys.modules.pop(name, None)
+
+
 def test_a_module_that_an_own_pruner_uses_is_part_of_it(mine, tiny_config):
     settings = ("pruner=custom", "pruner._target_=own_of_reuse.Mine")
     found = []
@@ -115,15 +152,16 @@ def test_a_record_names_the_experiment_of_its_seeds(tiny_config):
 
 
 SMALL = [f"calibration.{key}" for key in ("num_samples=2", "seq_len=32")]
+IN_NO_FILE = [eval(f"lambda x: {sign}x", {"__name__": "__main__"}) for sign in "+-"]  # as in a notebook
 SMALL += [f"evaluation.{key}" for key in ("max_windows=1", "seq_len=32")]
 
 
 @pytest.mark.parametrize(
-    "one", [torch.ones(1), torch.float32, np.float32(1), lambda x: x], ids=["tensor", "dtype", "numpy", "code"]
+    "one", [torch.ones(1), torch.float32, np.float32(1), IN_NO_FILE[0]], ids=["tensor", "dtype", "numpy", "code"]
 )
 def test_what_an_object_holds_is_part_of_it(one, mine, tmp_path, caplog):
     other = (
-        {torch.float32: torch.float64}.get(one) if isinstance(one, torch.dtype) else (lambda x: -x) if callable(one) else -one
+        {torch.float32: torch.float64}.get(one) if isinstance(one, torch.dtype) else IN_NO_FILE[1] if callable(one) else -one
     )
     kind = mine(1)
 
@@ -143,6 +181,17 @@ def test_equal_tensors_are_one_experiment_in_any_process():
     same = SimpleNamespace(scores=torch.arange(12.0)[:6].view(2, 3).clone(), half=torch.ones(2, dtype=torch.bfloat16)[0])
     assert state_of(held) == state_of(same) is not None
     assert state_of(SimpleNamespace(scores=held.scores.T.contiguous(), half=held.half)) != state_of(held)
+
+
+def test_equal_sets_are_one_experiment_in_any_process():
+    code = "from types import SimpleNamespace as S; from nnprune.experiment.own_objects import state_of; "
+    code += "words = 'q_proj k_proj v_proj out_proj'.split(); "
+    code += "print(state_of(S(skip=set(words))), state_of(S(skip=[frozenset(words)])), state_of(S(skip=set(words[1:]))))"
+    found = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": seed})
+        for seed in ("1", "2")
+    ]
+    assert found[0].stdout == found[1].stdout and len(set(found[0].stdout.split())) == 3, found[0].stderr
 
 
 def test_a_function_counts_by_its_file_and_in_none_it_is_new_each_time(mine, tmp_path, monkeypatch, caplog):
@@ -186,10 +235,60 @@ def test_a_file_that_a_setting_names_is_part_of_it(mine, tiny_config, tmp_path):
     assert len(found) == 3
 
 
+@pytest.mark.parametrize("setting", ["weight=[1,{file}]", "weight={{a:{{b:{file}}}}}"])
+def test_files_in_lists_and_dictionaries_are_part_of_it(setting, mine, tiny_config, tmp_path):
+    mine(1)
+    file = tmp_path / "scores.txt"
+    cfg = tiny_config("pruner=custom", "pruner._target_=own_of_reuse.Mine", f"+pruner.{setting.format(file=file)}")
+    found = set()
+    for text in ("one", "two"):
+        file.write_text(text)
+        found.add(build(cfg).fingerprint)
+    assert len(found) == 2 and build(cfg).fingerprint in found
+
+
+def test_a_path_that_a_pruner_holds_counts_by_its_content(tmp_path):
+    held = SimpleNamespace(file=tmp_path / "scores.txt")
+    found = {state_of(held)}
+    for text in ("one", "two"):
+        held.file.write_text(text)
+        found.add(state_of(held))
+    assert len(found) == 3
+
+
+PARTS = {
+    "calibration": "from nnprune.calibration import TextCalibration\nclass Mine(TextCalibration):\n"
+    "    def __init__(self, file, **settings):\n        super().__init__(**settings)\n    '{word}'\n",
+    "evaluation.datasets.mine": "from nnprune.evaluation import Evaluator\nclass Mine(Evaluator):\n"
+    "    def __init__(self, file):\n        self.file, self.words = file, {{'one', 'other'}}\n"
+    "    def prepare(self, tokenizer):\n        '{word}'\n    def measure(self, ids, logits):\n        return {{}}\n",
+}
+
+
+@pytest.mark.parametrize("key", PARTS)
+def test_code_and_files_of_an_own_calibration_or_evaluator_are_part_of_it(key, tmp_path, monkeypatch, tiny_config):
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "words.txt"
+    cfg = tiny_config(f"++{key}._target_=own_part.Mine", f"+{key}.file={file}")
+
+    def names(word, text):
+        (tmp_path / "own_part.py").write_text(PARTS[key].format(word=word))
+        file.write_text(text)
+        sys.modules.pop("own_part", None)
+        importlib.invalidate_caches()
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        experiment = build(cfg)
+        return experiment.fingerprint, experiment.evaluations.get("mine")
+
+    found = [names("one", "one"), names("two", "one"), names("one", "two")]
+    assert len(set(found)) == 3 and names("one", "one") == found[0]
+    assert len({fingerprint for fingerprint, _ in found}) == (3 if key == "calibration" else 1)
+
+
 def test_a_class_that_exec_made_is_in_no_file(mine, tiny_config, caplog):
     kind = mine(1)
     namespace = {"__name__": kind.__module__}
     exec(OWN.format(helper="helper_of_reuse"), namespace)
-    assert identity._code_of(namespace["Mine"]) != identity._code_of(namespace["Mine"])
+    assert code_of(namespace["Mine"]) != code_of(namespace["Mine"])
     assert "the code of Mine is in no file, so this run will not be reused, nor averaged" in caplog.text
-    assert identity._code_of(kind) == identity._code_of(kind)
+    assert code_of(kind) == code_of(kind)

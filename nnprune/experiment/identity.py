@@ -4,28 +4,20 @@ A local text or model counts by its content, not its path. The code of a method 
 do not: each has a fingerprint of its own.
 """
 
-import ast
 import hashlib
-import importlib.util
-import inspect
-import logging
 import sys
-import sysconfig
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnprune.evaluation import Evaluator
+from nnprune.experiment.content_hash import is_file, is_plain
+from nnprune.experiment.own_objects import code_of, state_hash
+from nnprune.experiment.user_code import reachable
 from nnprune.files.digests import file_digest
 from nnprune.model.dtypes import name_of
 from nnprune.records import NOT_SCIENCE, SINCE, fingerprint
-
-log = logging.getLogger(__name__)
-
-INSTALLED = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib"))
-"""Folders of code that changes with its version only."""
 
 if TYPE_CHECKING:
     from nnprune.experiment.build import Experiment
@@ -50,9 +42,9 @@ def science(experiment: "Experiment") -> dict[str, Any]:
     update = {key: value for key, value in config["update"].items() if key != "bias"}  # earlier records corrected none
     corrects = method.corrects_biases and source.has_biases
     settings["update"] = {**update, "bias": True} if corrects else update
-    settings |= {key: settings[key] | _code_entry(type(part), settings[key]) for key, part in parts.items()}
+    settings |= {key: settings[key] | code_entry(type(part), settings[key]) for key, part in parts.items()}
     if method.distillation and (layers := settings["recover"].get("layers")):
-        settings["recover"]["layers"] = layers | _code_entry(type(method.recovery), layers)
+        settings["recover"]["layers"] = layers | code_entry(type(method.recovery), layers)
     if files := _files_of(type(method.pruner), settings["pruner"]):
         settings["pruner_files"] = files
     return settings | {
@@ -62,9 +54,10 @@ def science(experiment: "Experiment") -> dict[str, Any]:
             "path": None,
             "dataset": text and text.identity(),
             **experiment.calibration.identity(source.tokenizer),
+            **code_entry(type(experiment.calibration), config["calibration"]),
         },
         "sparsity": str(experiment.pattern),
-        "pruner_code": _code_of(type(method.pruner)),
+        "pruner_code": code_of(type(method.pruner)),
     }
 
 
@@ -78,9 +71,17 @@ def without_seeds(science: Mapping[str, Any]) -> dict[str, Any]:
 
 def evaluation_fingerprints(evaluators: Mapping[str, Evaluator]) -> dict[str, str]:
     """Name of an evaluator -> the hash of its settings, texts and code."""
-    return {
-        name: fingerprint({"name": name, **one.identity(), "code": _code_of(type(one))}) for name, one in evaluators.items()
-    }
+    return {name: fingerprint({"name": name, **_evaluation(one)}) for name, one in evaluators.items()}
+
+
+def _evaluation(evaluator: Evaluator) -> dict[str, Any]:
+    settings, kind = evaluator.identity(), type(evaluator)
+    code = code_entry(kind, settings)
+    if not code:
+        return settings | {"code": None}
+    plain = {key: value for key, value in settings.items() if is_plain(value)}
+    held = {key: value for key, value in settings.items() if key not in plain}
+    return plain | code | ({"state_hash": state_hash(held, kind.__name__)} if held else {})
 
 
 def own_code(experiment: "Experiment") -> dict[str, str]:
@@ -109,32 +110,8 @@ def _tuning_files(method: "Method") -> Iterator[tuple[str, bool]]:
 @cache  # what is imported does not change, and each record of a sweep asks
 def _own_files(modules: frozenset[str]) -> list[Path]:
     """The files of nnprune that `modules` are in or use."""
-    found = _reachable(modules, lambda name: name.startswith("nnprune."))
+    found = reachable(modules, lambda name: name.startswith("nnprune.") and name in sys.modules)
     return sorted(Path(sys.modules[name].__file__ or "") for name in found)
-
-
-def _reachable(first: Set[str], is_wanted: Callable[[str], bool]) -> set[str]:
-    """The wanted ones of the modules `first`, and of those that wanted ones import from, and so on."""
-    found: set[str] = set()
-    todo = first
-    while todo := {name for name in todo if is_wanted(name)} - found:
-        found |= todo
-        todo = {imported for name in todo for imported in _imports(name)}
-    return found
-
-
-def _imports(name: str) -> Iterator[str]:
-    """The names of the loaded modules that a module's source names in import statements."""
-    module = sys.modules[name]
-    if not module.__file__.endswith(".py"):
-        return
-    for node in ast.walk(ast.parse(Path(module.__file__).read_bytes())):
-        if isinstance(node, ast.ImportFrom):
-            parent = importlib.util.resolve_name("." * node.level + (node.module or ""), module.__package__)
-            names = [parent, *(f"{parent}.{alias.name}" for alias in node.names)]
-        else:
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        yield from (one for one in names if one in sys.modules)
 
 
 @cache  # an edit while this process runs does not change what it runs
@@ -142,75 +119,24 @@ def _hash(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
-def _code_entry(method: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+def code_entry(method: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that the code of a user's own method, and the files that its settings name, add to the settings of its group."""
-    code, files = _code_of(method), _files_of(method, settings)
+    code, files = code_of(method), _files_of(method, settings)
     return ({"code": code} if code else {}) | ({"files": files} if files else {})
 
 
 def _files_of(method: type, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Setting -> hash of the content, for the settings of a user's own method that name a file: it may read that."""
+    """Setting -> hash of the content, for the settings of a user's own method that name a file, in lists too: it may read that."""
     if method.__module__.split(".")[0] == "nnprune":
         return {}
-    named = {key: Path(value) for key, value in settings.items() if isinstance(value, str) and value}
-    return {key: file_digest(path)[:16] for key, path in named.items() if _is_file(path)}
+    named = {key: Path(value) for key, value in _texts(settings) if value}
+    return {key: file_digest(path)[:16] for key, path in named.items() if is_file(path)}
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # such as a name that is too long
-        return False
-
-
-def _code_of(method: type) -> str | None:
-    """A hash of the source files of a method's classes from outside this package, and of the modules of their author's that they use:
-    an edited method is another method.
-
-    Code without a file, such as a notebook's, may have changed unseen: its hash is new each time, so nothing of it is reused.
-    """
-    outside = [kind for kind in method.__mro__ if kind.__module__.split(".")[0] not in ("nnprune", "builtins", "abc", "typing")]
-    if not outside:
-        return None
-    for kind in outside:
-        if not is_in_file(kind):
-            reason = f"the code of {kind.__name__} is in no file"
-            log.warning("warning: %s, so this run will not be reused, nor averaged over seeds; put it in a module", reason)
-            return uuid.uuid4().hex[:16]
-    modules = _reachable({kind.__module__ for kind in outside}, is_users) | {
-        outside[0].__module__
-    }  # though it may be installed
-    sha = hashlib.sha256("".join(kind.__qualname__ for kind in outside).encode())
-    for _, source in sorted({inspect.getfile(sys.modules[name]): source_of(name) for name in modules}.items()):
-        sha.update(source)
-    return sha.hexdigest()[:16]
-
-
-_sources: dict[str, tuple[Any, bytes]] = {}
-
-
-def source_of(name: str) -> bytes:
-    """The bytes of a loaded module's file, as they were when they were first asked for: a process goes on to run what it has imported
-    though the file is edited, until the module is loaded again."""
-    module = sys.modules[name]
-    if name not in _sources or _sources[name][0] is not module.__spec__:
-        _sources[name] = module.__spec__, Path(inspect.getfile(module)).read_bytes()
-    return _sources[name][1]
-
-
-def is_in_file(kind: type) -> bool:
-    """Whether the file of a class's module holds its methods: those of a notebook or of `exec` come from elsewhere. Generated ones, as
-    of dataclasses, do not count."""
-    try:
-        file = Path(inspect.getfile(kind)).resolve()
-        methods = [inspect.unwrap(value) for name, value in vars(kind).items() if not name.startswith("__")]
-        places = {Path(one.__code__.co_filename).resolve() for one in methods if inspect.isfunction(one)}
-        return file.is_file() and places <= {file}
-    except (OSError, TypeError):
-        return False
-
-
-def is_users(name: str) -> bool:
-    """Whether a module is its user's: in a file that is not nnprune's nor installed."""
-    file = getattr(sys.modules.get(name), "__file__", None)
-    return bool(file) and name.split(".")[0] != "nnprune" and not file.startswith(INSTALLED) and Path(file).is_file()
+def _texts(settings: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Key and value of each text in lists and dictionaries, however deep; `a.b` is that of b in a."""
+    if isinstance(settings, str):
+        yield key, settings
+    elif isinstance(settings, Mapping | list | tuple):
+        for name, value in settings.items() if isinstance(settings, Mapping) else enumerate(settings):
+            yield from _texts(value, f"{key}.{name}" if key else f"{name}")

@@ -1,20 +1,11 @@
-"""What an object that is given to `nnprune.prune` holds: its settings, and a hash of the rest."""
+"""What a user's own object adds to a fingerprint: its settings, a hash of the rest, and its code."""
 
-import hashlib
-import inspect
-import io
 import logging
-import pickle
-import sys
 import uuid
-from pathlib import Path
-from types import FunctionType
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from nnprune.experiment.identity import is_in_file, is_users, source_of
+from nnprune.experiment.content_hash import ERRORS, content_hash, is_plain
+from nnprune.experiment.user_code import is_in_file
 
 log = logging.getLogger(__name__)
 
@@ -28,28 +19,38 @@ def settings_of(pruner: Any) -> dict[str, Any]:
 
 
 def state_of(pruner: Any) -> str | None:
-    """A hash of what a pruner holds that is no setting, such as tensors or functions; None if there is nothing.
-
-    It is new each time, with a warning, where it cannot be computed.
-    """
+    """A hash of what a pruner holds that is no setting, such as tensors or functions; None if there is nothing."""
     held = {key: value for key, value in _attributes(pruner).items() if not is_plain(value) and key not in NO_SETTINGS}
-    if not held:
-        return None
+    return state_hash(held, type(pruner).__name__) if held else None
+
+
+def state_hash(held: dict[str, Any], owner: str) -> str:
+    """A hash of what an object of class `owner` holds. It is new each time, with a warning, where it cannot be computed."""
     try:
-        file = io.BytesIO()
-        _Pickler(file).dump(held)
-        return hashlib.sha256(file.getvalue()).hexdigest()[:16]
-    except (pickle.PicklingError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
-        reason = f"{', '.join(held)} of {type(pruner).__name__} cannot be hashed ({error})"
-        log.warning("warning: %s, so this run will not be reused; use numbers and text", reason)
+        return content_hash(held)
+    except ERRORS as error:
+        reason = f"{', '.join(held)} of {owner} cannot be hashed ({error})"
+        log.warning("warning: %s, so this run will not be reused, nor averaged over seeds; use numbers and text", reason)
         return uuid.uuid4().hex[:16]
 
 
-def is_plain(value: Any) -> bool:
-    """Whether an attribute of a pruner can be a setting: a number, text, or a list or dict of such."""
-    if isinstance(value, list | tuple | dict):
-        return all(map(is_plain, value.values() if isinstance(value, dict) else value))
-    return value is None or type(value) in (bool, int, float, str)
+def code_of(method: type) -> str | None:
+    """A hash of the source files of a method's classes from outside this package, of the modules of their author's that they use, and of
+    what was set in them at run time: an edited method is another method. None for nnprune's own.
+
+    Code without a file, such as a notebook's, may have changed unseen: its hash is new each time, so nothing of it is reused.
+    """
+    outside = [kind for kind in method.__mro__ if kind.__module__.split(".")[0] not in ("nnprune", "builtins", "abc", "typing")]
+    if not outside:
+        return None
+    reason = next((f"the code of {kind.__name__} is in no file" for kind in outside if not is_in_file(kind)), None)
+    try:
+        if not reason:
+            return content_hash(method, method.__module__)
+    except ERRORS as error:
+        reason = f"what the code of {method.__name__} refers to cannot be hashed ({error})"
+    log.warning("warning: %s, so this run will not be reused, nor averaged over seeds; put it in a module", reason)
+    return uuid.uuid4().hex[:16]
 
 
 def _attributes(pruner: Any) -> dict[str, Any]:
@@ -61,29 +62,3 @@ def _attributes(pruner: Any) -> dict[str, Any]:
 
 def _names(slots: Any) -> list[str]:
     return [slots] if isinstance(slots, str) else list(slots)
-
-
-class _Pickler(pickle.Pickler):
-    """Makes the same bytes of the same content in any process: of tensors by their values, of a user's functions and classes by their
-    file. Those that are in no file may have changed unseen: PicklingError."""
-
-    def reducer_override(self, one: Any) -> Any:
-        if isinstance(one, Tensor):
-            values = one.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            return str, (f"{one.dtype} {tuple(one.shape)} {hashlib.sha256(values).hexdigest()}",)
-        if isinstance(one, FunctionType | type):
-            return self._of_code(one)
-        return NotImplemented
-
-    def _of_code(self, one: FunctionType | type) -> Any:
-        module = one.__module__ or ""
-        if module != "__main__" and not is_users(module):
-            return NotImplemented  # installed: its name
-        if "<" in one.__qualname__ or not (is_in_file(one) if isinstance(one, type) else _is_in_its_file(one)):
-            raise pickle.PicklingError(f"{one.__qualname__} has no place in a file")
-        return str, (f"{module}.{one.__qualname__} {hashlib.sha256(source_of(module)).hexdigest()}",)
-
-
-def _is_in_its_file(function: FunctionType) -> bool:
-    file = getattr(sys.modules[function.__module__], "__file__", None)
-    return bool(file) and Path(inspect.unwrap(function).__code__.co_filename).resolve() == Path(file).resolve()

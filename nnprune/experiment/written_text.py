@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nnprune.engine import parallel
 from nnprune.experiment.build import Experiment
-from nnprune.experiment.identity import science
+from nnprune.experiment.identity import code_entry, science
 from nnprune.files.digests import cache_folder
 from nnprune.model.decoder import Decoder
 from nnprune.records import fingerprint, read_journal, write_journal
@@ -43,7 +43,9 @@ def written_ids(experiment: Experiment, decoder: Decoder, ids: Tensor) -> Tensor
 
 def _journal(experiment: Experiment) -> Path | None:
     """The file in the user's cache for what this model writes with these settings; None when nobody has a home."""
-    settings = {"model": science(experiment)["model"], "calibration": experiment.config["calibration"]}
+    calibration = experiment.config["calibration"]
+    calibration = calibration | code_entry(type(experiment.calibration), calibration)
+    settings = {"model": science(experiment)["model"], "calibration": calibration}
     try:
         return cache_folder() / "written" / f"{fingerprint(settings)}.json"
     except RuntimeError:
