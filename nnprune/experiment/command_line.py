@@ -108,7 +108,7 @@ def label_of(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[st
 
 
 def grid_cells(cfg: DictConfig) -> list[DictConfig]:
-    """The configs of the runs that a grid consists of. Call it within a Hydra job only."""
+    """The configs of the runs that a grid consists of, each with its pruner and sparsity as `grid`. Call it within a Hydra job only."""
     hydra_config = HydraConfig.get()
     overrides = [entry for entry in hydra_config.overrides.task if entry.partition("=")[0] not in ("grid", *GRID)]
     pruners = cfg.grid.get("pruner") or [hydra_config.runtime.choices["pruner"]]
@@ -117,5 +117,6 @@ def grid_cells(cfg: DictConfig) -> list[DictConfig]:
     for pruner, pattern in product(pruners, patterns):
         cell, choices = composed([*overrides, f"pruner={pruner}", f"sparsity={pattern}"])
         cell.label = cell.label or label_of(cell, choices, overrides)
+        cell.grid = {"pruner": pruner, "sparsity": str(pattern)}
         cells.append(cell)
     return cells
