@@ -146,8 +146,8 @@ def prune(pruner: Any, model_name: str = "demo", sparsity: float | str = 0.5, ov
         pruner: an instance of a subclass of Pruner.
         model_name: "demo", a local directory or a hub id; the latter two calibrate on C4 and evaluate on WikiText-2.
         sparsity: a fraction of zeros such as 0.5, or N:M such as "2:4".
-        overrides: further settings as on the command line, such as "calibration.num_samples=32"; none of pruner, sparsity, grid, plan
-            and experiment, nor a model if `model_name` is given.
+        overrides: further settings as on the command line, such as "calibration.num_samples=32"; none of pruner, sparsity, grid,
+            plan and experiment, nor a model if `model_name` is given.
 
     Raises:
         ValueError: an invalid setting, with the remedy.

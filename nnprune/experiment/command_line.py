@@ -87,9 +87,9 @@ def composed(overrides: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
 
 
 def label_of(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str]) -> str:
-    """The default label of a method, such as wanda+refit: its `pruner` option, or the class of a user's own pruner, and the options
-    of the groups in `PLAIN_OPTIONS` that are not the pruner's own or that the overrides set; where they switch off what a preset has,
-    best+recover=none. Call it where Hydra is initialized only."""
+    """The default label of a method, such as wanda+refit: its `pruner` option, or the class of a user's own pruner, and the
+    options of the groups in `PLAIN_OPTIONS` that are not the pruner's own or that the overrides set; where they switch off what a
+    preset has, best+recover=none. Call it where Hydra is initialized only."""
     name = choices["pruner"]
     if name == "custom":
         name = str(OmegaConf.select(cfg, "pruner._target_", default=name)).split(".")[-1]
@@ -108,7 +108,8 @@ def label_of(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[st
 
 
 def grid_cells(cfg: DictConfig) -> list[DictConfig]:
-    """The configs of the runs that a grid consists of, each with its pruner and sparsity as `grid`. Call it within a Hydra job only."""
+    """The configs of the runs that a grid consists of, each with its pruner and sparsity as `grid`. Call it within a Hydra
+    job only."""
     hydra_config = HydraConfig.get()
     overrides = [entry for entry in hydra_config.overrides.task if entry.partition("=")[0] not in ("grid", *GRID)]
     pruners = cfg.grid.get("pruner") or [hydra_config.runtime.choices["pruner"]]

@@ -35,8 +35,8 @@ REMEDIES = {
 
 
 def check_overrides(overrides: Sequence[str], has_model: bool) -> None:
-    """Raise ValueError for an override that would not count beside the arguments of `nnprune.prune`; `has_model` says whether they
-    name a model."""
+    """Raise ValueError for an override that would not count beside the arguments of `nnprune.prune`; `has_model` says whether
+    they name a model."""
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0].strip()
         remedy = REMEDIES.get(re.split("[.@]", key)[0])

@@ -85,5 +85,5 @@ class MLflow(Tracker):
 
 
 def _key(name: str) -> str:
-    """A name as MLflow takes it: *.mlp.* of allocation.patterns is _.mlp._, and no part of it between slashes is empty or a dot."""
+    """A name as MLflow takes it: *.mlp.* of allocation.patterns is _.mlp._, and no part between slashes is empty or dots."""
     return "/".join(part if part.strip(".") else "_" for part in re.sub(r"[^\w\-. :/]", "_", name).split("/"))[:MAX_KEY]
