@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nnprune import __version__
 from nnprune.experiment import command_line, sparsity_options, sweep_table
 from nnprune.experiment.command_errors import explain, where_raised
-from nnprune.experiment.command_line import CONF, grid_cells, is_grid, label_of, rewrite
+from nnprune.experiment.command_line import CONF, composed, grid_cells, is_grid, label_of, rewrite
 from nnprune.records import RESULT_FILE, RunRecord
 
 log = logging.getLogger("nnprune")
@@ -146,25 +146,32 @@ def prune(pruner: Any, model_name: str = "demo", sparsity: float | str = 0.5, ov
         pruner: an instance of a subclass of Pruner.
         model_name: "demo", a local directory or a hub id; the latter two calibrate on C4 and evaluate on WikiText-2.
         sparsity: a fraction of zeros such as 0.5, or N:M such as "2:4".
-        overrides: further settings as on the command line, such as "calibration.num_samples=32".
+        overrides: further settings as on the command line, such as "calibration.num_samples=32"; none of pruner, sparsity, grid,
+            plan and experiment, nor a model if `model_name` is given.
 
     Raises:
         ValueError: an invalid setting, with the remedy.
     """
     from nnprune.engine import parallel
+    from nnprune.experiment.overrides import check_overrides
     from nnprune.experiment.own_objects import settings_of, state_of
 
     parallel.start()
     is_demo = model_name == "demo"
+    check_overrides(overrides, has_model=not is_demo)
     kind = "demo" if is_demo else "local" if Path(model_name).is_dir() else "hub"
-    settings = [f"model={kind}", "pruner=custom", *overrides]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", settings)
-    cfg.sparsity = str(sparsity)
-    if not is_demo:
-        cfg.model.path = str(model_name)
     plain, method, state = settings_of(pruner), type(pruner), state_of(pruner)
-    cfg.pruner = {"_target_": f"{method.__module__}.{method.__qualname__}", **plain, **({"state_hash": state} if state else {})}
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg, choices = composed([f"model={kind}", "pruner=custom", *overrides])
+        cfg.sparsity = str(sparsity)
+        if not is_demo:
+            cfg.model.path = str(model_name)
+        cfg.pruner = {
+            "_target_": f"{method.__module__}.{method.__qualname__}",
+            **plain,
+            **({"state_hash": state} if state else {}),
+        }
+        cfg.label = cfg.label or label_of(cfg, choices, overrides)
     return run(cfg, pruner)
 
 

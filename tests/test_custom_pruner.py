@@ -92,6 +92,26 @@ def test_editing_a_custom_pruner_makes_another_experiment(users_folder, small):
     assert first.fingerprint != second.fingerprint
 
 
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("sparsity=2:4", "write prune(..., sparsity="),
+        ("pruner=wanda", "give the pruner object its options"),
+        ("+pruner.alpha=7", "give the pruner object its options"),
+        ("~pruner.alpha", "give the pruner object its options"),
+        ("grid=true", "call prune once for each pruner and sparsity"),
+        ("plan=true", "only the command nnprune estimates"),
+        ("experiment=readme_table", "start it with the command nnprune"),
+        ("model=opt-125m", "leave out this override or model_name"),
+        ("model.path=elsewhere", "leave out this override or model_name"),
+    ],
+)
+def test_an_override_that_would_not_count_is_refused(override, remedy, tiny_model_dir):
+    with pytest.raises(ValueError, match=re.escape(remedy)) as error:
+        nnprune.prune(ToolkitPruner(), str(tiny_model_dir), overrides=["seed=1", override])
+    assert str(error.value).startswith(f"{override}: ")
+
+
 class ToolkitPruner(BaseActAwareUnstructuredPruner):
     """In the ways of the toolkit we start from: no super().__init__(), works in place, returns more zeros than asked for."""
 

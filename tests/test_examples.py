@@ -45,6 +45,11 @@ def saved(examples, quick):
     return model, printed
 
 
+def test_the_model_of_other_settings_is_checked(examples, quick, tmp_path):
+    folder = shutil.copytree(examples / "deploy", tmp_path / "deploy", ignore=shutil.ignore_patterns("outputs"))
+    assert "36 linears have 2:4, zeros as recorded" in run(folder / "deploy.sh", *quick, "seed=1", "update=refit")
+
+
 def test_a_pruner_of_ones_own_against_sparsegpt(examples, quick, monkeypatch):
     folder = examples / "own_pruner"
     monkeypatch.setattr(sys, "argv", ["make_tiny_model.py", str(folder / "tiny")])

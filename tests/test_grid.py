@@ -126,6 +126,11 @@ def test_a_sweep_on_the_command_line(call_main, tiny_model_dir, small_text, tmp_
     cells = sorted((record["pruner"], record["sparsity"]) for record in records if record["pruner"] != "dense")
     assert cells == [("magnitude", "0.7"), ("magnitude", "2:4"), ("wanda", "0.7"), ("wanda", "2:4")]
     assert all(json.dumps(record["config"]["grid"]) == "null" for record in records)
+    for record in records:
+        command = record["command"].split()
+        assert not any(one.startswith("grid=") for one in command)
+        assert f"sparsity={record['sparsity']}" in command
+        assert record["pruner"] == "dense" or f"pruner={record['pruner']}" in command
     assert call_main(*arguments, "pruner=magnitude,wanda", "sparsity=0.7,2:4") == (0, "")
     assert read_all(tmp_path) == (records, problems), "all were finished already"
 

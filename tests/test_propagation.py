@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import compose_config
 from support.engine import ATOL, IDS, Failing, Interrupted, engine_of, expected_inputs, prune, prune_model, recover
 from support.families import FAMILIES
 
@@ -192,20 +191,3 @@ def test_settings_out_of_range(options, message):
 def test_one_sequence_cannot_be_tuned_on_and_held_out(tiny_config):
     with pytest.raises(ValueError, match=r"calibration\.num_samples=1: recover needs one sequence"):
         run(tiny_config("recover=layer", "calibration.num_samples=1"))
-
-
-def test_labels_tell_what_goes_with_a_pruner():
-    from nnprune.experiment.command_line import label_of
-    from nnprune.report.labels import pretty_pruner
-
-    cfg = compose_config("pruner=wanda", "update=refit")
-    choices = {"pruner": "wanda", "allocation": "uniform", "target": "dense", "update": "refit", "recover": "none"}
-    assert label_of(cfg, choices, ["pruner=wanda", "update=refit"]) == "wanda+refit"
-    assert label_of(cfg, choices | {"pruner": "best"}, ["pruner=best"]) == "best"  # best.yaml's own choice
-    assert label_of(cfg, choices | {"pruner": "best"}, ["pruner=best", "recover=none"]) == "best+recover=none"
-    assert label_of(cfg, choices, ["pruner=wanda", "update=refit", "recover=none"]) == "wanda+refit"
-    for bits, wanted in (("4", "SparseGPT, 4 bits"), ("3", "SparseGPT, 3 bits"), ("null", "SparseGPT")):
-        cfg = compose_config("pruner=sparsegpt_int4", f"pruner.bits={bits}")
-        assert pretty_pruner(label_of(cfg, choices | {"pruner": "sparsegpt_int4"}, [])) == wanted
-    cfg = compose_config("pruner=custom", "pruner._target_=mine.Own_int4")
-    assert label_of(cfg, choices | {"pruner": "custom"}, []) == "Own_int4"

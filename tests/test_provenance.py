@@ -80,6 +80,9 @@ def test_the_command_is_that_of_one_run(monkeypatch):
         cfg = compose("config", overrides, return_hydra_config=True)
     monkeypatch.setattr(HydraConfig.instance(), "cfg", cfg)
     assert command(experiment) == "nnprune pruner=wanda sparsity=0.7 'label=a b'"
+    assert command(experiment.dense()) == "nnprune pruner=wanda sparsity=dense 'label=a b'"
+    cfg.hydra.overrides.task = ["pruner=wanda"]
+    assert command(experiment.dense()) == "nnprune pruner=wanda sparsity=dense"
 
 
 def test_a_record_names_the_machine():

@@ -1,5 +1,9 @@
 """What a sweep says at its end, and what a run returns to a sweeper. Under other launchers: test_sweep_command.py."""
 
+from datetime import datetime
+from itertools import count
+from types import SimpleNamespace
+
 import pytest
 
 from nnprune.experiment import sweep_table
@@ -44,6 +48,48 @@ def test_the_table_says_what_came_of_each_run(call_main, monkeypatch, fake_run):
     assert table[4] == ["2", "0.5", "0.5", "5", "skipped"]
     assert table[6][:5] == ["4", "0.5", "0", "--", "failed:"]
     assert "pruner.damping=0: must be a number greater than 0" in " ".join(table[6])
+
+
+@pytest.fixture
+def table(call_main, monkeypatch):
+    """`table("seed=0,1", ...)`: the lines that a sweep shows at its end, each in words."""
+    shown = []
+    monkeypatch.setattr(sweep_table, "print", lambda *lines, **_: shown.extend("\n".join(lines).split("\n")), raising=False)
+
+    def lines(*arguments):
+        shown.clear()
+        call_main("-m", *arguments)
+        return [line.split() for line in shown if line]
+
+    return lines
+
+
+def test_each_cell_of_a_grid_has_a_row(table, monkeypatch):
+    def run(cfg, keep_layers):
+        if "Magnitude" in cfg.pruner._target_:
+            sweep_table.note(cfg, "failed", error="no luck")
+            raise ValueError("no luck")
+        sweep_table.note(cfg, "done", RunRecord("completed", "f", "demo", cfg.label, str(cfg.sparsity)))
+
+    monkeypatch.setattr("nnprune.run.run", run)
+    monkeypatch.setattr("nnprune.experiment.reuse.reusable_record", lambda _: True)
+    grid = ("grid=true", "propagate=dense", "pruner=magnitude,wanda", "sparsity=0.5,2:4", "label=mine")
+    rows = table(*grid, "seed=0,1")
+    assert rows[0] == ["sweep:", "8", "runs,", "4", "done,", "4", "failed"]
+    assert [row[:4] for row in rows[1:]] == [
+        ["#", "pruner", "sparsity", "seed"],
+        *([job, pruner, sparsity, job] for job in "01" for pruner in ("magnitude", "wanda") for sparsity in ("0.5", "2:4")),
+    ]
+
+
+def test_sweeps_that_start_in_the_same_second_share_no_folder(table, fake_run, monkeypatch, tmp_path):
+    microseconds = count()
+    clock = SimpleNamespace(now=lambda: datetime(2026, 1, 1, microsecond=next(microseconds)))
+    monkeypatch.setattr("hydra.core.utils.datetime", clock)
+    fake_run(lambda cfg: 3.0)
+    for seeds in ("seed=0,1", "seed=2,3,4"):
+        assert table(seeds)[0][:3] == ["sweep:", str(seeds.count(",") + 1), "runs,"]
+    assert sorted(len(list(folder.rglob(sweep_table.FILE))) for folder in (tmp_path / "outputs" / ".hydra").iterdir()) == [2, 3]
 
 
 def test_nothing_is_said_of_a_single_run(call_main, capsys, fake_run):

@@ -1,6 +1,7 @@
 """Tracking with the programs themselves, each without a server: MLflow's database, TensorBoard's event files, wandb offline."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from nnprune.experiment.build import build
 from nnprune.records import RESULT_FILE, read_all
 from nnprune.run import run
+from nnprune.tracking.mlflow import _key
 
 
 def test_a_sweep_of_two_processes_is_read_back_through_mlflow(run_cli, tiny_config, tiny_model_dir, small_text, tmp_path):
@@ -44,6 +46,25 @@ def test_a_sweep_of_two_processes_is_read_back_through_mlflow(run_cli, tiny_conf
     )  # prunes again, and continues its own
     again = client.search_runs([found[0].info.experiment_id])
     assert [one.info.run_id for one in again] == [one.info.run_id for one in found]
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("allocation.patterns.*.self_attn.*", "allocation.patterns._.self_attn._"),
+        (r"allocation.patterns.re:.*\.(q|k)_proj", "allocation.patterns.re:.__._q_k__proj"),
+        ("evaluation.datasets.my text/../a//b", "evaluation.datasets.my text/_/a/_/b"),
+        ("seed", "seed"),
+        ("x" * 300, "x" * 250),
+    ],
+)
+def test_mlflow_takes_every_name_of_a_setting(name, key):
+    assert _key(name) == key
+    if find_spec("mlflow"):
+        from mlflow.utils import validation
+
+        validation._validate_param_name(key)
+        validation._validate_metric_name(key)
 
 
 def test_tensorboard_event_files(tiny_config):

@@ -3,7 +3,9 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-python -m nnprune.run pruner=sparsegpt sparsity=2:4 save=true "$@"
-model=$(echo outputs/demo/2of4/sparsegpt-*/model)
+log=$(mktemp)
+trap 'rm "$log"' EXIT
+python -m nnprune.run pruner=sparsegpt sparsity=2:4 save=true "$@" | tee "$log"
+model=$(sed -n 's|^record: \(.*\)/result.json$|\1/model|p' "$log")  # each choice of settings has a folder of its own
 python -m nnprune.check "$model" --masks masks.safetensors
 python load.py "$model"

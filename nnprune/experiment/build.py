@@ -68,7 +68,7 @@ class Experiment:
     """Everything one run needs, built and validated, without weights.
 
     `evaluations` maps the name of each evaluator that is to be measured to its fingerprint; `home` is the folder where it is not
-    the usual one.
+    the usual one; `cell` has the pruner and sparsity of a grid's cell, as they were written.
     """
 
     config: dict[str, Any]
@@ -84,6 +84,7 @@ class Experiment:
     evaluations: dict[str, str]
     tracker: Tracker
     home: Path | None = None
+    cell: dict[str, str] | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -144,6 +145,7 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
         raise ValueError(f"propagate={quoted(config['propagate'])}: must be {one_of(PROPAGATE)}")
     pattern = parse_pattern(config["sparsity"])
     config["sparsity"] = {"pattern": str(config["sparsity"])}  # as in every record
+    cell, config["grid"] = config["grid"] or None, None  # the record of a cell is that of a run alone
     runtime = make("runtime", Runtime, config)
     selection = make("prune", Selection, {"prune": config.pop("prune")})
     config |= {"prune": selection.settings} if selection.settings else {}  # the default is no part of a fingerprint
@@ -181,6 +183,7 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
         label="dense" if allocation.is_dense(pattern) else str(config["label"] or type(pruner).__name__),
         evaluations=evaluation_fingerprints(evaluation.evaluators),
         tracker=tracker,
+        cell=cell,
     )
     if not experiment.is_dense:
         calibration.check(runtime)

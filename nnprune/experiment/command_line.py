@@ -8,13 +8,14 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Transformer
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nnprune.checks import quoted
 
@@ -74,42 +75,49 @@ def is_grid(cfg: DictConfig) -> bool:
     return True
 
 
-def label_of(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str]) -> str:
-    """The default label of a method, such as wanda+refit: its `pruner` option, or the class of a user's own pruner, and the options
-    of the groups in `PLAIN_OPTIONS` that the overrides set; where they switch off what a preset has, best+recover=none."""
+def composed(overrides: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
+    """The config that overrides make, and the chosen option of each group. Call it where Hydra is initialized only."""
+    if HydraConfig.initialized():  # more folders of options
+        overrides = [*(one for one in HydraConfig.get().overrides.hydra if one.startswith("hydra.searchpath=")), *overrides]
+    cfg = compose("config", list(overrides), return_hydra_config=True)
+    choices = dict(cfg.hydra.runtime.choices)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg, choices
+
+
+def label_of(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str]) -> str:
+    """The default label of a method, such as wanda+refit: its `pruner` option, or the class of a user's own pruner, and the
+    options of the groups in `PLAIN_OPTIONS` that are not the pruner's own or that the overrides set; where they switch off what a
+    preset has, best+recover=none. Call it where Hydra is initialized only."""
     name = choices["pruner"]
     if name == "custom":
         name = str(OmegaConf.select(cfg, "pruner._target_", default=name)).split(".")[-1]
     if name == "sparsegpt_int4":
         name = f"sparsegpt_int{cfg.pruner.bits}" if cfg.pruner.bits else "sparsegpt"
     overridden = {entry.partition("=")[0] for entry in overrides}
+    if all(choices[key] == plain and key not in overridden for key, plain in PLAIN_OPTIONS.items()):
+        return name  # composing takes a moment
+    own = composed([f"pruner={choices['pruner']}"])[1]
     for key, plain in PLAIN_OPTIONS.items():
-        if key not in overridden:
-            continue
-        if choices[key] != plain:
+        if choices[key] != plain and (choices[key] != own[key] or key in overridden):
             name += f"+{choices[key]}"
-        elif key in _groups_of(choices["pruner"]):
+        elif choices[key] != own[key]:
             name += f"+{key}={choices[key]}"
     return name
 
 
-def _groups_of(preset: str) -> set[str]:
-    """The groups of `PLAIN_OPTIONS` whose option one of our `pruner` options chooses."""
-    path = CONF / "pruner" / f"{preset}.yaml"
-    chosen = OmegaConf.select(OmegaConf.load(path), "defaults", default=[]) if path.is_file() else []
-    return {key for key in PLAIN_OPTIONS if any(f"override /{key}" in entry for entry in chosen)}
-
-
 def grid_cells(cfg: DictConfig) -> list[DictConfig]:
-    """The configs of the runs that a grid consists of. Call it within a Hydra job only."""
+    """The configs of the runs that a grid consists of, each with its pruner and sparsity as `grid`. Call it within a Hydra
+    job only."""
     hydra_config = HydraConfig.get()
-    choices = hydra_config.runtime.choices
     overrides = [entry for entry in hydra_config.overrides.task if entry.partition("=")[0] not in ("grid", *GRID)]
-    pruners = cfg.grid.get("pruner") or [choices["pruner"]]
+    pruners = cfg.grid.get("pruner") or [hydra_config.runtime.choices["pruner"]]
     patterns = cfg.grid.get("sparsity") or [cfg.sparsity]
     cells = []
     for pruner, pattern in product(pruners, patterns):
-        cell = compose("config", [*overrides, f"pruner={pruner}", f"sparsity={pattern}"])
-        cell.label = cell.label or label_of(cell, {**choices, "pruner": pruner}, overrides)
+        cell, choices = composed([*overrides, f"pruner={pruner}", f"sparsity={pattern}"])
+        cell.label = cell.label or label_of(cell, choices, overrides)
+        cell.grid = {"pruner": pruner, "sparsity": str(pattern)}
         cells.append(cell)
     return cells

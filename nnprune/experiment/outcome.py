@@ -27,7 +27,7 @@ def record_failure(cfg: DictConfig, experiment: Experiment | None, error: Except
         return
     model, pattern, label = config.get("model") or {}, str(config.get("sparsity")), str(config.get("label") or "custom")
     name = str(model.get("name") or Path(str(model.get("path"))).name)
-    config["sparsity"] = {"pattern": pattern}
+    config["sparsity"], config["grid"] = {"pattern": pattern}, None
     identity = {key: value for key, value in config.items() if key not in ("runtime", "outputs", "objective", "tracking")}
     record = RunRecord("failed", fingerprint(identity), name, label, pattern, config=config, error=f"{error}")
     folder = run_folder(outputs, name, pattern, label, record.fingerprint)

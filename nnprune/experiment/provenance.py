@@ -56,12 +56,18 @@ def now() -> str:
 
 
 def command(experiment: Experiment) -> str | None:
-    """The command line of this run alone, also where it is one of a sweep; None if it was called from Python."""
+    """The command line of this run alone, also where it is one of a sweep or a grid; None if it was called from Python."""
     if not HydraConfig.initialized():
         return None
-    pattern = f"sparsity={experiment.pattern}"  # in place of the option that was made of it
-    overrides = HydraConfig.get().overrides.task
-    return shlex.join(["nnprune", *(pattern if one.startswith("sparsity=") else one for one in overrides)])
+    own = {
+        **(experiment.cell or {}),
+        "sparsity": str(experiment.pattern),
+    }  # in place of the option that the pattern was made of
+    typed = [(one.partition("=")[0], one) for one in HydraConfig.get().overrides.task]
+    overrides = [f"{key}={own[key]}" if key in own else one for key, one in typed if key != "grid"]
+    if experiment.is_dense and "sparsity=dense" not in overrides:  # measured by a run that prunes
+        overrides.append("sparsity=dense")
+    return shlex.join(["nnprune", *overrides])
 
 
 def versions(device_type: str) -> dict[str, str]:

@@ -72,15 +72,24 @@ def note(cfg: DictConfig, status: str, record: RunRecord | None = None, error: s
     if not is_in_sweep():
         return
     job = HydraConfig.get()
-    settings = {key.lstrip("+~"): value for key, _, value in (one.partition("=") for one in job.overrides.task)}
+    typed = {key.lstrip("+~"): value for key, _, value in (one.partition("=") for one in job.overrides.task) if key != "grid"}
+    cell = {key: value for key, value in (cfg.grid or {}).items() if isinstance(value, str)}  # a list is of all cells
+    settings = typed | cell
     name, value = objective(cfg, record) if record else (cfg.objective or "", None)
     settings |= {
         "model": record.model if record else str(OmegaConf.select(cfg, "model.name") or OmegaConf.select(cfg, "model.path")),
-        "pruner": record.pruner if record else str(cfg.label),
+        "pruner": settings["pruner"] if {"label", "pruner"} <= settings.keys() else record.pruner if record else str(cfg.label),
         "sparsity": record.sparsity if record else str(cfg.sparsity),
     }
-    row = {"job": job.job.num, "settings": settings, "status": status, "metric": name, "value": value, "error": error}
-    row["whole_model"] = bool(record and record.whole_model)
+    row = {
+        "job": job.job.num,
+        "cell": str(cfg.grid or ""),
+        "settings": settings,
+        "status": status,
+        "metric": name,
+        "value": value,
+    }
+    row |= {"error": error, "whole_model": bool(record and record.whole_model)}
     with (Path(job.runtime.output_dir) / FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -101,12 +110,12 @@ def show() -> None:
 
 
 def _rows(root: Path) -> list[dict[str, Any]]:
-    """The last outcome of each run, by number of the job: one that was preempted has several."""
+    """The last outcome of each run, by number of the job and the cell of its grid: one that was preempted has several."""
     rows = {}
     for path in root.rglob(FILE):
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            rows[row["job"], *(row["settings"][key] for key in SETTINGS)] = row
+            rows[row["job"], row["cell"]] = row
     return sorted(rows.values(), key=lambda row: row["job"])
 
 

@@ -1,5 +1,6 @@
 """MLflow: a server, or a database in a file."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from nnprune.tracking.base import TrackedRun, Tracker
 
 MAX_PARAMETERS = 100
 """That MLflow takes in one request."""
+
+MAX_KEY = 250
+"""Characters of the name of a parameter or a metric."""
 
 MAX_LENGTH = 500
 """Of a parameter's value, in all versions of MLflow."""
@@ -50,7 +54,8 @@ class MLflow(Tracker):
                 pass
         tags = {"mlflow.runName": run.name, "nnprune.folder": str(run.folder)}
         self.run_id = self.client.create_run(experiment_id, tags=tags).info.run_id
-        parameters = [Param(key, str(value)[:MAX_LENGTH]) for key, value in run.settings.items()]
+        settings = {_key(key): str(value)[:MAX_LENGTH] for key, value in run.settings.items()}
+        parameters = [Param(key, value) for key, value in settings.items()]
         for start in range(0, len(parameters), MAX_PARAMETERS):
             self.client.log_batch(self.run_id, params=parameters[start : start + MAX_PARAMETERS])
         return self.run_id
@@ -74,4 +79,11 @@ class MLflow(Tracker):
         from mlflow.utils.time import get_current_time_millis
 
         now = get_current_time_millis()
-        self.client.log_batch(self.run_id, metrics=[self._metric(key, value, now, step) for key, value in metrics.items()])
+        self.client.log_batch(
+            self.run_id, metrics=[self._metric(_key(key), value, now, step) for key, value in metrics.items()]
+        )
+
+
+def _key(name: str) -> str:
+    """A name as MLflow takes it: *.mlp.* of allocation.patterns is _.mlp._, and no part between slashes is empty or dots."""
+    return "/".join(part if part.strip(".") else "_" for part in re.sub(r"[^\w\-. :/]", "_", name).split("/"))[:MAX_KEY]
