@@ -28,7 +28,7 @@ def commands(program: str) -> list[str]:
     for path in SCRIPTS:
         text = path.read_text(encoding="utf-8").replace("\\\n", " ").replace(' "$@"', "")
         found |= set(re.findall(rf"{program}\b(.*)", text))
-    return sorted({line.partition(" #")[0].partition(" > ")[0].rstrip(" &") for line in found if "..." not in line})
+    return sorted({re.split(r" #| > | \| ", line)[0].rstrip(" &") for line in found if "..." not in line})
 
 
 RUNS = commands(r"python -m nnprune\.run")
