@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nnprune import __version__
+from nnprune.checks import quoted
 from nnprune.experiment import command_line, sparsity_options, sweep_table
 from nnprune.experiment.command_errors import explain, where_raised
 from nnprune.experiment.command_line import CONF, composed, grid_cells, is_grid, label_of, rewrite
@@ -157,6 +158,8 @@ def prune(pruner: Any, model_name: str = "demo", sparsity: float | str = 0.5, ov
     from nnprune.experiment.own_objects import settings_of, state_of
 
     parallel.start()
+    if isinstance(pruner, str | type):
+        raise ValueError(f"pruner={quoted(pruner)}: must be an object, such as nnprune.pruners.wanda.Wanda()")
     is_demo = model_name == "demo"
     check_overrides(overrides, has_model=not is_demo)
     kind = "demo" if is_demo else "local" if Path(model_name).is_dir() else "hub"

@@ -130,3 +130,8 @@ def test_a_model_of_other_hidden_states_is_refused(tiny_config, tmp_path):
     folder = save_random(config, tmp_path / "gemma3n")
     message = failure(tiny_config(f"model.path={folder}", "pruner=wanda"))
     assert message.startswith("model.path: Gemma3nForCausalLM gives its decoder layers hidden states (2, 2, 16, 32) instead of")
+
+
+def test_a_folder_that_is_no_model_is_told_before_the_texts(tiny_config, tmp_path):
+    message = failure(tiny_config(f"model.path={tmp_path}", "evaluation.path=nowhere.txt"))
+    assert message.startswith(f"model.path={tmp_path}: has no config.json; give a directory made by save_pretrained")

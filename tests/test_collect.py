@@ -169,6 +169,7 @@ def test_values_that_json_lacks_become_null(tmp_path):
         (["--layout", "models", "--relative", "wanda"], "--relative is for --layout methods"),
         (["--layout", "methods", "--relative", "ria"], "--relative ria: no record has this pruner; known: alps, dense"),
         (["--by", "pruner.alpha", "--layout", "methods"], "--by and --layout do not go together"),
+        (["--by", "seed"], "--by seed: runs that differ in it alone are averaged; --format csv has a row for each"),
         (["--by", "pruner.alpha"], "--by pruner.alpha: no record has this setting; those in which records differ: none"),
         (["-o", "table.docx"], "-o table.docx: unknown suffix '.docx'; use one of .md, .tex, .csv, .json"),
         (["-o", "nowhere/table.md"], "-o nowhere/table.md: the folder nowhere does not exist"),

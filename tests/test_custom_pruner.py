@@ -10,6 +10,7 @@ from conftest import ROOT
 import nnprune
 from nnprune import BaseActAwareUnstructuredPruner
 from nnprune.patterns import NM
+from nnprune.pruners.magnitude import Magnitude
 from nnprune.texts import DEMO_FOLDER
 
 FENCES = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
@@ -191,3 +192,9 @@ def test_the_documents_diff_is_a_pruner():
     pruned = pruner.prune_linear(W, "l", NM(2, 4))
     assert (pruned != 0).unflatten(1, (-1, 4)).sum(-1).eq(2).all()
     assert not pruned[:, 3].any()
+
+
+@pytest.mark.parametrize("pruner", ["wanda", Magnitude])
+def test_what_is_no_pruner_object_is_refused(pruner):
+    with pytest.raises(ValueError, match=r"^pruner=.*: must be an object, such as nnprune\.pruners\.wanda\.Wanda\(\)"):
+        nnprune.prune(pruner)

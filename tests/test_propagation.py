@@ -170,7 +170,7 @@ def test_sixteen_bits(dtype, tiny_config, device):
 
 @pytest.mark.parametrize("setting", ["target=asymmetric", "recover=next_layer"])
 def test_dense_propagation_has_nothing_to_compare(setting, tiny_config):
-    with pytest.raises(ValueError, match="propagate=dense: hands on what"):
+    with pytest.raises(ValueError, match="propagate=dense: leaves nothing for"):
         run(tiny_config(setting, "propagate=dense"))
 
 

@@ -90,6 +90,15 @@ def test_the_dense_figure_is_of_the_evaluation_of_the_runs_shown(tmp_path):
     assert "different settings of the evaluation" in collect(folder, "--metric", "demo_perplexity")[2]
 
 
+def test_the_dense_figure_is_of_the_dtype_of_the_runs_shown(tmp_path):
+    folder, later = tmp_path / "o", {"finished": "2026-11-21T21:00:00+00:00"}
+    write_record(folder / "w", **measured(20.0, 15.0, 64), **config(0), dtype="bfloat16")
+    write_record(
+        folder / "d", pruner="dense", sparsity="dense", **measured(14.9, 14.9, 64), **config(0), dtype="float16", **later
+    )
+    assert "| **Dense** | 0% | 15.00 |" in collect(folder, "--metric", "demo_perplexity")[1]
+
+
 @pytest.mark.parametrize(
     ("other", "name"),
     [

@@ -61,12 +61,13 @@ def test_an_experiment_of_one_sparsity(sweep, text):
     assert sweep("sparsity=0.3", experiment=text) == ["0.3"]
 
 
-def test_an_experiment_whose_number_is_not_quoted(call_main, tmp_path):
+@pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
+def test_an_experiment_whose_number_is_not_quoted(sparsity, call_main, tmp_path):
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "mine.yaml").write_text("defaults:\n  - override /sparsity: 0.5\n")
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"defaults:\n  - override /sparsity: {sparsity}\n")
     status, message = call_main("--config-dir", str(tmp_path), "experiment=mine")
     assert status == 1
-    assert message == 'Error: a defaults list has a number; quote it, as in override /sparsity: "0.5"'
+    assert message == 'Error: a defaults list has a number; quote it, as in override /sparsity: "0.5" or "2:4"'
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,16 @@ def test_each_cell_of_a_grid_has_a_row(table, monkeypatch):
     ]
 
 
+def test_pruners_that_an_experiment_gives_one_label_are_told_apart():
+    def row(job, option):
+        settings = {"pruner": "mine", "model": "demo", "sparsity": "0.5"}
+        outcome = {"status": "done", "metric": "demo_perplexity", "value": 3.0, "error": "", "whole_model": False}
+        return {"job": job, "cell": "", "settings": settings, "option": option, **outcome}
+
+    lines = sweep_table._lines([row(0, "magnitude"), row(1, "wanda")], False)
+    assert [line.split()[:2] for line in lines] == [["#", "pruner"], ["0", "magnitude"], ["1", "wanda"]]
+
+
 def test_sweeps_that_start_in_the_same_second_share_no_folder(table, fake_run, monkeypatch, tmp_path):
     microseconds = count()
     clock = SimpleNamespace(now=lambda: datetime(2026, 1, 1, microsecond=next(microseconds)))

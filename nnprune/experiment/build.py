@@ -157,9 +157,11 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
     if config["propagate"] == "dense" and (method.pairs_inputs or method.recovery.epochs_before):
         key = "target" if method.pairs_inputs else "recover.epochs_before"
         raise ValueError(
-            f"propagate=dense: hands on what {key} compares pruned layers with; set propagate=pruned or sequential, or leave {key} out"
+            f"propagate=dense: leaves nothing for {key}, which makes up for the errors of layers before, and the dense model has none; set "
+            f"propagate=pruned or sequential, or leave {key} out"
         )
     method.check()
+    source = make("model", ModelSource, config)
     evaluation = create("evaluation", config, Evaluation)
     calibration = create("calibration", config, Calibration)
     _check_objective(config["objective"], evaluation)
@@ -178,7 +180,7 @@ def build(cfg: DictConfig, pruner: Pruner | None = None) -> Experiment:
         allocation=allocation,
         calibration=calibration,
         evaluation=evaluation,
-        source=make("model", ModelSource, config),
+        source=source,
         runtime=runtime,
         label="dense" if allocation.is_dense(pattern) else str(config["label"] or type(pruner).__name__),
         evaluations=evaluation_fingerprints(evaluation.evaluators),

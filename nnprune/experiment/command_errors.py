@@ -62,8 +62,8 @@ def explain(error: Exception, arguments: Sequence[str], conf: Path) -> str:
         return f"{quoted(f'{key}={value}')}: has several values; add -m to run each{a_list}"
     if match := re.match(r"Could not append to config. An item is already at '([^']+)'", text):
         return f"{quoted(typed.get(match[1], match[1]))}: exists already; leave out the +"
-    if "Unsupported item value in defaults : float" in text:
-        return 'a defaults list has a number; quote it, as in override /sparsity: "0.5"'
+    if re.search("Unsupported item value in defaults : (float|int)", text):  # to YAML 2:4 is 124
+        return 'a defaults list has a number; quote it, as in override /sparsity: "0.5" or "2:4"'
     if isinstance(error, OmegaConfBaseException) and (setting := next((a for a in arguments if "${" in a), None)):
         return f"{quoted(setting)}: cannot be resolved ({quoted(str(error.msg or error))}); write the value itself"
     if isinstance(error, OSError) and not str(error.filename).endswith(".yaml"):  # else a long option

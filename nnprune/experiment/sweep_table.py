@@ -78,13 +78,14 @@ def note(cfg: DictConfig, status: str, record: RunRecord | None = None, error: s
     name, value = objective(cfg, record) if record else (cfg.objective or "", None)
     settings |= {
         "model": record.model if record else str(OmegaConf.select(cfg, "model.name") or OmegaConf.select(cfg, "model.path")),
-        "pruner": settings["pruner"] if {"label", "pruner"} <= settings.keys() else record.pruner if record else str(cfg.label),
+        "pruner": record.pruner if record else str(cfg.label),
         "sparsity": record.sparsity if record else str(cfg.sparsity),
     }
     row = {
         "job": job.job.num,
         "cell": str(cfg.grid or ""),
         "settings": settings,
+        "option": (typed | cell).get("pruner"),
         "status": status,
         "metric": name,
         "value": value,
@@ -121,6 +122,8 @@ def _rows(root: Path) -> list[dict[str, Any]]:
 
 def _lines(rows: list[dict[str, Any]], is_terminal: bool) -> list[str]:
     """The table: what differs between the runs, the metric, and what came out; the best of each model and sparsity in bold."""
+    if len({row["settings"]["pruner"] for row in rows}) == 1 < len({row["option"] for row in rows}):  # all have one `label`
+        rows = [{**row, "settings": row["settings"] | {"pruner": row["option"]}} for row in rows]
     keys = dict.fromkeys(key for row in rows for key in (*SETTINGS, *row["settings"]))
     varying = [key for key in keys if len({row["settings"].get(key) for row in rows}) > 1]
     metrics = list(dict.fromkeys(row["metric"] for row in rows if row["value"] is not None))

@@ -65,6 +65,8 @@ class ModelSource:
         self.name = str(self.name or Path(self.path).expanduser().resolve().name)
         if local.is_dir():
             self.directory = local
+            if not (local / "config.json").is_file():
+                raise ValueError(f"{self.label}: has no config.json; give a directory made by save_pretrained")
             if self.revision is not None:
                 raise ValueError(f"model.revision={self.revision}: {self.path} is a local directory; leave model.revision out")
         elif not re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", self.path):
@@ -98,8 +100,7 @@ class ModelSource:
     def _config(self) -> Any:
         folder = self.files.folder
         if not (folder / "config.json").is_file():
-            remedy = "give a directory made by save_pretrained" if self.directory else "choose a model in Hugging Face's format"
-            raise ValueError(f"{self.label}: has no config.json; {remedy}")
+            raise ValueError(f"{self.label}: has no config.json; choose a model in Hugging Face's format")
         self._refuse_quantised(read_json(folder / "config.json", self.label))
         with self._explained():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=self.trust_remote_code)

@@ -21,9 +21,14 @@ def dense_values(rows: pd.DataFrame) -> tuple[dict[str, float], set[str]]:
 
 
 def without_other_evaluations(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Without those runs of the dense model that measured a metric otherwise than the newest pruned run, whose record has the figure to
-    compare with."""
-    how, dense = rows["record"].map(lambda record: _evaluated_as(record, metric)), is_dense(rows)
+    """Without those runs of the dense model that measured a metric otherwise than the newest pruned run, or in another dtype; that run's
+    record has the figure to compare with."""
+
+    def measured_as(record: dict[str, Any]) -> str | None:
+        settings = _evaluated_as(record, metric)
+        return settings and f"{settings} {record['dtype']}"
+
+    how, dense = rows["record"].map(measured_as), is_dense(rows)
     of_newest = rows["model"].map(how[~dense].groupby(rows["model"]).last())
     return rows[~(dense & how.notna() & of_newest.notna() & (how != of_newest))]
 

@@ -128,6 +128,8 @@ def _all_filtered(frame: pd.DataFrame, filters: Filters) -> pd.DataFrame:
 
 
 def _check_setting(frame: pd.DataFrame, key: str) -> None:
+    if key in ("seed", "calibration.seed"):
+        raise UsageError(f"--by {key}: runs that differ in it alone are averaged; --format csv has a row for each")
     if not any(key in settings_of(record) for record in frame["record"]):
         known = ", ".join(differing_settings(frame)) or "none"
         raise UsageError(f"--by {key}: no record has this setting; those in which records differ: {known}")
