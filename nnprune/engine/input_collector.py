@@ -199,6 +199,9 @@ class InputCollector:
             for kind, statistic in pool.items():
                 statistic.add(X, *self._others(kind, name, X), until=self._rows.stop, source=name)
             self._once(("sample", name), lambda: self._add_sample(name, X))
+            pooled = [one for one in self._siblings(name) if one in self._pool_of and self._samples[one]]
+            for later in pooled[1:]:  # they only stand in for starved experts, for which the first one is enough
+                self._samples[later] = []
             return
         if name in self.statistics:
             for kind, statistic in self.statistics[name].items():
@@ -224,9 +227,6 @@ class InputCollector:
         if self.weights[name].expert:
             if self._rows.stop <= self._num_sampled:  # else none of the batch's rows is among the first ones: see `split`
                 self._samples[name].append(X.clone())
-                pooled = [one for one in self._siblings(name) if one in self._pool_of and self._samples[one]]
-                for later in pooled[1:]:  # they only stand in for starved experts, for which the first one is enough
-                    self._samples[later] = []
             return
         rows = X.unflatten(0, (-1, self.seq_len))[: max(self._num_sampled - self._rows.start, 0)]
         if len(rows):

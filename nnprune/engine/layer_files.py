@@ -131,6 +131,11 @@ class LayerFiles:
     def __contains__(self, index: int) -> bool:
         return index in self.reports
 
+    @property
+    def num_cells(self) -> int:
+        """How many cells of a grid the layers were pruned for in one pass, 1 without a grid."""
+        return max((report["num_cells"] for report in self.reports.values()), default=1)
+
     def path(self, index: int) -> Path:
         """The safetensors file of decoder layer `index`, complete after `finish` unless the layer is in memory."""
         return self.folder / f"layer-{index:04d}.safetensors"

@@ -90,7 +90,7 @@ class PruningPass:
         if not unfinished and dense is None and not pruned:
             return counts
         num_finished = min(unfinished, default=engine.num_layers) if self.tasks else 0
-        is_of_grid = any(report["num_cells"] > 1 for task in self.tasks for report in task.layer_files.reports.values())
+        is_of_grid = any(task.layer_files.num_cells > 1 for task in self.tasks)
         if num_finished and (unfinished or not is_of_grid):  # a grid has pruned what its cells measure
             log.info("resuming after %d finished decoder layers", num_finished)
         propagating = self._propagation(ids) if unfinished else nullcontext()

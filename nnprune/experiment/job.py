@@ -18,7 +18,7 @@ from nnprune.engine.pruning_pass import PruneTask, PruningPass
 from nnprune.engine.stopwatch import Stopwatch
 from nnprune.experiment.build import Experiment
 from nnprune.experiment.folder import locked
-from nnprune.experiment.layer_reports import describe_layers, num_cells
+from nnprune.experiment.layer_reports import describe_layers
 from nnprune.experiment.measurement import Measurement, check_metrics, evaluation_entry, rows_hash
 from nnprune.experiment.plans import PlanRequest, make_plans
 from nnprune.experiment.preparation import (
@@ -230,7 +230,7 @@ class Job:
         runtime = self.experiment.runtime
         if experiment is self.experiment:
             record.seconds = self.stopwatch.total()
-            if num_cells(self.engine) > 1:
+            if self.engine.store.layer_files.num_cells > 1:
                 del record.seconds["total"]
             else:
                 self._remember_peaks()

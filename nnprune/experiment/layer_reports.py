@@ -20,10 +20,5 @@ def describe_layers(record: RunRecord, experiment: Experiment, engine: Layerwise
     if quantization := experiment.method.quantization:
         record.quantization = quantization.summary(engine.decoder.shapes(), plan)
     record.linear_sparsity, record.model_sparsity = fractions_of_zeros(engine.decoder, reports)
-    if (others := num_cells(engine) - 1) > 0:
+    if (others := engine.store.layer_files.num_cells - 1) > 0:
         record.notes.append(f"pruned in one pass with {others} other cells; `seconds` leaves that pass out")
-
-
-def num_cells(engine: LayerwiseEngine) -> int:
-    """How many cells of a grid were pruned in one pass, 1 without a grid."""
-    return max((report["num_cells"] for report in engine.store.layer_files.reports.values()), default=1)

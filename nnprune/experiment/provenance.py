@@ -59,10 +59,8 @@ def command(experiment: Experiment) -> str | None:
     """The command line of this run alone, also where it is one of a sweep or a grid; None if it was called from Python."""
     if not HydraConfig.initialized():
         return None
-    own = {
-        **(experiment.cell or {}),
-        "sparsity": str(experiment.pattern),
-    }  # in place of the option that the pattern was made of
+    # The pattern stands in place of the option that it was made of.
+    own = (experiment.cell or {}) | {"sparsity": str(experiment.pattern)}
     typed = [(one.partition("=")[0], one) for one in HydraConfig.get().overrides.task]
     overrides = [f"{key}={own[key]}" if key in own else one for key, one in typed if key != "grid"]
     if experiment.is_dense and "sparsity=dense" not in overrides:  # measured by a run that prunes

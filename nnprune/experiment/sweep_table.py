@@ -75,6 +75,7 @@ def note(cfg: DictConfig, status: str, record: RunRecord | None = None, error: s
     typed = {key.lstrip("+~"): value for key, _, value in (one.partition("=") for one in job.overrides.task) if key != "grid"}
     cell = {key: value for key, value in (cfg.grid or {}).items() if isinstance(value, str)}  # a list is of all cells
     settings = typed | cell
+    option = settings.get("pruner")
     name, value = objective(cfg, record) if record else (cfg.objective or "", None)
     settings |= {
         "model": record.model if record else str(OmegaConf.select(cfg, "model.name") or OmegaConf.select(cfg, "model.path")),
@@ -85,7 +86,7 @@ def note(cfg: DictConfig, status: str, record: RunRecord | None = None, error: s
         "job": job.job.num,
         "cell": str(cfg.grid or ""),
         "settings": settings,
-        "option": (typed | cell).get("pruner"),
+        "option": option,
         "status": status,
         "metric": name,
         "value": value,

@@ -53,7 +53,7 @@ def read_documents(path: Path, column: str) -> Sequence[str]:
 
     Raises NoSuchColumn, or ValueError with the reason why the file cannot be read, in one line.
     """
-    return _paragraphs(_read_text(path))[0] if kind(path) == TEXT else _read_table(path, column, _is_text)
+    return _paragraphs(_read_text(path))[0] if kind(path) == TEXT else _read_table(path, column, _is_text)[column]
 
 
 def read_joined(path: Path, column: str, separator: str) -> str:
@@ -68,7 +68,12 @@ def read_rows(path: Path, column: str) -> Sequence[list[int]]:
     """The rows of token ids in `column` of a table. Raises what `read_documents` raises."""
     if kind(path) == TEXT:
         raise ValueError("holds text and no token ids; give a table with a column of them")
-    return _read_table(path, column, _is_ids)
+    from pyarrow.compute import list_flatten
+
+    table = _read_table(path, column, _is_ids)
+    if list_flatten(table.data.column(column)).null_count:
+        raise ValueError(f"has null among the token ids of {column}; leave it out")
+    return table[column]
 
 
 def holds_ids(path: Path, column: str) -> bool:
@@ -88,7 +93,7 @@ def read_conversations(path: Path, column: str) -> list[list[dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"could not be read ({error}); check the file") from error
     elif kind(path) == ".parquet":
-        entries = _read_table(path, column, lambda arrow_type: arrow_type.startswith(("list<", "large_list<")))
+        entries = _read_table(path, column, lambda arrow_type: arrow_type.startswith(("list<", "large_list<")))[column]
     else:
         raise ValueError("holds no conversations; give a .jsonl, .json or .parquet file with a list of messages in each row")
     conversations = [entry.get(column) if isinstance(entry, dict) else entry for entry in entries]
@@ -171,17 +176,12 @@ def _open_table(path: Path, column: str) -> Any:
         raise ValueError(f"could not be read ({reason}); check the file") from error
 
 
-def _read_table(path: Path, column: str, is_wanted: Callable[[str], bool]) -> Sequence[Any]:
-    """The entries of a column whose type is wanted, those of null left out."""
+def _read_table(path: Path, column: str, is_wanted: Callable[[str], bool]) -> Any:
+    """The table of a file in the datasets library, with a column whose type is wanted; rows in which that is null are left out."""
     table = _open_table(path, column)
     columns = [name for name, found in _types(table).items() if is_wanted(found)]
     if column not in columns:
         raise NoSuchColumn(", ".join(columns) or "none")
-    if is_wanted is _is_ids:
-        from pyarrow.compute import list_flatten
-
-        if list_flatten(table.data.column(column)).null_count:
-            raise ValueError(f"has null among the token ids of {column}; leave it out")
     if table.data.column(column).null_count:
         table = table.filter(lambda entry: entry is not None, input_columns=column)
-    return table[column]
+    return table
